@@ -1,0 +1,33 @@
+"""Tables of plug-ins: a name stands for "module:attribute", imported when it is first used."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from deploypipe.errors import DeployPipeError, UsageError, nearest
+
+
+def known(table: Mapping[str, str], entry_point_group: str) -> dict[str, str]:
+    """Return our own rows and those that installed packages add under `entry_point_group`."""
+    return {entry.name: entry.value for entry in entry_points(group=entry_point_group)} | dict(table)
+
+
+def resolve(
+    name: str,
+    table: Mapping[str, str],
+    entry_point_group: str,
+    *,
+    what: str,
+    error: type[DeployPipeError] = UsageError,
+) -> Any:  # noqa: ANN401 - a plug-in is whatever its table says
+    """Import the plug-in called `name`.
+
+    Raises:
+        error: No row has this name; the message suggests the nearest one.
+    """
+    rows = known(table, entry_point_group)
+    if name not in rows:
+        raise error(f"unknown {what} '{name}'", at=f"--{what} {name}", fix=nearest(name, rows))
+    module, _, attribute = rows[name].partition(":")
+    return getattr(import_module(module), attribute)

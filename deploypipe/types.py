@@ -1,0 +1,357 @@
+"""The frozen values that flow between stages: groups of channels, layers, plans, widths."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploypipe.errors import ModelError, nearest
+
+Role = Literal["produces", "carries", "consumes"]
+Kept = Mapping[str, int]  # group name -> number of channels that stay
+PLAN_SCHEMA = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One axis of one parameter or buffer that is cut together with a group.
+
+    `owner` has one entry for each slot of the axis: the channel of the group that owns it, or -1 for slots of
+    other groups and for slots that always stay.
+    """
+
+    param: str
+    axis: int
+    role: Role
+    owner: NDArray[np.int64]
+
+    def slots(self, channel: int) -> tuple[int, ...]:
+        """Return the indices along `axis` that belong to `channel`, ascending."""
+        return tuple(np.flatnonzero(self.owner == channel).tolist())
+
+    @property
+    def per_channel(self) -> int:
+        """Number of slots that each channel owns here (equal for all channels of a group)."""
+        return int(np.count_nonzero(self.owner == 0))
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Channels that are chosen from together: all own the same number of slots in the same members.
+
+    Attributes:
+        name: The first layer that produces the channels.
+        size: Number of channels (units that can be dropped one by one).
+        members: Every parameter axis that is cut when a channel goes.
+        fixed: Why the group must stay whole; empty if it can be pruned.
+        coupled_by: The operations that tie several layers into this group.
+        normalised: A normalisation runs across the channels (layer norm), so dropping channels is not the same
+            as zeroing them.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    fixed: str = ""
+    coupled_by: tuple[str, ...] = ()
+    normalised: bool = False
+
+
+@dataclass(frozen=True)
+class Width:
+    """A number of channels that depends on the plan: `const + sum(slots * kept[group])`."""
+
+    const: int
+    parts: tuple[tuple[str, int], ...] = ()
+
+    def at(self, kept: Kept) -> int:
+        """Return the width when `kept[group]` channels stay in every group."""
+        return self.const + sum(slots * kept[name] for name, slots in self.parts)
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the groups that decide this width."""
+        return tuple(name for name, _ in self.parts)
+
+
+Kind = Literal["conv", "depthwise", "grouped", "transposed", "linear", "matmul"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One call of a weighted operation, as the forward pass met it.
+
+    Sizes are those of the unpruned model. `in_size`/`out_size` are the spatial sizes (empty for linear layers),
+    `positions` is the number of output positions over batch and space, so that dense MACs are
+    `positions * n_out * (n_in / groups) * prod(kernel)` for every kind but transposed convolutions, where the positions are
+    those of the input.
+    """
+
+    name: str
+    kind: Kind
+    weight: str
+    bias: str
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    in_size: tuple[int, ...]
+    out_size: tuple[int, ...]
+    batch: int
+    positions: int
+    n_in: Width
+    n_out: Width
+    n_groups: Width
+
+
+@dataclass(frozen=True, eq=False)
+class Attribute:
+    """An integer of a module that states a width, such as `in_channels`, kept true by compaction.
+
+    The new value is the number of kept slots of the axis divided by `divisor`. `owners` holds for every group
+    that takes part the owner of each slot (-1 elsewhere); `index` is the position inside a tuple
+    (`normalized_shape`), or None for a plain integer.
+    """
+
+    module: str
+    name: str
+    size: int
+    divisor: int
+    index: int | None
+    owners: Mapping[str, NDArray[np.int64]]
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """Layers and groups of coupled channels of one model, traced for one example input."""
+
+    layers: tuple[Layer, ...]
+    groups: tuple[Group, ...]
+    attributes: tuple[Attribute, ...]
+    shapes: Mapping[str, tuple[int, ...]]  # every parameter and buffer of the model
+    ops: Mapping[str, int]  # operation -> how often the forward pass called it
+    notes: tuple[str, ...]  # what the tracer could not follow, in words
+    example: tuple[Any, ...] = field(repr=False, default=())
+
+    def __post_init__(self) -> None:
+        by_name = {group.name: group for group in self.groups}
+        object.__setattr__(self, "_by_name", MappingProxyType(by_name))
+        cuts: dict[tuple[str, int], list[tuple[Group, Member]]] = {}
+        for group in self.groups:
+            for member in group.members:
+                cuts.setdefault((member.param, member.axis), []).append((group, member))
+        object.__setattr__(self, "_cuts", MappingProxyType(cuts))
+
+    _by_name: Mapping[str, Group] = field(init=False, repr=False)
+    _cuts: Mapping[tuple[str, int], list[tuple[Group, Member]]] = field(init=False, repr=False)
+
+    @property
+    def fixed(self) -> dict[str, str]:
+        """Groups that stay whole, with the reason."""
+        return {group.name: group.fixed for group in self.groups if group.fixed}
+
+    @property
+    def prunable(self) -> tuple[Group, ...]:
+        """Groups from which channels may be dropped."""
+        return tuple(group for group in self.groups if not group.fixed)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the parameter shapes and of the groups: equal graphs take each other's plans."""
+        state = [
+            sorted((name, list(shape)) for name, shape in self.shapes.items()),
+            [[g.name, g.size, g.fixed, [[m.param, m.axis, m.owner.tolist()] for m in g.members]] for g in self.groups],
+        ]
+        return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
+
+    def group(self, name: str) -> Group:
+        """Return the group called `name`.
+
+        Raises:
+            ModelError: No group has this name.
+        """
+        if name not in self._by_name:
+            raise ModelError(f"unknown group '{name}'", at="keep plan", fix=nearest(name, self._by_name))
+        return self._by_name[name]
+
+    def cuts(self, param: str, axis: int) -> Sequence[tuple[Group, Member]]:
+        """Return the groups that own slots of this axis, with their members."""
+        return self._cuts.get((param, axis), ())
+
+    def width(self, param: str, axis: int) -> Width:
+        """Return the width of an axis as a function of the kept channels of its prunable groups."""
+        parts, owned = [], 0
+        for group, member in self.cuts(param, axis):
+            if not group.fixed:
+                parts.append((group.name, member.per_channel))
+                owned += member.per_channel * group.size
+        return Width(self.shapes[param][axis] - owned, tuple(parts))
+
+    def kept(self, plan: "KeepPlan | None" = None) -> dict[str, int]:
+        """Return the number of channels that stay in every group under `plan` (all of them without a plan)."""
+        named = plan.keep if plan else {}
+        return {g.name: len(named[g.name]) if g.name in named else g.size for g in self.groups}
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What the solver proved about a plan's widths. Costs are in the unit of the cost table (us, MACs or parameters)."""
+
+    value: float
+    bound: float
+    gap: float
+    predicted_us: float | None
+    predicted: float
+    budget: float
+    unit: str
+    seconds: float
+    n_variables: int
+    status: str
+
+
+@dataclass(frozen=True)
+class KeepPlan:
+    """Which channels stay, per group. Groups that are not named stay whole.
+
+    Attributes:
+        keep: Group name -> ascending channel indices that stay; at least one.
+        fingerprint: Of the graph that the plan was made for; empty if unknown.
+        algorithm: Name of the algorithm that made it.
+        options: The algorithm's options.
+        skipped: Group name -> why the algorithm left it whole.
+        certificate: What the allocator proved; None for plans made by hand.
+    """
+
+    keep: Mapping[str, tuple[int, ...]]
+    fingerprint: str = ""
+    algorithm: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    certificate: Certificate | None = None
+
+    def __post_init__(self) -> None:
+        keep = {name: tuple(int(i) for i in channels) for name, channels in self.keep.items()}
+        for name, channels in keep.items():
+            if not channels:
+                raise ModelError(f"plan keeps no channel of group '{name}'", at="keep plan", fix="keep at least one channel")
+            if list(channels) != sorted(set(channels)) or channels[0] < 0:
+                raise ModelError(
+                    f"channels of group '{name}' must be ascending, distinct and not negative",
+                    at=f"keep plan: {str(channels)[:60]}",
+                    fix="sort the indices and drop repetitions",
+                )
+        object.__setattr__(self, "keep", MappingProxyType(keep))
+
+    def check(self, graph: Graph) -> None:
+        """Raise ModelError unless the plan fits `graph` (names, index ranges, fixed groups, fingerprint)."""
+        if self.fingerprint and self.fingerprint != graph.fingerprint:
+            raise ModelError(
+                f"the plan was made for another graph ({self.fingerprint}, this one is {graph.fingerprint})",
+                at="keep plan",
+                fix="use the model, factory arguments and input size that the plan was made with, or plan again",
+            )
+        for name, channels in self.keep.items():
+            group = graph.group(name)
+            if channels[-1] >= group.size:
+                raise ModelError(
+                    f"channel {channels[-1]} is out of range for group '{name}' of size {group.size}",
+                    at="keep plan",
+                    fix=f"use indices from 0 to {group.size - 1}",
+                )
+            if group.fixed and len(channels) < group.size:
+                raise ModelError(
+                    f"group '{name}' cannot be pruned: {group.fixed}", at="keep plan", fix="leave it out of the plan"
+                )
+
+    def replace(self, **changes: Any) -> "KeepPlan":
+        """Return a copy with some fields changed."""
+        return replace(self, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain JSON values."""
+        return {
+            "schema": PLAN_SCHEMA,
+            "fingerprint": self.fingerprint,
+            "algorithm": self.algorithm,
+            "options": dict(self.options),
+            "certificate": vars(self.certificate) if self.certificate else None,
+            "skipped": dict(self.skipped),
+            "keep": {name: list(channels) for name, channels in self.keep.items()},
+        }
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any], at: str = "keep plan") -> "KeepPlan":
+        """Read what `to_json` wrote.
+
+        Raises:
+            ModelError: The schema is unknown or a field is missing or malformed.
+        """
+        if state.get("schema") != PLAN_SCHEMA:
+            raise ModelError(
+                f"plan has schema {state.get('schema')!r}, this version reads {PLAN_SCHEMA}", at=at, fix="make the plan again"
+            )
+        try:
+            certificate = Certificate(**state["certificate"]) if state["certificate"] else None
+            keep = {name: tuple(channels) for name, channels in state["keep"].items()}
+            return cls(keep, state["fingerprint"], state["algorithm"], state["options"], state["skipped"], certificate)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ModelError(f"plan is malformed: {error}", at=at, fix="make the plan again") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON; a half-written file never appears under `path`."""
+        path = Path(path)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "KeepPlan":
+        """Read a plan that `save` wrote.
+
+        Raises:
+            ModelError: The file is missing, is no JSON, or is no plan.
+        """
+        try:
+            state = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise ModelError(f"cannot read plan: {error.strerror}", at=str(path), fix="check the path") from error
+        except ValueError as error:
+            raise ModelError(f"plan is not JSON: {error}", at=str(path), fix="make the plan again") from error
+        if not isinstance(state, dict):
+            raise ModelError("plan is not a JSON object", at=str(path), fix="make the plan again")
+        return cls.from_json(state, at=str(path))
+
+
+@dataclass(frozen=True)
+class CostTerm:
+    """One additive price of a model: `price(n_in, n_out)` of two widths, in the table's unit."""
+
+    name: str
+    n_in: Width
+    n_out: Width
+    price: Callable[[int, int], float]
+
+
+class CostTable(Protocol):
+    """What a model costs as a sum over its layers: latency, MACs or parameters."""
+
+    unit: str  # "us", "MACs" or "params"
+
+    def terms(self, graph: Graph) -> tuple[CostTerm, ...]:
+        """Return the additive terms; a term that cannot be priced raises TargetError."""
+        ...
+
+    def candidates(self, graph: Graph) -> Mapping[str, tuple[int, ...]]:
+        """Return for every prunable group the numbers of kept channels worth choosing from, ascending."""
+        ...
+
+    def predict(self, graph: Graph, plan: KeepPlan | None = None) -> float:
+        """Return the cost under `plan` (of the whole model without a plan)."""
+        ...
