@@ -139,6 +139,7 @@ class Graph:
     ops: Mapping[str, int]  # operation -> how often the forward pass called it
     notes: tuple[str, ...]  # what the tracer could not follow, in words
     example: tuple[Any, ...] = field(repr=False, default=())
+    buffers: frozenset[str] = frozenset()  # the names in `shapes` that are no trainable parameters
 
     def __post_init__(self) -> None:
         by_name = {group.name: group for group in self.groups}
@@ -165,11 +166,12 @@ class Graph:
     @property
     def fingerprint(self) -> str:
         """Hash of the parameter shapes and of the groups: equal graphs take each other's plans."""
-        state = [
-            sorted((name, list(shape)) for name, shape in self.shapes.items()),
-            [[g.name, g.size, g.fixed, [[m.param, m.axis, m.owner.tolist()] for m in g.members]] for g in self.groups],
-        ]
-        return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps(sorted((name, list(shape)) for name, shape in self.shapes.items())).encode())
+        for group in self.groups:
+            digest.update(f"{group.name} {group.size} {group.fixed}".encode())
+            for member in group.members:
+                digest.update(f"{member.param} {member.axis}".encode() + member.owner.astype(np.int32).tobytes())
+        return digest.hexdigest()[:16]
 
     def group(self, name: str) -> Group:
         """Return the group called `name`.
