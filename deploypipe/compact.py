@@ -1,0 +1,230 @@
+"""Compaction: model + graph + keep plan -> a smaller dense model, checked against the masked original."""
+
+import copy
+from collections.abc import Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from deploypipe.errors import ModelError
+from deploypipe.types import Graph, KeepPlan
+
+CHECK_TOLERANCE = 1e-3  # far above rounding, far below what a wrongly cut channel does
+
+
+def compact(model: nn.Module, graph: Graph, plan: KeepPlan, *, check: bool = True) -> nn.Module:
+    """Return a copy of `model` without the channels that `plan` drops; the original is untouched.
+
+    Args:
+        model: The module that `graph` was traced from.
+        graph: Its channel graph.
+        plan: Which channels stay.
+        check: Run the result once on the graph's example and compare it with the masked original. (Where a layer
+            norm runs across pruned channels the two differ by nature; then only the run is checked.)
+
+    Raises:
+        ModelError: The plan does not fit the graph, or `forward` holds a literal size or position that does not
+            follow the smaller channels; the message names the module, the operation and the groups to keep.
+    """
+    plan.check(graph)
+    small = copy.deepcopy(model)
+    _cut(small, graph, plan)
+    if check and any(len(channels) < graph.group(name).size for name, channels in plan.keep.items()):
+        _check(model, small, graph, plan)
+    return small
+
+
+def mask(model: nn.Module, graph: Graph, plan: KeepPlan) -> nn.Module:
+    """Return a copy of full size in which the consumers' slots of dropped channels are zero.
+
+    Without normalisation across channels it computes what the compacted model computes.
+    """
+    plan.check(graph)
+    masked = copy.deepcopy(model)
+    state = _tensors(masked)
+    with torch.no_grad():
+        for name, channels in plan.keep.items():
+            for member in graph.group(name).members:
+                if member.role == "consumes":
+                    dropped = (member.owner >= 0) & ~np.isin(member.owner, channels)
+                    state[member.param].index_fill_(member.axis, torch.from_numpy(np.flatnonzero(dropped)), 0.0)
+    return masked
+
+
+def kept_slots(graph: Graph, plan: KeepPlan, param: str, axis: int) -> NDArray[np.int64]:
+    """Return the indices along an axis that stay under `plan`, ascending."""
+    stays = np.ones(graph.shapes[param][axis], dtype=bool)
+    for group, member in graph.cuts(param, axis):
+        if group.name in plan.keep:
+            stays &= (member.owner < 0) | np.isin(member.owner, plan.keep[group.name])
+    return np.flatnonzero(stays)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by their first name, as the tracer names them."""
+    return dict([*model.named_parameters(), *model.named_buffers()])
+
+
+def _cut(small: nn.Module, graph: Graph, plan: KeepPlan) -> None:
+    """Replace the parameters, buffers and integer attributes of `small` in place."""
+    touched = {(m.param, m.axis) for name in plan.keep for m in graph.group(name).members}
+    axes: dict[str, list[int]] = {}
+    for param, axis in sorted(touched):
+        axes.setdefault(param, []).append(axis)
+    state = _tensors(small)
+    places = _places(small)
+    for param, cut_axes in axes.items():
+        old = state[param]
+        new = old.detach()
+        for axis in cut_axes:
+            new = new.index_select(axis, torch.from_numpy(kept_slots(graph, plan, param, axis)))
+        replacement = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        for module, leaf in places[id(old)]:
+            (module._parameters if leaf in module._parameters else module._buffers)[leaf] = replacement
+    _set_attributes(small, graph, plan)
+
+
+def _places(model: nn.Module) -> Mapping[int, list[tuple[nn.Module, str]]]:
+    """Return where each parameter and buffer hangs: more than one place if it is shared."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for leaf, tensor in table.items():
+                if tensor is not None:
+                    places.setdefault(id(tensor), []).append((module, leaf))
+    return places
+
+
+def _set_attributes(small: nn.Module, graph: Graph, plan: KeepPlan) -> None:
+    for attribute in graph.attributes:
+        dropped = 0
+        for name, owner in attribute.owners.items():
+            if name in plan.keep:
+                dropped += int(((owner >= 0) & ~np.isin(owner, plan.keep[name])).sum())
+        if dropped:
+            module = small.get_submodule(attribute.module)
+            new = (attribute.size - dropped) // attribute.divisor
+            if attribute.index is not None:
+                old = list(getattr(module, attribute.name))
+                old[attribute.index] = new
+                setattr(module, attribute.name, tuple(old))
+            else:
+                setattr(module, attribute.name, new)
+
+
+# ---- the proof that nothing in `forward` was written for the old sizes -------------------------------------------
+
+
+def _check(model: nn.Module, small: nn.Module, graph: Graph, plan: KeepPlan) -> None:
+    try:
+        ours = run(small, graph.example)
+    except Exception as error:
+        raise _literal(small, graph, plan, error) from error
+    if any(graph.group(name).normalised for name in plan.keep):
+        return
+    theirs = run(mask(model, graph, plan), graph.example)
+    error_size = difference(theirs, ours)
+    if not error_size <= CHECK_TOLERANCE:
+        raise ModelError(
+            f"the compacted model computes something else than the masked one (relative error {error_size:.1e})",
+            at=f"groups {', '.join(_culprits(model, graph, plan)) or 'in combination'}",
+            fix="forward picks channels by literal positions; keep these groups whole (--keep NAME)",
+        )
+
+
+def run(model: nn.Module, example: tuple[Any, ...]) -> list[Tensor]:
+    """Return the output tensors of one evaluation-mode pass, flattened, with a fixed random seed."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return [leaf for leaf in tree_leaves(model(*example)) if isinstance(leaf, Tensor)]
+    finally:
+        for module in training:
+            module.training = True
+
+
+def difference(reference: list[Tensor], other: list[Tensor]) -> float:
+    """Return the largest absolute difference, relative to the largest reference output; inf if shapes differ."""
+    if [t.shape for t in reference] != [t.shape for t in other]:
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(reference, other, strict=True):
+        if a.numel():
+            scale = max(float(a.abs().max()), 1e-12)
+            worst = max(worst, float((a.double() - b.double()).abs().max()) / scale)
+    return worst
+
+
+def _culprits(model: nn.Module, graph: Graph, plan: KeepPlan) -> list[str]:
+    """Return the groups of the plan that go wrong when they are cut alone (only run to explain an error)."""
+    found = []
+    for name, channels in plan.keep.items():
+        if len(channels) == graph.group(name).size:
+            continue
+        alone = KeepPlan({name: channels})
+        part = copy.deepcopy(model)
+        _cut(part, graph, alone)
+        try:
+            wrong = difference(run(mask(model, graph, alone), graph.example), run(part, graph.example)) > CHECK_TOLERANCE
+        except Exception:  # noqa: BLE001 - whatever a foreign forward raises on wrong sizes marks the group
+            wrong = True
+        if wrong:
+            found.append(name)
+    return found
+
+
+def _literal(small: nn.Module, graph: Graph, plan: KeepPlan, error: Exception) -> ModelError:
+    where = _LastCall(small)
+    try:
+        with where.watching(), where:
+            run(small, graph.example)
+    except Exception:  # noqa: BLE001 - the second run only finds out where the first one failed
+        pass
+    names = [name for name, channels in plan.keep.items() if len(channels) < graph.group(name).size]
+    return ModelError(
+        f"the compacted model does not run; forward seems to hold a literal size ({str(error).splitlines()[0]})",
+        at=f"module '{where.module or '(root)'}' ({type(small.get_submodule(where.module)).__name__}), after {where.op}",
+        fix="derive sizes from x.shape in forward (x.flatten(1) instead of x.view(-1, 512)), or keep the groups that "
+        f"reach it whole with --keep NAME (cut were: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''})",
+    )
+
+
+class _LastCall(TorchDispatchMode):
+    """Remembers the last operation and the innermost module that began."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.op, self.module = "no operation", ""
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._stack: list[str] = []
+
+    @contextmanager
+    def watching(self) -> Any:
+        """Follow the modules; on an error the innermost one stays."""
+
+        def enter(module: nn.Module, _: Any) -> None:
+            self._stack.append(self.module)
+            self.module = self._names.get(id(module), self.module)
+
+        def leave(_: nn.Module, __: Any, ___: Any) -> None:
+            self.module = self._stack.pop()
+
+        handles = [module_hooks.register_module_forward_pre_hook(enter), module_hooks.register_module_forward_hook(leave)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.op = func._schema.name.rpartition("::")[2]
+        return func(*args, **(kwargs or {}))

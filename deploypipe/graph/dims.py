@@ -1,0 +1,104 @@
+"""Sizes that remember where they come from, so that a literal in `forward` is told from `x.shape[1]`.
+
+While a model is traced, `x.shape` and `x.size()` give integers of this type. A plain integer that reaches `view` was
+written into the model and will not follow when channels go; a `Dim` was read off a tensor and will.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from deploypipe.graph.labels import Labels
+
+Escape = Callable[[Labels, str], None]
+
+
+class Dim(int):
+    """An integer read off a tensor's shape; multiplication and division keep its source, other arithmetic gives it up.
+
+    Attributes:
+        source: The labels along the axis it measures, or None if no channels lie there.
+    """
+
+    source: Labels | None
+    escape: Escape
+
+    def __new__(cls, value: int, source: Labels | None, escape: Escape) -> "Dim":
+        """Make the size; `escape(labels, how)` is called when it is used in a way that pruning would change."""
+        self = super().__new__(cls, value)
+        self.source, self.escape = source, escape
+        return self
+
+    def _product(self, other: Any, value: Any) -> Any:
+        if not isinstance(value, int):
+            return value
+        theirs = other.source if isinstance(other, Dim) else None
+        if self.source is not None and theirs is not None and theirs is not self.source:
+            self._leave("multiplied by another width")
+            self.escape(theirs, "multiplied by another width")
+        return Dim(value, self.source if self.source is not None else theirs, self.escape)
+
+    def _leave(self, how: str) -> None:
+        if self.source is not None:
+            self.escape(self.source, how)
+
+    def __mul__(self, other: Any) -> Any:
+        return self._product(other, int.__mul__(self, other))
+
+    __rmul__ = __mul__
+
+    def __floordiv__(self, other: Any) -> Any:
+        if isinstance(other, Dim):  # C // C: a ratio of widths follows neither
+            other._leave("divided by")
+        return self._product(other, int.__floordiv__(self, other))
+
+    def __rfloordiv__(self, other: Any) -> Any:
+        self._leave("divided by")
+        return int.__rfloordiv__(self, other)
+
+    def __add__(self, other: Any) -> Any:
+        self._leave("added to")
+        return int.__add__(self, other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Any:
+        self._leave("subtracted from")
+        return int.__sub__(self, other)
+
+    def __rsub__(self, other: Any) -> Any:
+        self._leave("subtracted")
+        return int.__rsub__(self, other)
+
+    def __neg__(self) -> int:
+        self._leave("negated")
+        return int.__neg__(self)
+
+    def __truediv__(self, other: Any) -> Any:
+        self._leave("divided")
+        return int.__truediv__(self, other)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        self._leave("divided by")
+        return int.__rtruediv__(self, other)
+
+    def __pow__(self, other: Any, modulo: Any = None) -> Any:
+        self._leave("raised to a power")
+        return int.__pow__(self, other, modulo)
+
+    def __float__(self) -> float:
+        self._leave("turned into a float")
+        return int.__float__(self)
+
+
+def dims_in(values: Any) -> Iterator[Dim]:
+    """Yield the sizes with a source among (nested) arguments."""
+    if isinstance(values, Dim):
+        if values.source is not None:
+            yield values
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from dims_in(value)
+    elif isinstance(values, slice):
+        yield from dims_in((values.start, values.stop, values.step))
+    elif isinstance(values, dict):
+        yield from dims_in(tuple(values.values()))

@@ -1,0 +1,209 @@
+"""Trace: one ordinary forward pass, with channel labels travelling beside the tensors.
+
+The only file that meets torch's dispatch modes. A dispatch mode sees every aten operation under inference mode (where
+composite operations such as `linear` arrive whole); a function mode above it hands out sizes that remember their
+source and keeps the sizes that `forward` wrote.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from deploypipe.errors import ModelError
+from deploypipe.graph.dims import Dim, dims_in
+from deploypipe.graph.groups import build_graph
+from deploypipe.graph.labels import Labels, varies
+from deploypipe.graph.rules import rule_for, tensors_in
+from deploypipe.graph.tracer import LABELS, Call, Rule, State
+from deploypipe.types import Graph
+
+_SHAPE_GETTERS = {torch.Tensor.shape.__get__, torch.Tensor.size}  # type: ignore[attr-defined]
+_SIZED = {  # functions whose written sizes a rule looks at -> position of the first size among the arguments
+    torch.Tensor.view: 1,
+    torch.Tensor.reshape: 1,
+    torch.reshape: 1,
+    torch.Tensor.expand: 1,
+    torch.Tensor.unflatten: 2,
+    torch.unflatten: 2,
+    torch.Tensor.split: 1,
+    torch.split: 1,
+    F.layer_norm: 1,
+}
+
+
+def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Graph:
+    """Run `model` once on `example_inputs` and return its layers and groups of coupled channels.
+
+    The model is run in evaluation mode under inference mode; its training mode and parameters are left as they were.
+
+    Args:
+        model: Any module; nothing in it needs to be scriptable or exportable.
+        example_inputs: The positional arguments of `forward`, or a single tensor.
+
+    Returns:
+        The graph. What cannot be pruned is in `graph.fixed` with its reason.
+
+    Raises:
+        ModelError: The forward pass itself fails on these inputs.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> [(g.name, g.size) for g in trace(net, torch.zeros(1, 3, 8, 8)).prunable]
+        [('0', 8)]
+    """
+    example = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    state = State(model)
+    tracer = _Tracer(state)
+    training = [module for module in model.modules() if module.training]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    try:
+        model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel hides the layers inside
+        with torch.inference_mode(), tracer.watching_modules(), _Sizes(tracer), tracer:
+            outputs = model(*example)
+    except ModelError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors_in(example))
+        raise ModelError(
+            f"the model fails on its example input: {type(error).__name__}: {error}",
+            at=f"module '{tracer.module or '(root)'}', input shapes {shapes}",
+            fix="give an input that the model accepts (the factory may return (model, example_inputs))",
+        ) from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for module in training:
+            module.training = True
+    state.freeze_all(tensors_in(tree_leaves(outputs)), "output of the model")
+    return build_graph(state, tracer.ops, example)
+
+
+class _Tracer(TorchDispatchMode):
+    """Carries labels through every aten operation."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__()
+        self.state = state
+        self.ops: Counter[str] = Counter()
+        self.stack: list[str] = []
+        self.module = ""
+        self.sizes: Sequence[Any] | None = None
+        self._names = {id(module): name for name, module in state.modules.items()}
+        self._rules: dict[Any, tuple[Rule | None, str, tuple[str, ...], tuple[Any, ...]]] = {}
+
+    @contextmanager
+    def watching_modules(self) -> Iterator[None]:
+        """Keep `self.module` at the innermost module that is running."""
+
+        def enter(module: nn.Module, _: Any) -> None:
+            self.stack.append(self.module)
+            self.module = self._names.get(id(module), self.module)
+
+        def leave(_: nn.Module, __: Any, ___: Any) -> None:
+            self.module = self.stack.pop()
+
+        with ExitStack() as hooks:
+            hooks.callback(module_hooks.register_module_forward_pre_hook(enter).remove)
+            hooks.callback(module_hooks.register_module_forward_hook(leave).remove)
+            yield
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        rule, name, names, defaults = self._row(func)
+        if rule is None:
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        out = func(*args, **kwargs)
+        self.ops[name] += 1
+        tensors = [*tensors_in(args), *tensors_in(tuple(kwargs.values()))]
+        if any(hasattr(t, LABELS) or id(t) in self.state.names for t in tensors):
+            with torch._C.DisableTorchFunction():
+                self._apply(rule, func, name, names, defaults, args, kwargs, out)
+        return out
+
+    def _row(self, func: Any) -> tuple[Rule | None, str, tuple[str, ...], tuple[Any, ...]]:
+        if func not in self._rules:
+            schema = func._schema.arguments
+            short = func._schema.name.rpartition("::")[2]
+            defaults = tuple(a.default_value if a.has_default_value() else None for a in schema)
+            self._rules[func] = (rule_for(func), short, tuple(a.name for a in schema), defaults)
+        return self._rules[func]
+
+    def _apply(self, rule: Rule | None, func: Any, name: str, names: Any, defaults: Any, args: Any, kwargs: Any, out: Any) -> None:
+        bound = dict(zip(names, defaults, strict=True)) | dict(zip(names, args, strict=False)) | kwargs
+        call = Call(name, bound, out, self.module, self.sizes)
+        results = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, Tensor)]
+        if rule is None:
+            self.state.freeze_all(tensors_in(tuple(bound.values())), f"{call.where}: deploypipe has no rule for {func}")
+            layers: Any = [()] * len(results)
+        else:
+            rest = args[1:]
+            bound["func"] = lambda labels: func(labels, *rest, **kwargs)
+            layers = rule(self.state, call)
+        if isinstance(layers, tuple):
+            layers = [layers] * len(results)
+        for tensor, found in zip(results, layers, strict=True):
+            if id(tensor) not in self.state.names:
+                setattr(tensor, LABELS, found)
+
+
+class _Sizes(TorchFunctionMode):
+    """Hands out sizes that remember their source, and keeps the sizes that `forward` wrote."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _SHAPE_GETTERS:
+            return self._sized(args[0], func(*args, **kwargs), args[1:] or tuple(kwargs.values()))
+        if func is F.multi_head_attention_forward:
+            return self._attention(func, args, kwargs)
+        if func in _SIZED:
+            written = [*args[_SIZED[func] :], *kwargs.values()]
+            nested = bool(written) and isinstance(written[0], (tuple, list))
+            if func in (torch.Tensor.split, torch.split):
+                self.tracer.sizes = written if next(dims_in(written[:1]), None) is not None else None
+            else:
+                self.tracer.sizes = list(written[0]) if nested else written
+            try:
+                return func(*args, **kwargs)
+            finally:
+                self.tracer.sizes = None
+        for size in dims_in((args, kwargs)):
+            if size.source is not None and func is not torch.Tensor.__getitem__:
+                self._escape(size.source, f"used as an argument of {getattr(func, '__name__', func)}")
+        return func(*args, **kwargs)
+
+    def _sized(self, tensor: Tensor, shape: Any, dim: tuple[Any, ...]) -> Any:
+        layers = self.tracer.state.layers_of(tensor) if hasattr(tensor, LABELS) else ()
+
+        def measure(value: int, axis: int) -> Dim:
+            source: Labels | None = next((labels for labels in layers if axis in varies(labels)), None)
+            return Dim(value, source, self._escape)
+
+        if dim and dim[0] is not None:
+            return measure(shape, int(dim[0]) % max(tensor.dim(), 1))
+        return torch.Size([measure(value, axis) for axis, value in enumerate(shape)])
+
+    def _escape(self, labels: Labels, how: str) -> None:
+        where = self.tracer.module or "the model"
+        self.tracer.state.ledger.freeze(labels, f"forward of {where}: the number of channels is {how}")
+
+    def _attention(self, func: Any, args: Any, kwargs: Any) -> Any:
+        out = func(*args, **kwargs)
+        reason = f"multi-head attention in {self.tracer.module}: its embedding size is fixed"
+        self.tracer.state.freeze_all([*args[:3], *tensors_in(out)], reason)
+        return out

@@ -1,0 +1,191 @@
+"""What the rules work on: the state of one forward pass, and the calls they are asked about."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deploypipe.graph.labels import Labels, Ledger, Vector, drop_axes, expand_along, flat, varies
+from deploypipe.types import Kind, Role
+
+LABELS = "_deploypipe_labels"  # attribute on activations; parameters are looked up by identity
+
+
+@dataclass(frozen=True)
+class Call:
+    """One aten operation: its short name, arguments by schema name, result, and where it happened."""
+
+    name: str
+    args: Mapping[str, Any]
+    out: Any
+    module: str
+    sizes: Sequence[Any] | None  # the sizes as `forward` wrote them (view, reshape, ...), if it did
+
+    @property
+    def where(self) -> str:
+        """Human-readable place."""
+        return f"{self.name} in {self.module or 'the model'}"
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a weighted operation, with the labels on both sides."""
+
+    name: str
+    kind: Kind
+    weight: str
+    bias: str
+    geometry: Mapping[str, Any]
+    vec_in: Vector
+    vec_out: Vector
+    groups: int
+    group_labels: Vector | None
+
+
+@dataclass(frozen=True)
+class AttributeUse:
+    """An integer of a module that equals the length of `labels` divided by `divisor`."""
+
+    module: str
+    name: str
+    divisor: int
+    index: int | None
+    labels: Vector
+
+
+class Rule(Protocol):
+    """Says which labels the results of a call carry, and ties or freezes those it met.
+
+    Returns one tuple of label layers for a single result, or a list of such tuples for several results.
+    """
+
+    def __call__(self, state: "State", call: Call) -> "tuple[Labels, ...] | list[tuple[Labels, ...]]": ...
+
+
+class State:
+    """Labels of parameters and activations, and everything recorded on the way."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.ledger = Ledger()
+        self.modules = dict(model.named_modules())
+        self.names: dict[int, str] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if id(tensor) not in self.names:
+                self.names[id(tensor)] = name
+                self.shapes[name] = tuple(tensor.shape)
+        self.axes: dict[tuple[str, int], Vector] = {}
+        self.roles: dict[tuple[str, int], Role] = {}
+        self.layers: list[LayerCall] = []
+        self.attributes: list[AttributeUse] = []
+        self.owner_axis: list[tuple[int, int, tuple[str, int]]] = []  # label ranges born on a parameter axis
+
+    def layers_of(self, tensor: Any) -> tuple[Labels, ...]:
+        """Return the label layers of an activation, or one layer for each axis of a parameter."""
+        if not isinstance(tensor, Tensor):
+            return ()
+        name = self.names.get(id(tensor))
+        if name is None:
+            return getattr(tensor, LABELS, ())
+        return tuple(
+            expand_along(torch.from_numpy(self.axis(name, axis, "carries")), axis, tensor.shape)
+            for axis, n in enumerate(tensor.shape)
+            if n > 1
+        )
+
+    def axis(self, name: str, axis: int, role: Role) -> Vector:
+        """Return the labels of a parameter's axis, new ones if it has none yet."""
+        key = (name, axis)
+        if key not in self.axes:
+            start = self.ledger.count
+            self.axes[key] = self.ledger.fresh(self.shapes[name][axis]).numpy()
+            self.owner_axis.append((start, self.ledger.count, key))
+        self._set_role(key, role)
+        return self.axes[key]
+
+    def _set_role(self, key: tuple[str, int], role: Role) -> None:
+        if self.roles.get(key, "carries") == "carries":
+            self.roles[key] = role
+
+    def set_role_by_labels(self, labels: Labels, role: Role) -> None:
+        """Give the parameter axis on which these labels were born a role (matrix products with a view of a parameter)."""
+        first = int(flat(labels)[0])
+        for start, end, key in self.owner_axis:
+            if start <= first < end:
+                self._set_role(key, role)
+
+    def attach(self, tensor: Any, axis: int, vector: Vector, role: Role, where: str) -> None:
+        """State that the channels `vector` meet `axis` of `tensor` (a parameter, or something computed from one)."""
+        if tensor is None:
+            return
+        name = self.names.get(id(tensor))
+        if name is not None and (name, axis) not in self.axes:
+            self.axes[name, axis] = vector
+            self._set_role((name, axis), role)
+            return
+        theirs = self.along(tensor, axis, where, role)
+        if theirs is None:
+            self.ledger.frozen.append((vector, f"{where}: meets a weight of fixed size that is no parameter"))
+        else:
+            self.ledger.tie_flat(theirs, vector, where)
+
+    def along(self, tensor: Tensor, axis: int, where: str, role: Role) -> Vector | None:
+        """Return the labels along one axis of a weight, None if it carries none there."""
+        name = self.names.get(id(tensor))
+        if name is not None:
+            return self.axis(name, axis, role)
+        for labels in self.layers_of(tensor):
+            if axis in varies(labels):
+                self.set_role_by_labels(labels, role)
+                return self.collapse(labels, axis, where)
+        return None
+
+    def collapse(self, labels: Labels, axis: int, where: str) -> Vector:
+        """Return one label for each position of `axis`; labels that differ along other axes are tied."""
+        others = [d for d in varies(labels) if d != axis]
+        if others:
+            labels = self.ledger.tie_all(labels, others, where)
+        vector: Vector = drop_axes(labels, (d for d in range(labels.dim()) if d != axis)).reshape(-1).numpy()
+        return vector
+
+    def split_on(self, tensor: Tensor, axes: set[int]) -> tuple[list[Labels], list[Labels]]:
+        """Return the label layers of a tensor that change along one of `axes`, and the others."""
+        on, off = [], []
+        for labels in self.layers_of(tensor):
+            (on if axes & set(varies(labels)) else off).append(labels)
+        return on, off
+
+    def freeze_all(self, tensors: Sequence[Any], reason: str) -> None:
+        """Freeze every label of these tensors."""
+        for tensor in tensors:
+            for labels in self.layers_of(tensor):
+                self.ledger.freeze(labels, reason)
+
+    def attribute(self, call: Call, name: str, labels: Vector, *, divisor: int = 1, index: int | None = None) -> bool:
+        """Record that an integer of the current module states this width; False if the module has no such integer."""
+        value = getattr(self.modules.get(call.module), name, None)
+        if index is not None:
+            value = value[index] if isinstance(value, (tuple, list)) and len(value) > index else None
+        if not isinstance(value, int) or value * divisor != len(labels):
+            return False
+        self.attributes.append(AttributeUse(call.module, name, divisor, index, labels))
+        return True
+
+
+def constant(n: int) -> Vector:
+    """Return a vector that says "no channels here"."""
+    return np.full(n, -1, dtype=np.int32)
+
+
+def spread(vector: Vector, axis: int, out: Tensor) -> tuple[Labels, ...]:
+    """Return the layers of an activation with these labels along `axis`; none if there is no channel at all."""
+    if not (vector >= 0).any():
+        return ()
+    return (expand_along(torch.from_numpy(np.ascontiguousarray(vector)), axis, out.shape),)
+
+
+RuleTable = Mapping[str, Rule]
+Escape = Callable[[Labels, str], None]
