@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
+from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
 from deploypipe.graph.labels import Ledger, Vector
@@ -39,15 +39,23 @@ class _Channels:
         self.state, ledger = state, state.ledger
         self.of = _components(ledger)  # label -> channel
         self.n = int(self.of.max()) + 1 if len(self.of) else 0
-        self.first = np.full(self.n, len(self.of), dtype=np.int64)
+        self.first = np.full(self.n, len(self.of), dtype=np.int64)  # channel -> its lowest label
         np.minimum.at(self.first, self.of, np.arange(len(self.of)))
-        self.reason = [""] * self.n
+        self.reasons = [""]
+        self.reason = np.zeros(self.n, dtype=np.int64)  # channel -> index into `reasons`
         for labels, why in [*ledger.frozen, *self._unequal(ledger)]:
-            for channel in np.unique(self.of[labels[labels >= 0]]).tolist():
-                self.reason[channel] = self.reason[channel] or why
+            self._freeze(labels, why)
         self.normalised = np.zeros(self.n, dtype=bool)
         for labels in ledger.normalised:
             self.normalised[self.of[labels[labels >= 0]]] = True
+
+    def _freeze(self, labels: Vector, why: str) -> None:
+        channels = self.of[labels[labels >= 0]]
+        channels = channels[self.reason[channels] == 0]
+        if len(channels):
+            if self.reasons[-1] != why:
+                self.reasons.append(why)
+            self.reason[channels] = len(self.reasons) - 1
 
     def _unequal(self, ledger: Ledger) -> list[tuple[Vector, str]]:
         """Return the labels whose size was taken from channels that turned out to be others."""
@@ -63,51 +71,67 @@ class _Channels:
         return np.where(labels >= 0, self.of[np.maximum(labels, 0)], -1) if self.n else labels.astype(np.int64)
 
     def groups(self) -> tuple[Group, ...]:
-        """Sort the channels into groups of equal signature."""
+        """Sort the channels into groups: equal slots in equal axes, equal fate."""
         keys = list(self.state.axes)
         axes = [self.vector(self.state.axes[key]) for key in keys]
-        counts: list[list[tuple[int, int]]] = [[] for _ in range(self.n)]
-        for i, axis in enumerate(axes):
-            found, number = np.unique(axis[axis >= 0], return_counts=True)
-            for channel, n in zip(found.tolist(), number.tolist(), strict=True):
-                counts[channel].append((i, n))
-        families: dict[Any, list[int]] = {}
-        for channel in np.argsort(self.first, kind="stable").tolist():
-            signature = (tuple(counts[channel]), self.reason[channel], bool(self.normalised[channel]))
-            if any(self.state.roles[keys[i]] == "produces" for i, _ in counts[channel]):
-                families.setdefault(signature, []).append(channel)
+        slots = _slot_counts(axes, self.n)
+        produced = np.array([self.state.roles[key] == "produces" for key in keys], dtype=np.uint64)
+        real = np.flatnonzero(slots @ produced)  # the rest are axes of parameters that no layer produces
+        order = real[np.argsort(self.first[real], kind="stable")]
+        family = _families(slots[order], self.reason[order], self.normalised[order])
         coupled = self._coupled_by()
         names: dict[str, int] = {}
-        return tuple(
-            self._group(members, [keys[i] for i, _ in signature[0]], [axes[i] for i, _ in signature[0]], names, coupled)
-            for signature, members in families.items()
-        )
+        groups = []
+        for i in range(int(family.max()) + 1 if len(family) else 0):
+            channels = order[family == i]
+            found = np.sort(slots[[channels[0]]].indices)
+            groups.append(self._group(channels, [(keys[k], axes[k]) for k in found], names, coupled))
+        return tuple(groups)
 
     def _group(
-        self, channels: list[int], keys: list[Key], axes: list[NDArray[np.int64]], names: dict[str, int], coupled: list[list[str]]
+        self,
+        channels: NDArray[np.int64],
+        found: list[tuple[Key, NDArray[np.int64]]],
+        names: dict[str, int],
+        coupled: dict[int, list[str]],
     ) -> Group:
         rank = np.full(self.n + 1, -1, dtype=np.int64)  # the last entry serves slots without a channel
         rank[channels] = np.arange(len(channels))
-        members = tuple(
-            Member(name, axis, self.state.roles[name, axis], rank[vector])
-            for (name, axis), vector in zip(keys, axes, strict=True)
-        )
-        base = next(m.param for m in members if m.role == "produces")
-        base = base.removesuffix(".weight").removesuffix(".bias")
+        members = tuple(Member(*key, self.state.roles[key], rank[vector]) for key, vector in found)
+        base = next(m.param for m in members if m.role == "produces").removesuffix(".weight").removesuffix(".bias")
         names[base] = names.get(base, 0) + 1
         name = base if names[base] == 1 else f"{base}#{names[base]}"
-        reason = self.reason[channels[0]]
+        first = int(channels[0])
+        reason = self.reasons[self.reason[first]]
         if not reason and len(channels) == 1:
             reason = "all its channels are tied into one unit"
-        couplings = tuple(dict.fromkeys(text for c in channels[:1] for text in coupled[c]))
-        return Group(name, len(channels), members, reason, couplings, bool(self.normalised[channels[0]]))
+        couplings = tuple(dict.fromkeys(coupled.get(first, [])))
+        return Group(name, len(channels), members, reason, couplings, bool(self.normalised[first]))
 
-    def _coupled_by(self) -> list[list[str]]:
-        texts: list[list[str]] = [[] for _ in range(self.n)]
+    def _coupled_by(self) -> dict[int, list[str]]:
+        texts: dict[int, list[str]] = {}
         for a, b, why in self.state.ledger.couplings:
             for label in (a, b):
-                texts[self.of[label]].append(why)
+                texts.setdefault(int(self.of[label]), []).append(why)
         return texts
+
+
+def _slot_counts(axes: list[NDArray[np.int64]], n: int) -> csr_array:
+    """Return how many slots of each axis each channel owns, as a sparse (channels, axes) matrix."""
+    owned = [axis[axis >= 0] for axis in axes]
+    rows = np.concatenate([*owned, np.zeros(0, dtype=np.int64)])
+    columns = np.repeat(np.arange(len(owned)), [len(o) for o in owned])
+    return csr_array((np.ones(len(rows), dtype=np.uint64), (rows, columns)), shape=(n, len(axes)))
+
+
+def _families(slots: csr_array, reason: NDArray[np.int64], normalised: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Number the distinct rows in order of appearance, by two random 64-bit sums of each row."""
+    weights = np.random.default_rng(0).integers(0, 2**64, size=(slots.shape[1], 2), dtype=np.uint64)
+    rows = np.column_stack([slots @ weights, reason.astype(np.uint64), normalised.astype(np.uint64)])
+    _, first, inverse = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), dtype=np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    return rank[inverse.reshape(-1)]
 
 
 def _components(ledger: Ledger) -> NDArray[np.int64]:
@@ -116,7 +140,7 @@ def _components(ledger: Ledger) -> NDArray[np.int64]:
     left = np.concatenate([a for a, _ in ledger.ties])
     right = np.concatenate([b for _, b in ledger.ties])
     ones = np.ones(len(left), dtype=np.int8)
-    matrix = coo_array((ones, (left, right)), shape=(ledger.count, ledger.count))
+    matrix = csr_array((ones, (left, right)), shape=(ledger.count, ledger.count))
     return np.asarray(connected_components(matrix, directed=False)[1], dtype=np.int64)
 
 

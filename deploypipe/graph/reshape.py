@@ -1,5 +1,6 @@
 """Rules of the operations that split and merge axes: view and its relatives, shuffles."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ def reshape(state: State, call: Call) -> Layers:
     sizes = _written(call, x.dim(), out.dim())
     layers = []
     for before in state.layers_of(x):
-        after = tighten(before.reshape(out.shape))
+        after = _reshaped(before, out.shape)
         axes = varies(after)
         derived = [d for d in axes if sizes is None or _follows(state, call, sizes[d], before)]
         if not axes or (len(axes) == 1 and derived):
@@ -34,6 +35,42 @@ def reshape(state: State, call: Call) -> Layers:
             state.ledger.freeze(after, f"{call.where}: reshaped to a size that is written in forward")
             layers.append(after)
     return tuple(layers)
+
+
+def _reshaped(labels: Labels, shape: Sequence[int]) -> Labels:
+    """Reshape labels without spreading them out: runs of axes without channels are taken as one position."""
+    small_in, small_out = list(labels.shape), list(shape)
+    busy = set(varies(labels))
+    for old, new in _blocks(labels.shape, shape):
+        if not busy & set(old):
+            for d in old:
+                small_in[d] = 1
+            for d in new:
+                small_out[d] = 1
+    first = drop_axes(labels, [d for d, n in enumerate(small_in) if n == 1])
+    return tighten(first.reshape(small_out)).expand(shape)
+
+
+def _blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """Split a reshape into the smallest runs of axes with equal products."""
+    i = j = 0
+    while i < len(old) or j < len(new):
+        mine, theirs = [], []
+        left = right = 1
+        while True:
+            if left <= right and i < len(old):
+                left *= old[i]
+                mine.append(i)
+                i += 1
+            elif j < len(new):
+                right *= new[j]
+                theirs.append(j)
+                j += 1
+            else:
+                break
+            if left == right and mine and theirs:
+                break
+        yield mine, theirs
 
 
 def _written(call: Call, rank_in: int, rank_out: int) -> list[Any] | None:

@@ -114,10 +114,10 @@ def by_position(*keys: str) -> Rule:
             axes |= {int(v) % max(x.dim(), 1) for v in values}
         if call.name == "roll" and not call.args["dims"]:
             axes = set(range(x.dim()))
-        on, _ = state.split_on(x, axes)
+        on, off = state.split_on(x, axes)
         for labels in on:
             state.ledger.freeze(labels, f"{call.where}: channels are picked by position")
-        return move(state, call)
+        return tuple(off) if call.name == "roll" and not on else move(state, call)
 
     return rule
 
@@ -191,8 +191,12 @@ def cat(state: State, call: Call) -> Layers:
             state.freeze_all(tensors, f"{call.where}: joins tensors with channels along several axes")
             return ()
         parts.append(layers[0] if layers else torch.full((), -1, dtype=torch.int32).expand(tensor.shape))
-    joined = torch.stack(parts, call.args["dim"]) if call.name == "stack" else torch.cat(parts, call.args["dim"])
-    return (tighten(joined),)
+    axis = int(call.args["dim"]) % call.out.dim()
+    if call.name == "stack":
+        parts = [labels.unsqueeze(axis) for labels in parts]
+    calm = set(range(call.out.dim())) - {axis}.union(*(varies(labels) for labels in parts))
+    joined = torch.cat([drop_axes(labels, calm) for labels in parts], axis).expand(call.out.shape)
+    return (joined if len(parts) > 1 and varies(parts[0]) else tighten(joined),)
 
 
 def expand(state: State, call: Call) -> Layers:
@@ -206,6 +210,12 @@ def expand(state: State, call: Call) -> Layers:
         if grown and written and type(call.sizes[axis]) is int:  # type: ignore[index]
             layers += (expand_along(torch.from_numpy(constant(out.shape[axis])), axis, out.shape),)
     return layers
+
+
+def pad_constant(state: State, call: Call) -> Layers:
+    """Padding with a value: the new positions hold no channels."""
+    pad = call.args["pad"]
+    return tuple(tighten(torch.constant_pad_nd(labels, pad, -1)) for labels in state.layers_of(call.args["self"]))
 
 
 # ---- space and reductions ------------------------------------------------------------------------------------------
@@ -372,6 +382,7 @@ RULES: dict[str, Rule] = {
     "chunk": chunk,
     "glu": glu,
     **_rows(cat, "cat concat stack"),
+    "constant_pad_nd": pad_constant,
     **_rows(expand, "expand expand_as broadcast_to"),
     **_rows(reshape, "view reshape flatten unflatten _unsafe_view view_as reshape_as ravel"),
     "pixel_shuffle": pixel_shuffle,
