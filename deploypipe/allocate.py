@@ -1,0 +1,253 @@
+"""Choose how many channels stay in every group: the most valuable widths that fit a budget."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from deploypipe.descent import Choice, Descent
+from deploypipe.errors import BudgetError, UsageError
+from deploypipe.program import Program, Solution
+from deploypipe.types import Certificate, CostTable, Graph, KeepPlan
+
+Values = NDArray[np.float64]
+ROUNDS = 12  # solutions that turn out over budget are refused this often before the search gives up on the solver
+
+
+def allocate(
+    graph: Graph,
+    scores: Mapping[str, ArrayLike],
+    table: CostTable,
+    budget: float,
+    *,
+    candidates: Mapping[str, tuple[int, ...]] | None = None,
+    gap: float = 1e-3,
+    time_limit_s: float = 60.0,
+) -> KeepPlan:
+    """Return the plan that keeps the largest sum of scores within the budget.
+
+    Within a group the channels with the highest scores stay (of equal ones, the lower index). Scores are summed over groups as
+    they are: make them comparable first (`deploypipe.algorithms.base` does for its criteria).
+
+    Args:
+        graph: The traced model.
+        scores: Group -> (C,) scores, higher = keep. Groups without scores stay whole; fixed groups always do.
+        table: What widths cost.
+        budget: Upper limit of `table.predict`, in the table's unit.
+        candidates: Group -> numbers of channels to choose from, instead of the table's.
+        gap: Relative gap of the value given up at which the solver may stop.
+        time_limit_s: Seconds after which the best plan so far is returned, with its gap.
+
+    Raises:
+        BudgetError: No choice of widths fits; the message names the smallest reachable cost.
+        UsageError: Scores of wrong shape or not finite, or candidates out of range.
+        ModelError: Scores for a group that the graph does not have.
+
+    Example:
+        >>> allocate(graph, {"conv1": weight.abs().sum((1, 2, 3))}, MacTable(), budget=1e6)  # doctest: +SKIP
+    """
+    orders, values = {}, {}
+    for name, given in scores.items():
+        score = _vector(given, f"scores of group '{name}'", graph.group(name).size)
+        if not graph.group(name).fixed:
+            orders[name] = ranking(score)
+            values[name] = np.concatenate([[0.0], np.cumsum(score[orders[name]])])
+    kept, certificate = allocate_widths(graph, values, table, budget, candidates=candidates, gap=gap, time_limit_s=time_limit_s)
+    return plan_of(graph, orders, kept, certificate)
+
+
+def ranking(score: Values) -> NDArray[np.int64]:
+    """Return the channels from the one to keep longest to the first to go; of equal scores the lower index stays longer."""
+    return np.argsort(-score, kind="stable")
+
+
+def plan_of(graph: Graph, orders: Mapping[str, ArrayLike], kept: Mapping[str, int], certificate: Certificate) -> KeepPlan:
+    """Return the plan that keeps the first `kept[group]` channels of each group's order (best first)."""
+    keep = {name: tuple(sorted(np.asarray(order)[: kept[name]].tolist())) for name, order in orders.items()}
+    return KeepPlan(keep, fingerprint=graph.fingerprint, certificate=certificate)
+
+
+def allocate_widths(
+    graph: Graph,
+    values: Mapping[str, ArrayLike],
+    table: CostTable,
+    budget: float,
+    *,
+    candidates: Mapping[str, tuple[int, ...]] | None = None,
+    gap: float = 1e-3,
+    time_limit_s: float = 60.0,
+) -> tuple[dict[str, int], Certificate]:
+    """Return how many channels stay in every group of the graph, and what was proved about it.
+
+    Maximises the sum over groups of `values[group][kept]`, subject to `table.predict(...) <= budget`. The solver stops when the
+    value given up (against keeping everything) is within `gap` of the least possible; the certificate's own `gap` is
+    `(bound - value) / |value|`. The answer is deterministic as long as the time limit is not hit. Certificate.status is "whole"
+    (everything fits), "optimal", "relaxed" (large concats were priced too low in the proof, so the bound is valid but not tight),
+    "time limit" (the best answer so far) or "infeasible" (the terms do not fit, the table's own prediction does).
+
+    Args:
+        graph: The traced model.
+        values: Group -> (C + 1,) value of keeping the best w channels, w = 0 ... C; entry 0 is not used. Only differences
+            within a group matter. Groups without values stay whole; fixed groups always do.
+        table: What widths cost.
+        budget: Upper limit of `table.predict`, in the table's unit.
+        candidates: Group -> numbers of channels to choose from, instead of the table's. The full width is always one.
+        gap: Relative gap of the value given up at which the solver may stop.
+        time_limit_s: Seconds after which the best answer so far is returned.
+
+    Raises:
+        BudgetError: No choice of widths fits; the message names the smallest reachable cost.
+        UsageError: Values of wrong shape or not finite, or candidates out of range.
+    """
+    start = time.monotonic()
+    search = _search(graph, values, table, budget, candidates)
+    if search.predict({}) <= budget:
+        return search.whole, search.certificate({}, search.value({}), "whole", start)
+    kept, first = search.solve(gap, start + time_limit_s)
+    most = sum(float(search.values[name][list(widths)].max()) for name, widths in search.widths.items())
+    most += search.value({}) - sum(float(search.values[name][-1]) for name in search.widths)
+    bound = max(min(search.value({}) - first.bound, most), search.value(kept))
+    status = "relaxed" if first.status == "optimal" and not search.program.exact else first.status
+    return search.whole | kept, search.certificate(kept, bound, status, start)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """One allocation: the widths to choose from, their losses, and the program that stands for them."""
+
+    graph: Graph
+    table: CostTable
+    budget: float
+    widths: dict[str, tuple[int, ...]]
+    values: dict[str, Values]
+    whole: dict[str, int]
+    program: Program
+    descent: Descent
+
+    def value(self, kept: Choice) -> float:
+        """Return the summed value; groups that are not named are whole."""
+        return float(sum(value[kept.get(name, -1)] for name, value in self.values.items()))
+
+    def predict(self, kept: Choice) -> float:
+        """Return the table's own prediction: the only cost that counts. Groups that are not named are whole."""
+        return self.table.predict(self.graph, KeepPlan({name: tuple(range(n)) for name, n in kept.items()}))
+
+    def solve(self, gap: float, deadline: float) -> tuple[Choice, Solution]:
+        """Return the best widths whose true prediction fits, and the solver's first answer with its bound on the loss.
+
+        The program's cost differs from the prediction by the solver's tolerance, by the envelope of large concats, and by what
+        the table predicts beyond the sum of its terms. If the answer is over budget, the program is solved again for less.
+        """
+        losses = {name: self.values[name][-1] - self.values[name][list(widths)] for name, widths in self.widths.items()}
+        first = self.program.solve(losses, self.budget, gap, deadline - time.monotonic())
+        if first.status == "infeasible":
+            return self.cheapest(deadline), first
+
+        def again(limit: float) -> Choice | None:
+            found = first if limit == self.budget else self.program.solve(losses, limit, gap, deadline - time.monotonic())
+            return found.kept
+
+        answers = [self._within_budget(again)]
+        if not (self.program.exact and first.status == "optimal" and answers[0]):
+            answers.append(self._within_budget(self.descent.narrowed))
+            answers += [self._widened(kept) for kept in answers if kept]
+        found = [kept for kept in answers if kept]
+        return max(found, key=self.value) if found else self.cheapest(deadline), first
+
+    def _within_budget(self, solve: Callable[[float], Choice | None]) -> Choice | None:
+        """Ask `solve` for ever lower limits until its answer truly fits; None if it has no answer."""
+        limit = self.budget
+        for k in range(ROUNDS):
+            kept = solve(limit)
+            if kept is None:
+                return None
+            excess = self.predict(kept) - self.budget
+            if excess <= 0:
+                return kept
+            limit -= max(excess, 1e-9 * 4**k * self.budget)
+        return None
+
+    def _widened(self, kept: Choice) -> Choice:
+        wider = self.descent.widened(kept, self.budget)
+        return wider if self.predict(wider) <= self.budget else kept
+
+    def cheapest(self, deadline: float) -> Choice:
+        """Return the cheapest widths if they fit.
+
+        Raises:
+            BudgetError: They do not.
+        """
+        narrowest = {name: widths[0] for name, widths in self.widths.items()}
+        found = self.program.solve(None, self.budget, 1e-6, max(deadline - time.monotonic(), 5.0))
+        proved = self.program.exact and found.status == "optimal"
+        starts = [kept for kept in (found.kept, narrowest) if kept is not None]
+        kept = min(starts if proved else [self.descent.cheapened(kept) for kept in starts], key=self.predict)
+        smallest, dense, unit = self.predict(kept), self.predict({}), self.table.unit
+        if smallest <= self.budget:
+            return kept
+        share = 100 * smallest / dense
+        raise BudgetError(
+            f"the budget of {self.budget:,.6g} {unit} ({100 * self.budget / dense:.1f} % of the dense model) is out of reach: "
+            f"the smallest reachable cost {'' if proved else 'found '}is {smallest:,.6g} {unit} ({share:.1f} %)",
+            at=f"{len(self.widths)} groups to choose from, {len(self.graph.fixed)} fixed",
+            fix=f"ask for at least {np.ceil(10 * share) / 10:.1f}%, or allow narrower widths",
+        )
+
+    def certificate(self, kept: Choice, bound: float, status: str, start: float) -> Certificate:
+        value, predicted = self.value(kept), self.predict(kept)
+        return Certificate(
+            value=value,
+            bound=bound,
+            gap=(bound - value) / max(abs(value), 1e-12),
+            predicted_us=predicted if self.table.unit == "us" else None,
+            predicted=predicted,
+            budget=self.budget,
+            unit=self.table.unit,
+            seconds=time.monotonic() - start,
+            n_variables=self.program.n_variables,
+            status=status,
+        )
+
+
+def _search(
+    graph: Graph,
+    values: Mapping[str, ArrayLike],
+    table: CostTable,
+    budget: float,
+    candidates: Mapping[str, tuple[int, ...]] | None,
+) -> _Search:
+    if not budget > 0:
+        raise UsageError(f"budget must be more than zero, not {budget}", at="allocate", fix="give a share or an amount")
+    offered = table.candidates(graph) if candidates is None else candidates
+    curves, widths = {}, {}
+    for group in graph.prunable:
+        if group.name not in values:
+            continue
+        curves[group.name] = _vector(values[group.name], f"values of group '{group.name}'", group.size + 1, first=1)
+        choice = sorted({*offered.get(group.name, ()), group.size})
+        if choice[0] < 1 or choice[-1] > group.size:
+            raise UsageError(
+                f"candidate widths of group '{group.name}' reach from {choice[0]} to {choice[-1]}",
+                at="allocate",
+                fix=f"offer widths from 1 to {group.size}",
+            )
+        if len(choice) > 1:
+            widths[group.name] = tuple(choice)
+    sizes = {group.name: group.size for group in graph.groups}
+    terms = table.terms(graph)
+    program, descent = Program(widths, sizes, terms), Descent(widths, curves, sizes, terms)
+    return _Search(graph, table, budget, widths, curves, sizes, program, descent)
+
+
+def _vector(given: Any, what: str, length: int, first: int = 0) -> Values:
+    """Return `given` (tensor, array or list) as an array of floats, checked from index `first` on."""
+    tensor = given.detach().cpu() if hasattr(given, "detach") else given
+    vector = np.asarray(tensor, dtype=np.float64)
+    if vector.shape != (length,):
+        raise UsageError(f"{what} have shape {vector.shape}, expected ({length},)", at="allocate", fix="one entry per channel")
+    if not np.isfinite(vector[first:]).all():
+        raise UsageError(f"{what} are not all finite", at="allocate", fix="replace NaN and infinite entries")
+    return vector

@@ -1,0 +1,298 @@
+"""Write "one width per group, priced layer by layer" as a mixed-integer linear program, and solve it.
+
+Every candidate width of a group is a binary. A *selector* is a set of variables of which exactly one is 1: the width that was
+chosen. The price of a layer whose two ends depend on two selectors is a matrix; one continuous variable for each of its
+entries, tied to the selectors by its row and column sums, is then exactly the product of the two (the local polytope of
+pairwise models). A width made of several groups (concat, split) is folded from left to right: the pairs of (total so far,
+next group) sum up to the selector of the new total, which is linear and exact, and layers that read the same beginning of a
+concat share it. Where there are too many totals for that (DenseNet), the total enters as a number: for each choice of the
+other end the price is replaced by its lower convex envelope over the reachable totals. That is exact for prices that are
+affine or convex in the total (MACs, parameters) and otherwise never too high, so that the bound stays valid; `Program.exact`
+says which of both it was.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from math import gcd
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csc_array
+
+from deploypipe.types import CostTerm, Width
+
+Key = tuple[tuple[str, int], ...]  # groups with their slots per channel: what a total is made of
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Price = Callable[[int, int], float]
+End = tuple[Key, int, int]  # a width: (key, factor, const) stands for const + factor * total(key)
+
+MAX_PAIRS = 4096  # entries of a price matrix with a total on one side, above which the envelope is used
+COST_SCALE = 1e3  # the budget row is scaled to this, which puts the solver's tolerance of 1e-6 at 1e-9 of the budget
+LOSS_SCALE = 1e2
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Variables of which exactly one is 1: column `columns[k]` says that the total is `totals[k]`."""
+
+    totals: Ints
+    columns: Ints
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What the solver found: widths, or None; and a lower limit of the objective."""
+
+    kept: dict[str, int] | None
+    bound: float
+    status: str  # "optimal", "time limit" or "infeasible"
+
+
+class Program:
+    """Variables, rows and prices of one allocation.
+
+    Args:
+        candidates: Group -> at least two widths to choose from, ascending. Groups that are not named stay whole.
+        sizes: Size of every group.
+        terms: What the model costs.
+    """
+
+    def __init__(self, candidates: Mapping[str, Sequence[int]], sizes: Mapping[str, int], terms: Sequence[CostTerm]) -> None:
+        self.exact = True
+        self.constant = 0.0
+        self._lower: list[Floats] = []
+        self._upper: list[Floats] = []
+        self._integer: list[Ints] = []
+        self._rows: list[tuple[Ints, Floats]] = []
+        self._row_bounds: list[tuple[float, float]] = []
+        self._costs: list[tuple[Ints, Floats]] = []
+        self._n = 0
+        self._sizes = sizes
+        self._order = {name: i for i, name in enumerate(sizes)}
+        self._selectors: dict[Key, Selector] = {}
+        self.groups: dict[str, Selector] = {}
+        for name, widths in candidates.items():
+            columns = self._variables(len(widths), integer=True)
+            self._row(columns, np.ones(len(widths)), 1, 1)
+            self.groups[name] = self._selectors[(name, 1),] = Selector(np.asarray(widths, np.int64), columns)
+        self._price(terms)
+
+    @property
+    def n_variables(self) -> int:
+        """Number of variables, binary and continuous."""
+        return self._n
+
+    def solve(self, losses: Mapping[str, Floats] | None, budget: float, gap: float, time_limit_s: float) -> Solution:
+        """Minimise the summed loss within the budget; without losses, minimise the cost.
+
+        Args:
+            losses: Group -> loss of each of its candidate widths.
+            budget: Upper limit of the cost.
+            gap: Relative gap of the objective at which the solver may stop.
+            time_limit_s: Seconds after which it returns the best it has.
+        """
+        if not self.groups:
+            return Solution(None, 0.0, "infeasible")
+        cost = np.zeros(self._n)
+        for columns, prices in self._costs:
+            np.add.at(cost, columns, prices)
+        objective = cost if losses is None else np.zeros(self._n)
+        for name, loss in (losses or {}).items():
+            objective[self.groups[name].columns] = loss
+        factor = LOSS_SCALE / max(float(np.abs(objective).max(initial=0.0)), 1e-300)
+        scale = COST_SCALE / max(abs(budget), float(np.abs(cost).max(initial=0.0)) * 1e-3, 1e-300)
+        limit = np.inf if losses is None else (budget - self.constant) * scale
+        result = milp(
+            objective * factor,
+            integrality=np.concatenate(self._integer),
+            bounds=Bounds(np.concatenate(self._lower), np.concatenate(self._upper)),
+            constraints=self._constraints(cost * scale, limit),
+            options={"mip_rel_gap": gap, "time_limit": max(time_limit_s, 1e-3)},
+        )
+        if result.status not in (0, 1, 2):
+            raise ArithmeticError(f"HiGHS: {result.message}")  # unbounded or numerically broken: a bug in the program above
+        bound = getattr(result, "mip_dual_bound", None)
+        bound = -np.inf if bound is None else bound / factor + (self.constant if losses is None else 0.0)
+        status = ("optimal", "time limit", "infeasible")[result.status]
+        return Solution(None if result.x is None else self._read(result.x), bound, status)
+
+    def _read(self, x: Floats) -> dict[str, int]:
+        return {name: int(s.totals[int(np.argmax(x[s.columns]))]) for name, s in self.groups.items()}
+
+    def _constraints(self, cost: Floats, limit: float) -> LinearConstraint:
+        used = np.flatnonzero(cost)
+        rows = [*self._rows, (used, cost[used])]
+        bounds = np.array([*self._row_bounds, (-np.inf, limit)])
+        index = np.repeat(np.arange(len(rows)), [len(columns) for columns, _ in rows])
+        entries = (np.concatenate([v for _, v in rows]), (index, np.concatenate([c for c, _ in rows])))
+        return LinearConstraint(csc_array(entries, shape=(len(rows), self._n)), bounds[:, 0], bounds[:, 1])
+
+    # --- variables and rows
+
+    def _variables(self, n: int, lower: float = 0.0, upper: float = 1.0, *, integer: bool = False) -> Ints:
+        self._lower.append(np.full(n, lower))
+        self._upper.append(np.full(n, upper))
+        self._integer.append(np.full(n, int(integer), np.int64))
+        self._n += n
+        return np.arange(self._n - n, self._n)
+
+    def _row(self, columns: Ints, values: Floats, low: float, high: float) -> None:
+        self._rows.append((columns, values))
+        self._row_bounds.append((low, high))
+
+    def _equal(self, total: Ints | np.int64, parts: Ints) -> None:
+        """Add the row `sum(parts) = total`."""
+        columns = np.append(parts, total)
+        self._row(columns, np.append(np.ones(len(parts)), -1.0), 0, 0)
+
+    def _pairs(self, left: Ints, right: Ints) -> Ints:
+        """Return variables (len(left), len(right)) that equal the products of two selectors' variables."""
+        pairs = self._variables(len(left) * len(right)).reshape(len(left), len(right))
+        for i, column in enumerate(left):
+            self._equal(column, pairs[i])
+        for j, column in enumerate(right):
+            self._equal(column, pairs[:, j])
+        return pairs
+
+    # --- widths
+
+    def end(self, width: Width) -> End:
+        """Return (key, factor, const) such that the width is `const + factor * total(key)`; the key may be empty."""
+        const = width.const + sum(slots * self._sizes[name] for name, slots in width.parts if name not in self.groups)
+        parts = [(name, slots) for name, slots in width.parts if name in self.groups]
+        parts.sort(key=lambda part: self._order[part[0]])  # a concat's beginning is a beginning of the next concat
+        factor = reduce(gcd, (slots for _, slots in parts), 0)
+        return tuple((name, slots // factor) for name, slots in parts), factor, const
+
+    def totals(self, key: Key) -> Ints:
+        """Return every total that the groups of `key` can reach, ascending."""
+        totals = np.zeros(1, np.int64)
+        for name, slots in key:
+            totals = np.unique(totals[:, None] + slots * self.groups[name].totals[None, :])
+        return totals
+
+    def _selector(self, key: Key) -> Selector:
+        if key not in self._selectors:
+            *head, (name, slots) = key
+            own = self.groups[name]
+            if not head:
+                self._selectors[key] = Selector(own.totals * slots, own.columns)
+            else:
+                self._selectors[key] = self._sum(self._selector(tuple(head)), Selector(own.totals * slots, own.columns))
+        return self._selectors[key]
+
+    def _sum(self, left: Selector, right: Selector) -> Selector:
+        pairs = self._pairs(left.columns, right.columns)
+        totals, index = np.unique(left.totals[:, None] + right.totals[None, :], return_inverse=True)
+        index = index.reshape(pairs.shape)
+        columns = self._variables(len(totals))
+        for k, column in enumerate(columns):
+            self._equal(column, pairs[index == k])
+        return Selector(totals, columns)
+
+    # --- prices
+
+    def _price(self, terms: Sequence[CostTerm]) -> None:
+        single: dict[Key, Floats] = {}
+        double: dict[tuple[Key, Key], Floats] = {}
+        for term in terms:
+            a, b = self.end(term.n_in), self.end(term.n_out)
+            if a[0] and b[0] and a[0] != b[0]:
+                keys, matrix = self._matrix(term.price, a, b)
+                double[keys] = double[keys] + matrix if keys in double else matrix
+            elif key := a[0] or b[0]:
+                vector = self._vector(term.price, key, a, b)
+                single[key] = single[key] + vector if key in single else vector
+            else:
+                self.constant += term.price(a[2], b[2])
+        for key, prices in single.items():
+            self._price_single(key, prices)
+        for (left, right), prices in double.items():
+            self._price_double(left, right, prices)
+
+    def _vector(self, price: Price, key: Key, a: End, b: End) -> Floats:
+        totals = self.totals(key).tolist()
+        return np.array([price(a[2] + a[1] * t, b[2] + b[1] * t) for t in totals], dtype=np.float64)
+
+    def _matrix(self, price: Price, a: End, b: End) -> tuple[tuple[Key, Key], Floats]:
+        ins = (a[2] + a[1] * self.totals(a[0])).tolist()
+        outs = (b[2] + b[1] * self.totals(b[0])).tolist()
+        matrix = np.array([[price(i, o) for o in outs] for i in ins], dtype=np.float64)
+        return ((a[0], b[0]), matrix) if a[0] <= b[0] else ((b[0], a[0]), matrix.T)
+
+    def _price_single(self, key: Key, prices: Floats) -> None:
+        hulls = [_lower_hull(self.totals(key), prices)]
+        if len(key) == 1 or not (_touches(self.totals(key), hulls, prices[:, None]) or len(prices) > MAX_PAIRS // 4):
+            self._costs.append((self._selector(key).columns, prices))
+        else:
+            self._envelope(key, None, hulls, prices[:, None])
+
+    def _price_double(self, left: Key, right: Key, prices: Floats) -> None:
+        sides = [(left, right, prices), (right, left, prices.T)]
+        several = [side for side in sides if len(side[0]) > 1]
+        hulls = [[_lower_hull(self.totals(key), column) for column in matrix.T] for key, _, matrix in several]
+        for (key, other, matrix), hull in zip(several, hulls, strict=True):
+            if _touches(self.totals(key), hull, matrix):
+                return self._envelope(key, self._selector(other), hull, matrix)
+        if several and prices.size > MAX_PAIRS:
+            widest = max(range(len(several)), key=lambda i: len(several[i][2]))
+            key, other, matrix = several[widest]
+            return self._envelope(key, self._selector(other), hulls[widest], matrix)
+        pairs = self._pairs(self._selector(left).columns, self._selector(right).columns)
+        return self._costs.append((pairs.ravel(), prices.ravel()))
+
+    def _envelope(self, key: Key, other: Selector | None, hulls: list[Ints], prices: Floats) -> None:
+        """Price `key` as a number: one share of it for each choice of the other end, and the envelope over each share."""
+        self.exact = self.exact and _touches(self.totals(key), hulls, prices)
+        totals = self.totals(key)
+        shares = self._variables(len(hulls), upper=float(totals[-1]))
+        columns = np.concatenate([self.groups[name].columns for name, _ in key])
+        slots = np.concatenate([slots * self.groups[name].totals for name, slots in key])
+        self._row(np.concatenate([columns, shares]), np.concatenate([-slots.astype(float), np.ones(len(shares))]), 0, 0)
+        for j, share in enumerate(shares):
+            chosen = np.empty(0, np.int64) if other is None else other.columns[j : j + 1]
+            if other is not None:
+                self._row(np.append(chosen, share), np.array([-float(totals[0]), 1.0]), 0, np.inf)
+                self._row(np.append(chosen, share), np.array([-float(totals[-1]), 1.0]), -np.inf, 0)
+            self._pieces(share, chosen, totals[hulls[j]], prices[hulls[j], j])
+
+    def _pieces(self, share: np.int64, chosen: Ints, x: Ints, y: Floats) -> None:
+        """Price one share by the affine pieces between the points (x, y); `chosen` is empty when it is always chosen."""
+        slopes = np.diff(y) / np.diff(x)
+        heights = y[:-1] - slopes * x[:-1]
+        if len(slopes) == 1:
+            self._costs.append((np.append(chosen, share), np.array([*heights[: len(chosen)], *slopes])))
+            self.constant += 0.0 if len(chosen) else float(heights[0])
+            return
+        cost = self._variables(1, -np.inf, np.inf)
+        self._costs.append((cost, np.ones(1)))
+        for slope, height in zip(slopes, heights, strict=True):
+            columns = np.concatenate([cost, [share], chosen])
+            free = 0.0 if len(chosen) else height
+            self._row(columns, np.array([1.0, -slope, *([-height] * len(chosen))]), free, np.inf)
+
+
+def _lower_hull(x: Ints, y: Floats) -> Ints:
+    """Return the indices of the corners of the lower convex hull of points with ascending x."""
+    hull: list[int] = []
+    slack = 1e-9 * float(np.abs(y).max(initial=0.0))
+    for i in range(len(x)):
+        while len(hull) > 1:
+            a, b = hull[-2], hull[-1]
+            share = (x[b] - x[a]) / (x[i] - x[a])
+            if y[b] < y[a] + share * (y[i] - y[a]) - slack:
+                break
+            hull.pop()
+        hull.append(i)
+    return np.array(hull, np.int64)
+
+
+def _touches(totals: Ints, hulls: Sequence[Ints], prices: Floats) -> bool:
+    """Whether every column of prices lies on its hull: then it is convex and the envelope is the price itself."""
+    slack = 1e-8 * float(np.abs(prices).max(initial=0.0))
+    return all(
+        bool((prices[:, j] - np.interp(totals, totals[hull], prices[hull, j]) <= slack).all()) for j, hull in enumerate(hulls)
+    )
