@@ -1,0 +1,155 @@
+"""What a backend is: it describes jobs and reads what they answered; a runner carries them out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploypipe.targets import Target
+
+MAX_FOREIGN = 0.05  # share of our cores' time that others may take before a measurement counts as disturbed
+PYTHON = "{python}"  # in argv: the interpreter of the machine that runs the job
+Facts = dict[str, Any]  # plain JSON values: versions, CPU, threads
+Arrays = dict[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One program to run in an empty folder on the target.
+
+    Attributes:
+        argv: Program and arguments, never a shell line. `{python}` stands for the machine's interpreter.
+        push: File name in the folder -> a local file, or the content itself.
+        pull: File names to fetch when the program has ended.
+        env: Added to the environment.
+        timeout_s: The program is ended after this time.
+    """
+
+    argv: tuple[str, ...]
+    push: Mapping[str, Path | bytes] = field(default_factory=dict)
+    pull: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    timeout_s: float = 600.0
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a finished job left: its output and the local paths of the fetched files."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+    pulled: Mapping[str, Path]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Latency of a whole model in microseconds, without profiling.
+
+    `foreign_load` is the share of our cores' time that other programs took while we measured; None where the system
+    does not tell. `cpu_us` is the median processor time of a run, for one thread only.
+    """
+
+    median_us: float
+    p10_us: float
+    p90_us: float
+    runs: int
+    foreign_load: float | None
+    cpu_us: float | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether other programs disturbed the measurement."""
+        return (self.foreign_load or 0.0) > MAX_FOREIGN
+
+    @property
+    def quiet_us(self) -> float:
+        """Latency as far as it can be told: the median, or on a busy machine the processor time if that is less."""
+        return min(self.median_us, self.cpu_us) if self.busy and self.cpu_us else self.median_us
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """One kernel of the runtime, as it ran inside a model.
+
+    Attributes:
+        name: The runtime's name for it.
+        op: Its operation.
+        weight: Name of the layer's weight if the kernel is a layer of the model, else "".
+        feeds: Weights of the nearest layers before it: the kernel's cost follows their widths.
+        median_us: Median over runs; likewise `p10_us`, `p90_us`.
+        runs: How many runs were counted.
+    """
+
+    name: str
+    op: str
+    weight: str
+    feeds: tuple[str, ...]
+    median_us: float
+    p10_us: float
+    p90_us: float
+    runs: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Kernel times of one model, in the order of execution."""
+
+    kernels: tuple[KernelTime, ...]
+    foreign_load: float | None = None
+
+    @property
+    def sum_us(self) -> float:
+        """Sum of the medians."""
+        return sum(kernel.median_us for kernel in self.kernels)
+
+
+class Backend(Protocol):
+    """A runtime. Pure: no process, no socket; models are ONNX files."""
+
+    name: ClassVar[str]
+    suffix: ClassVar[str]
+
+    def available(self) -> tuple[bool, str]:
+        """Return whether this machine can prepare jobs for it, and else what is missing."""
+        ...
+
+    def describe_job(self, target: Target) -> Job:
+        """Ask for versions and device facts."""
+        ...
+
+    def read_description(self, result: JobResult) -> Facts:
+        """Read the answer of `describe_job`."""
+        ...
+
+    def build_job(self, model: Path, target: Target) -> Job:
+        """Compile `model`; the built file is pulled as `artifact` + suffix."""
+        ...
+
+    def bench_job(self, models: Mapping[str, Path], target: Target) -> Job:
+        """Time whole models, or built artefacts, interleaved so that drift meets all alike."""
+        ...
+
+    def read_bench(self, result: JobResult) -> dict[str, Timing]:
+        """Read the answer of `bench_job`."""
+        ...
+
+    def profile_job(self, models: Mapping[str, Path | bytes], target: Target) -> Job:
+        """Time the kernels of several models, interleaved."""
+        ...
+
+    def read_profile(self, result: JobResult, models: Mapping[str, Path | bytes]) -> dict[str, Profile]:
+        """Read the answer of `profile_job`; `models` are the same."""
+        ...
+
+    def run_job(self, model: Path, inputs: Arrays, target: Target) -> Job:
+        """Run a model, or a built artefact, once on `inputs` (input name -> array)."""
+        ...
+
+    def read_run(self, result: JobResult) -> Arrays:
+        """Read the outputs, in the model's order."""
+        ...

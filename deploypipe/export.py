@@ -1,0 +1,208 @@
+"""Torch to ONNX in one file, and its simplification; nothing half-written ever appears under the final name."""
+
+import contextlib
+import io
+import logging
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from deploypipe.errors import ModelError, UsageError
+
+OLDEST_OPSET = 18  # below it the exporter logs a failed down-conversion and silently writes 18
+_NOISE = ("Traceback", "File ", "^", "~", "The above exception", "⬇", "(Refer to", "[torch.onnx]", "While executing", "Original ")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A written ONNX file: its inputs and outputs in the order of the model's own."""
+
+    path: Path
+    opset: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    n_nodes: int
+
+
+@dataclass(frozen=True)
+class Simplified:
+    """What simplification did; if not `ok`, `path` holds the unchanged model and `reason` says why."""
+
+    path: Path
+    ok: bool
+    reason: str
+    n_nodes_before: int
+    n_nodes_after: int
+
+
+def export_onnx(model: nn.Module, example: Any, path: str | Path, opset: int = 20) -> Exported:
+    """Write `model` in evaluation mode as one self-contained ONNX file with a fixed batch size.
+
+    Weights keep their torch parameter names as initializer names. Inputs are called `input` (or `input_0`, `input_1`,
+    ...), outputs `output` (or `output_0`, ... in the order in which the model's result flattens).
+
+    Args:
+        model: Its mode and parameters are left as they were.
+        example: A tensor, or the tuple of the model's positional arguments.
+        path: Where the file goes; replaced at once when it is complete.
+        opset: ONNX operator set, 18 or later.
+
+    Raises:
+        UsageError: The operator set is too old.
+        ModelError: The model cannot be exported; names the cause.
+    """
+    path = Path(path)
+    if opset < OLDEST_OPSET:
+        fix = f"use opset {OLDEST_OPSET} or later"
+        raise UsageError(f"torch cannot export operator set {opset}", at=f"export of {path.name}", fix=fix)
+    args = tuple(example) if isinstance(example, tuple | list) else (example,)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _evaluating(model), tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
+        temporary = Path(folder) / "model.onnx"
+        with torch.no_grad():
+            outputs = _numbered("output", _n_tensors(model(*args)))
+        inputs = _numbered("input", _n_tensors(args))
+        _export(model, args, temporary, opset, inputs, outputs)
+        written = _read_back(temporary, opset)
+        temporary.replace(path)
+    graph = written.graph
+    return Exported(
+        path, opset, tuple(i.name for i in graph.input), tuple(o.name for o in graph.output), len(graph.node)
+    )
+
+
+def simplify_onnx(src: str | Path, dst: str | Path) -> Simplified:
+    """Simplify an ONNX file; if that fails, `dst` is a copy of `src` and the reason is returned.
+
+    Raises:
+        ModelError: `src` is no ONNX file.
+    """
+    src, dst = Path(src), Path(dst)
+    model = load_onnx(src)
+    before = len(model.graph.node)
+    temporary = dst.with_name(dst.name + ".tmp")
+    try:
+        simplified = _simplified(model)
+    except Exception as error:  # noqa: BLE001, RUF100 - the simplifier is optional: whatever stops it is reported, not raised
+        shutil.copyfile(src, temporary)
+        temporary.replace(dst)
+        return Simplified(dst, False, _last_lines(str(error)) or type(error).__name__, before, before)
+    onnx.save(simplified, str(temporary))
+    temporary.replace(dst)
+    return Simplified(dst, True, "", before, len(simplified.graph.node))
+
+
+def load_onnx(path: str | Path) -> onnx.ModelProto:
+    """Read an ONNX file.
+
+    Raises:
+        ModelError: It is missing or damaged.
+    """
+    try:
+        return onnx.load(str(path))
+    except Exception as error:
+        raise ModelError(f"cannot read ONNX model: {error}", at=str(path), fix="export the model again") from error
+
+
+def _simplified(model: onnx.ModelProto) -> onnx.ModelProto:
+    import onnxsim  # noqa: PLC0415 - a native module that may be absent: then simplification is skipped with that reason
+
+    with _quiet():
+        simplified, same = onnxsim.simplify(model, check_n=0)
+    names = [[value.name for value in part] for part in (model.graph.input, model.graph.output)]
+    if names != [[value.name for value in part] for part in (simplified.graph.input, simplified.graph.output)]:
+        raise ModelError("the simplifier changed the model's inputs or outputs")
+    if not same:
+        raise ModelError("the simplifier's own check failed")
+    onnx.checker.check_model(simplified)
+    result: onnx.ModelProto = simplified
+    return result
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], path: Path, opset: int, inputs: list[str], outputs: list[str]
+) -> None:
+    said = io.StringIO()
+    try:
+        with _quiet(said):
+            torch.onnx.export(
+                model, args, str(path), dynamo=True, external_data=False, opset_version=opset, verbose=False,
+                input_names=inputs, output_names=outputs,
+            )  # fmt: skip
+    except Exception as error:
+        cause = _root(error)
+        raise ModelError(
+            f"the model cannot be exported to ONNX: {_last_lines(str(cause) or type(cause).__name__)}",
+            at=f"torch.onnx.export of {type(model).__name__}, operator set {opset}",
+            fix="rewrite that part of forward with operations that torch.export follows (no branch on tensor values)",
+        ) from error
+    if not path.is_file():
+        raise ModelError(f"the exporter wrote nothing: {_last_lines(said.getvalue())}", at=type(model).__name__)
+
+
+def _read_back(path: Path, opset: int) -> onnx.ModelProto:
+    """Load what was written and refuse another operator set than the one asked for."""
+    model = load_onnx(path)
+    written = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    if written != opset:
+        raise ModelError(
+            f"asked for operator set {opset}, the exporter wrote {written}",
+            at="torch.onnx.export",
+            fix=f"set opset = {written} in the target, or use another torch version",
+        )
+    return model
+
+
+def _n_tensors(value: Any) -> int:
+    return sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+
+
+def _numbered(stem: str, count: int) -> list[str]:
+    return [stem] if count == 1 else [f"{stem}_{index}" for index in range(count)]
+
+
+def _root(error: BaseException) -> BaseException:
+    """Follow the chain of causes to the exception that started it: the exporter wraps it several times."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _last_lines(text: str, count: int = 3, width: int = 300) -> str:
+    lines = [line.strip() for line in text.splitlines()]
+    telling = [line for line in lines if line and not line.startswith(_NOISE)]
+    return "; ".join(telling[:1] if len(telling) <= 1 else telling[:count])[:width]
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
+def _quiet(said: io.StringIO | None = None) -> Iterator[None]:
+    """Keep the exporter's progress lines, warnings and log records off the user's screen."""
+    said = said or io.StringIO()
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

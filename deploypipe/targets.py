@@ -1,0 +1,165 @@
+"""Read `targets/*.toml`: the facts of what we deploy to, checked key by key."""
+
+import dataclasses
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from deploypipe.errors import TargetError, nearest
+
+_PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the hardware is: instruction set ("native" = that of the machine itself) and accelerator."""
+
+    arch: str = "native"
+    accelerator: str = "none"
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How to get there: `via` names a runner; host and work folder are for remote ones."""
+
+    via: str = "local"
+    host: str = ""
+    workdir: str = ""
+
+
+@dataclass(frozen=True)
+class BuildSpec:
+    """What compiles the model, at which precision, from which ONNX operator set."""
+
+    backend: str
+    precision: str = "fp32"
+    opset: int = 20
+    simplify: bool = True
+
+
+@dataclass(frozen=True)
+class MeasureSpec:
+    """How latency is measured: untimed runs, timed runs, threads and batch size of the runtime."""
+
+    warmup: int = 10
+    runs: int = 100
+    threads: int = 1
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("warmup", 0), ("runs", 1), ("threads", 1), ("batch", 1)):
+            value = getattr(self, name)
+            if value < least:
+                raise TargetError(f"{name} is {value}", at=f"measure.{name}", fix=f"use {least} or more")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a model is deployed to. Facts only; `path` is the file they were read from."""
+
+    name: str
+    build: BuildSpec
+    title: str = ""
+    device: Device = field(default_factory=Device)
+    reach: Reach = field(default_factory=Reach)
+    measure: MeasureSpec = field(default_factory=MeasureSpec)
+    path: str = field(default="", metadata={"file": False})
+
+    def replace(self, **changes: Any) -> "Target":
+        """Return a copy with some facts changed, wherever in the tree they stand: `target.replace(threads=2)`.
+
+        Raises:
+            TargetError: No fact has this name.
+        """
+        whole = {name for name in _names(Target) if name in changes}
+        state: dict[str, Any] = {name: changes.pop(name) for name in whole}
+        for section in ("device", "reach", "build", "measure"):
+            part = state.get(section, getattr(self, section))
+            own = {name: changes.pop(name) for name in _names(type(part)) if name in changes}
+            state[section] = dataclasses.replace(part, **own)
+        if changes:
+            known = [name for part in (Device, Reach, BuildSpec, MeasureSpec) for name in _names(part)]
+            raise TargetError(f"a target has no '{next(iter(changes))}'", at=self.name, fix=nearest(next(iter(changes)), known))
+        return dataclasses.replace(self, **state)
+
+
+def load_target(name: str | Path) -> Target:
+    """Return the target called `name`, or the one in the file `name`.
+
+    A name is looked up in `./targets`, then among the targets that come with the package.
+
+    Raises:
+        TargetError: No such target or file, or the file is no valid target; names the key.
+    """
+    path = _find(str(name))
+    try:
+        state = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise TargetError(f"cannot read target: {error}", at=str(path), fix="check the path and its permissions") from error
+    except tomllib.TOMLDecodeError as error:
+        raise TargetError(f"target is not TOML: {error}", at=str(path), fix="correct that line") from error
+    target: Target = _read(Target, state, str(path), "")
+    if target.name != path.stem:
+        raise TargetError(
+            f"target calls itself '{target.name}'", at=f"{path}: name", fix=f"write name = \"{path.stem}\" or rename the file"
+        )
+    return dataclasses.replace(target, path=str(path))
+
+
+def list_targets() -> dict[str, Path]:
+    """Return name -> file of every target that `load_target` finds by name."""
+    found: dict[str, Path] = {}
+    for folder in _folders():
+        for path in sorted(folder.glob("*.toml")):
+            found.setdefault(path.stem, path)
+    return dict(sorted(found.items()))
+
+
+def _folders() -> Iterator[Path]:
+    # The repository root comes last: it only exists beside the package in a checkout.
+    return (folder for folder in (Path("targets"), _PACKAGE / "_data" / "targets", _PACKAGE.parent / "targets"))
+
+
+def _find(name: str) -> Path:
+    if name.endswith(".toml") or "/" in name or "\\" in name:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise TargetError(f"there is no target file '{name}'", at=f"--target {name}", fix=nearest(name, list_targets()))
+        return path
+    known = list_targets()
+    if name not in known:
+        raise TargetError(f"unknown target '{name}'", at=f"--target {name}", fix=nearest(name, known))
+    return known[name]
+
+
+def _names(cls: Any) -> list[str]:
+    return [item.name for item in dataclasses.fields(cls) if item.metadata.get("file", True)]
+
+
+def _read(cls: Any, state: dict[str, Any], path: str, prefix: str) -> Any:
+    """Build the dataclass `cls` from a TOML table; the key path of whatever does not fit goes into the error."""
+    known, hints = _names(cls), get_type_hints(cls)
+    values = {}
+    for key, value in state.items():
+        at = f"{path}: {prefix}{key}"
+        if key not in known:
+            raise TargetError(f"unknown key '{prefix}{key}'", at=at, fix=nearest(key, known))
+        wanted = hints[key]
+        if dataclasses.is_dataclass(wanted):
+            if not isinstance(value, dict):
+                raise TargetError(f"'{prefix}{key}' must be a table", at=at, fix=f"write [{prefix}{key}]")
+            values[key] = _read(wanted, value, path, f"{prefix}{key}.")
+        elif type(value) is not wanted:  # not isinstance: TOML's true is no number
+            raise TargetError(f"'{prefix}{key}' is {value!r}", at=at, fix=f"write a value of type {wanted.__name__}")
+        else:
+            values[key] = value
+    for item in dataclasses.fields(cls):
+        missing = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if missing and item.name not in values:
+            raise TargetError(f"key '{prefix}{item.name}' is missing", at=path, fix=f"add {prefix}{item.name}")
+    try:
+        return cls(**values)
+    except TargetError as error:
+        raise TargetError(error.message, at=f"{path}: {error.at}", fix=error.fix) from error

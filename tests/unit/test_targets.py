@@ -1,0 +1,64 @@
+from pathlib import Path
+
+import pytest
+
+from deploypipe.errors import TargetError
+from deploypipe.targets import list_targets, load_target
+
+GOOD = 'name = "box"\n[build]\nbackend = "onnxruntime"\n[measure]\nthreads = 2\n'
+
+
+def write(folder: Path, text: str, name: str = "box") -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_file_is_read_with_defaults_for_what_it_leaves_out(tmp_path):
+    target = load_target(write(tmp_path, GOOD))
+    assert (target.name, target.build.backend, target.build.opset, target.measure.threads) == ("box", "onnxruntime", 20, 2)
+    assert target.reach.via == "local"
+
+
+def test_own_targets_come_before_packaged_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_target("cpu").measure.threads == 1
+    write(tmp_path / "targets", GOOD.replace("box", "cpu"), "cpu")
+    assert load_target("cpu").measure.threads == 2
+    assert list_targets()["cpu"] == Path("targets/cpu.toml")
+
+
+def test_replace_changes_facts_wherever_they_stand():
+    target = load_target("cpu")
+    changed = target.replace(threads=4, precision="fp16", title="x")
+    assert (changed.measure.threads, changed.build.precision, changed.title) == (4, "fp16", "x")
+    assert (target.measure.threads, target.build.precision) == (1, "fp32")
+    assert changed.measure.runs == target.measure.runs
+    with pytest.raises(TargetError, match="did you mean 'threads'"):
+        target.replace(thread=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD + "treads = 3\n", r"unknown key 'measure.treads'[\s\S]*box.toml: measure.treads[\s\S]*did you mean 'threads'"),
+        (GOOD + "runs = true\n", r"'measure.runs' is True[\s\S]*type int"),
+        (GOOD + "runs = 0\n", r"runs is 0[\s\S]*box.toml: measure.runs[\s\S]*use 1 or more"),
+        ('name = "box"\n', r"key 'build' is missing"),
+        ('name = "box"\nbuild = 3\n', r"'build' must be a table"),
+        ('name = "box"\n[build]\nopset = 20\n', r"key 'build.backend' is missing"),
+        (GOOD.replace("box", "bax"), r"target calls itself 'bax'"),
+        ("name = \n", r"target is not TOML"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path, text, message):
+    with pytest.raises(TargetError, match=message):
+        load_target(write(tmp_path, text))
+
+
+def test_unknown_names_suggest_the_nearest():
+    with pytest.raises(TargetError, match="did you mean 'cpu'"):
+        load_target("cpuu")
+    with pytest.raises(TargetError, match="there is no target file"):
+        load_target("missing/box.toml")
