@@ -1,0 +1,268 @@
+"""A report as text for people: rows for the terminal, a Markdown page, a comparison of runs."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import sqrt
+from pathlib import Path
+
+from deploypipe.report import JSON_NAME, MARKDOWN_NAME, BudgetOutcome, GroupOutcome, Latency, Report, Side
+
+Row = tuple[str, ...]
+_UNKNOWN = "not measured"
+SUMMARY_COLUMNS = ("", "dense", "pruned", "change")
+COMPARISON_COLUMNS = ("run", "algorithm", "budget", "met", "accuracy", "lost", "latency", "faster", "parameters", "MACs")
+
+
+def write(report: Report, folder: Path) -> None:
+    """Write `report.json` and `report.md` into the folder."""
+    report.save(folder / JSON_NAME)
+    (folder / MARKDOWN_NAME).write_text(markdown(report))
+
+
+def summary_rows(report: Report) -> tuple[Row, ...]:
+    """Return the table that answers "how good, how fast, how big": the columns are SUMMARY_COLUMNS."""
+    dense, pruned = report.dense, report.pruned
+    return (
+        (
+            "accuracy",
+            _accuracy(dense.accuracy, report.n_test),
+            _accuracy(pruned.accuracy, report.n_test),
+            _points(dense, pruned),
+        ),
+        (f"latency, {_threads(report)}", _latency(dense.latency), _latency(pruned.latency), _faster(report.speedup)),
+        ("parameters", count(dense.n_parameters), count(pruned.n_parameters), _change(dense.n_parameters, pruned.n_parameters)),
+        ("MACs", count(dense.n_macs), count(pruned.n_macs), _change(dense.n_macs, pruned.n_macs)),
+        ("file", size(dense.artifact_bytes), size(pruned.artifact_bytes), _change(dense.artifact_bytes, pruned.artifact_bytes)),
+    )
+
+
+def verdict(report: Report) -> tuple[Row, ...]:
+    """Return (word, sentence) pairs: was the budget met, is the model proven equal, what to do next."""
+    return (
+        ("budget", _budget_sentence(report.budget)),
+        ("checks", _checks_sentence(report)),
+        ("next", next_step(report)),
+    )
+
+
+def next_step(report: Report) -> str:
+    """Say in one sentence what the user should try next."""
+    lost = _lost(report.dense, report.pruned)
+    if not all(check.passed for check in report.checks):
+        return "do not ship this model: a numeric check failed, see report.md"
+    if not report.budget.met:
+        return (
+            f"the budget was missed; ask for a little less than --budget {report.budget.asked}, or profile on an idle machine"
+        )
+    if lost is None:
+        return "give --data with a test set to learn the accuracy"
+    if lost > max(0.01, 2 * _standard_error(report.pruned.accuracy, report.n_test)):
+        longer = f"--epochs {max(10, 3 * report.epochs)}"
+        return f"{100 * lost:.1f} points were lost: fine-tune longer ({longer}) or allow a larger --budget"
+    return "the loss is small: try a smaller --budget, or `deploypipe compare` with another --algo"
+
+
+def comparison(reports: Mapping[str, Report]) -> tuple[Row, ...]:
+    """Return one row for each run, the most accurate first: the columns are COMPARISON_COLUMNS."""
+    ordered = sorted(reports.items(), key=lambda item: -(item[1].pruned.accuracy or 0.0))
+    return tuple(_comparison_row(name, report) for name, report in ordered)
+
+
+def markdown(report: Report) -> str:
+    """Return the whole report as a Markdown page that ends with a line break."""
+    sections = (
+        _head(report),
+        _table(SUMMARY_COLUMNS, summary_rows(report)),
+        "\n".join(f"- **{word}**: {sentence}" for word, sentence in verdict(report)),
+        _accuracy_section(report),
+        _latency_section(report),
+        _checks_section(report),
+        _groups_section(report.groups),
+        _notes_section(report),
+        _origin_section(report),
+    )
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def count(number: float) -> str:
+    """Return a count in three digits: 41.3 k, 1.82 G."""
+    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= factor:
+            digits = 2 if number < 10 * factor else 1 if number < 100 * factor else 0
+            return f"{number / factor:.{digits}f} {unit}"
+    return f"{number:.0f}"
+
+
+def microseconds(us: float) -> str:
+    """Return a time in three digits: 812 us, 3.04 ms, 1.20 s."""
+    for unit, factor in (("s", 1e6), ("ms", 1e3)):
+        if us >= factor:
+            digits = 2 if us < 10 * factor else 1 if us < 100 * factor else 0
+            return f"{us / factor:.{digits}f} {unit}"
+    return f"{us:.0f} us" if us >= 100 else f"{us:.1f} us"
+
+
+def size(n_bytes: int) -> str:
+    """Return a file size: 180 kB, 46.8 MB."""
+    return f"{count(n_bytes)}B" if n_bytes >= 1000 else f"{n_bytes} B"
+
+
+def amount(value: float, unit: str) -> str:
+    """Return a budget's number in its own unit."""
+    return microseconds(value) if unit == "us" else f"{count(value)} {unit}"
+
+
+def _head(report: Report) -> str:
+    return (
+        f"# {report.model} on {report.target}\n\n"
+        f"Pruned with `{report.algorithm}`, budget {report.budget.asked} ({report.budget.metric}), data `{report.data}`, "
+        f"{report.epochs} epochs of fine-tuning, seed {report.seed}."
+    )
+
+
+def _accuracy_section(report: Report) -> str:
+    if report.dense.accuracy is None:
+        return ""
+    steps = (("dense", report.dense.accuracy), ("compacted", report.compacted_accuracy), ("fine-tuned", report.pruned.accuracy))
+    rows = [(step, _accuracy(value, report.n_test)) for step, value in steps]
+    return f"## Accuracy\n\nOn {report.n_test} test samples, read once; ± is one standard error.\n\n" + _table(
+        ("step", "accuracy"), rows
+    )
+
+
+def _latency_section(report: Report) -> str:
+    rows = [_latency_row("dense", report.dense), _latency_row("pruned", report.pruned)]
+    columns = ("model", "predicted", "median", "p10", "p90", "runs", "prediction error")
+    origin = f"The latency table is **{report.table}**." if report.table else "No latency table was needed."
+    if report.table_error is not None:
+        origin += f" Its median error on whole models is {100 * report.table_error:.1f} %."
+    again = report.budget.n_corrections
+    corrections = f" The table was corrected by a measurement and the plan made again {again} time(s)." if again else ""
+    return f"## Latency, {_threads(report)}\n\n{origin}{corrections}\n\n" + _table(columns, rows) + _certificate(report)
+
+
+def _latency_row(name: str, side: Side) -> Row:
+    predicted = microseconds(side.predicted_us) if side.predicted_us is not None else "none"
+    if side.latency is None:
+        return (name, predicted, _UNKNOWN, "", "", "", "")
+    times = tuple(microseconds(us) for us in (side.latency.median_us, side.latency.p10_us, side.latency.p90_us))
+    error = "" if side.predicted_us is None else f"{100 * (side.predicted_us / side.latency.median_us - 1):+.1f} %"
+    return (name, predicted, *times, str(side.latency.n_runs), error)
+
+
+def _certificate(report: Report) -> str:
+    proof = report.certificate
+    if proof is None:
+        return "\n\nThe algorithm chose the widths itself; no solver proved a bound."
+    return (
+        f"\n\nAllocator: {proof.status}, value {proof.value:.6g}, proven bound {proof.bound:.6g}, gap {100 * proof.gap:.2f} %, "
+        f"{amount(proof.predicted, proof.unit)} predicted of {amount(proof.budget, proof.unit)}, "
+        f"{proof.n_variables} variables, {proof.seconds:.2f} s."
+    )
+
+
+def _checks_section(report: Report) -> str:
+    rows = [
+        (c.stage, c.against, f"{c.error:.1e}", f"{c.tolerance:.0e}", str(c.n_inputs), "passed" if c.passed else "**FAILED**")
+        for c in report.checks
+    ]
+    columns = ("stage", "must equal", "relative error", "tolerance", "inputs", "")
+    return "## Numeric checks\n\n" + (_table(columns, rows) if rows else "None was made.")
+
+
+def _groups_section(groups: Sequence[GroupOutcome]) -> str:
+    rows = [
+        (f"`{g.name}`", f"{g.size} -> {g.kept}", str(len(g.members)), ", ".join(g.coupled_by), g.fixed or g.skipped)
+        for g in groups
+    ]
+    return "## Channels kept\n\n" + _table(("group", "channels", "members", "coupled by", "why whole"), rows)
+
+
+def _notes_section(report: Report) -> str:
+    return "## Notes\n\n" + "\n".join(f"- {note}" for note in report.notes) if report.notes else ""
+
+
+def _origin_section(report: Report) -> str:
+    facts = [*report.machine.items(), *((f"version of {name}", version) for name, version in report.versions.items())]
+    options = [(f"option {name}", str(value)) for name, value in report.options.items()]
+    stages = [(f"time of {stage}", f"{seconds:.1f} s") for stage, seconds in report.seconds.items()]
+    files = [(what, f"`{path}`") for what, path in report.artifacts.items()]
+    made = [
+        (name, text)
+        for name, text in (("command", f"`{report.command}`" * bool(report.command)), ("made", report.created))
+        if text
+    ]
+    rows = [*made, *files, *options, *stages, *facts]
+    return "## Where this comes from\n\n" + _table(("what", "value"), rows) if rows else ""
+
+
+def _comparison_row(name: str, report: Report) -> Row:
+    lost = _lost(report.dense, report.pruned)
+    return (
+        name,
+        report.algorithm,
+        f"{report.budget.asked} {report.budget.metric}",
+        "yes" if report.budget.met else "no",
+        _accuracy(report.pruned.accuracy, report.n_test),
+        "" if lost is None else f"{100 * lost:.2f}",
+        _latency(report.pruned.latency),
+        _faster(report.speedup),
+        count(report.pruned.n_parameters),
+        count(report.pruned.n_macs),
+    )
+
+
+def _budget_sentence(budget: BudgetOutcome) -> str:
+    how = "measured" if budget.unit == "us" else "counted"
+    limit, reached, predicted = (amount(value, budget.unit) for value in (budget.limit, budget.reached, budget.predicted))
+    outcome = "met" if budget.met else "MISSED"
+    return f"{outcome}: {reached} {how} ({predicted} predicted), at most {limit} allowed ({budget.asked})"
+
+
+def _checks_sentence(report: Report) -> str:
+    if not report.checks:
+        return "none was made"
+    failed = [check for check in report.checks if not check.passed]
+    if failed:
+        return "FAILED: " + ", ".join(
+            f"{c.stage} differs from {c.against} by {c.error:.1e} (at most {c.tolerance:.0e})" for c in failed
+        )
+    worst = max(report.checks, key=lambda check: check.error / check.tolerance)
+    return f"all {len(report.checks)} passed; closest to its limit: {worst.stage}, {worst.error:.1e} of {worst.tolerance:.0e}"
+
+
+def _threads(report: Report) -> str:
+    return f"{report.threads} thread{'s' * (report.threads != 1)}"
+
+
+def _latency(latency: Latency | None) -> str:
+    return microseconds(latency.median_us) if latency else _UNKNOWN
+
+
+def _faster(speedup: float | None) -> str:
+    return "" if speedup is None else f"{speedup:.2f}x faster" if speedup >= 1 else f"{1 / speedup:.2f}x slower"
+
+
+def _accuracy(value: float | None, n_test: int) -> str:
+    return _UNKNOWN if value is None else f"{100 * value:.2f} % ± {100 * _standard_error(value, n_test):.2f}"
+
+
+def _standard_error(accuracy: float | None, n_test: int) -> float:
+    return sqrt(accuracy * (1 - accuracy) / n_test) if accuracy is not None and n_test else 0.0
+
+
+def _lost(dense: Side, pruned: Side) -> float | None:
+    return None if dense.accuracy is None or pruned.accuracy is None else dense.accuracy - pruned.accuracy
+
+
+def _points(dense: Side, pruned: Side) -> str:
+    lost = _lost(dense, pruned)
+    return "" if lost is None else f"{-100 * lost:+.2f} points"
+
+
+def _change(before: float, after: float) -> str:
+    return f"{100 * (after / before - 1):+.0f} %" if before else ""
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,251 @@
+"""What a run found out, as one frozen value that survives JSON."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from deploypipe.errors import UsageError
+from deploypipe.types import Certificate
+
+REPORT_SCHEMA = 1
+JSON_NAME, MARKDOWN_NAME = "report.json", "report.md"
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Measured time of one forward pass, in microseconds: median, spread and number of runs."""
+
+    median_us: float
+    p10_us: float
+    p90_us: float
+    n_runs: int
+
+
+@dataclass(frozen=True)
+class Side:
+    """The model before or after pruning.
+
+    Attributes:
+        accuracy: Share of the test set that is labelled right, 0 to 1; None if there is no test set.
+        n_parameters: Trainable parameters.
+        n_macs: Multiply-accumulates of one forward pass.
+        artifact_bytes: Size of the file that runs on the target.
+        latency: Measured on the target; None if the target could not be reached.
+        predicted_us: What the latency table says; None if the run needed no table.
+    """
+
+    accuracy: float | None
+    n_parameters: int
+    n_macs: int
+    artifact_bytes: int
+    latency: Latency | None
+    predicted_us: float | None
+
+
+@dataclass(frozen=True)
+class BudgetOutcome:
+    """The budget that was asked for, and what became of it.
+
+    Attributes:
+        asked: As the user wrote it: "50%", "3ms".
+        metric: "latency", "macs" or "params".
+        unit: Of the three numbers: "us", "MACs" or "params".
+        limit: The most that was allowed.
+        predicted: Of the plan, by the cost table.
+        reached: Of the built model: measured latency, or counted.
+        n_corrections: How often the table was corrected by a measurement and the plan made again.
+    """
+
+    asked: str
+    metric: str
+    unit: str
+    limit: float
+    predicted: float
+    reached: float
+    n_corrections: int = 0
+
+    @property
+    def met(self) -> bool:
+        """The built model stays within the limit."""
+        return self.reached <= self.limit
+
+
+@dataclass(frozen=True)
+class GroupOutcome:
+    """One group of coupled channels.
+
+    Attributes:
+        name: The first layer that produces the channels.
+        size: Channels before.
+        kept: Channels after.
+        members: The parameter axes that are cut together, as "name[axis] role".
+        coupled_by: Operations that tie several layers into the group.
+        fixed: Why it cannot be pruned; empty if it can.
+        skipped: Why the algorithm left it whole; empty if it judged it.
+    """
+
+    name: str
+    size: int
+    kept: int
+    members: tuple[str, ...] = ()
+    coupled_by: tuple[str, ...] = ()
+    fixed: str = ""
+    skipped: str = ""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A stage's outputs against those of the stage before, on real inputs.
+
+    Attributes:
+        stage: What was checked: "compacted", "onnx", "simplified", "engine".
+        against: What it must agree with.
+        error: Largest absolute difference, as a share of the largest output.
+        tolerance: The most that is allowed.
+        n_inputs: On how many inputs.
+    """
+
+    stage: str
+    against: str
+    error: float
+    tolerance: float
+    n_inputs: int
+
+    @property
+    def passed(self) -> bool:
+        """The error stays within the tolerance (an error that is not a number does not)."""
+        return self.error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a run found out.
+
+    Attributes:
+        compacted_accuracy: After compaction, before fine-tuning; None if there is no test set.
+        n_test: Samples in the test set.
+        threads: Of the runtime, while measuring.
+        table: Where the latency table comes from: "measured", "estimated", or "" if the run needed none.
+        table_error: Median relative error of the table on whole models, 0.03 = 3 %; None if not checked.
+        seconds: Stage -> time that computing it took, also if its result was reused.
+        artifacts: What -> path below the run folder.
+        notes: What else the user should know, in sentences.
+    """
+
+    model: str
+    data: str
+    target: str
+    algorithm: str
+    options: Mapping[str, Any]
+    seed: int
+    epochs: int
+    dense: Side
+    pruned: Side
+    compacted_accuracy: float | None
+    n_test: int
+    budget: BudgetOutcome
+    groups: tuple[GroupOutcome, ...]
+    checks: tuple[Check, ...]
+    certificate: Certificate | None = None
+    threads: int = 1
+    table: str = ""
+    table_error: float | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    artifacts: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    machine: Mapping[str, str] = field(default_factory=dict)
+    command: str = ""
+    created: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def speedup(self) -> float | None:
+        """Measured latency before over after; None unless both were measured."""
+        if self.dense.latency is None or self.pruned.latency is None:
+            return None
+        return self.dense.latency.median_us / self.pruned.latency.median_us
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values, with the schema and the derived figures that scripts ask for first."""
+        derived = {"speedup": self.speedup, "budget_met": self.budget.met, "checks_passed": all(c.passed for c in self.checks)}
+        return {"schema": REPORT_SCHEMA, **derived, **_plain(self)}
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any], at: str = "report") -> "Report":
+        """Read what `to_json` wrote.
+
+        Raises:
+            UsageError: The schema is unknown, or a field is missing or malformed.
+        """
+        if state.get("schema") != REPORT_SCHEMA:
+            message = f"report has schema {state.get('schema')!r}, this version reads {REPORT_SCHEMA}"
+            raise UsageError(message, at=at, fix="run the same build command again")
+        try:
+            values = {part.name: state[part.name] for part in fields(cls)}
+            return cls(**values | _nested(values))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"report is malformed: {error}", at=at, fix="run the same build command again") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, run: str | Path) -> "Report":
+        """Read the report of a run folder, or a report file.
+
+        Raises:
+            UsageError: There is no such run, it is not finished, or the file is no report.
+        """
+        path = Path(run) / JSON_NAME if Path(run).is_dir() else Path(run)
+        try:
+            state = json.loads(path.read_text())
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise _no_report(Path(run)) from error
+        except OSError as error:
+            raise UsageError(f"cannot read the report: {error.strerror}", at=str(path), fix="check the path") from error
+        except ValueError as error:
+            raise UsageError("the report is not JSON", at=str(path), fix="run the same build command again") from error
+        if not isinstance(state, dict):
+            raise UsageError("the report is not a JSON object", at=str(path), fix="run the same build command again")
+        return cls.from_json(state, at=str(path))
+
+
+def _no_report(run: Path) -> UsageError:
+    if not run.exists():
+        return UsageError(f"there is no run '{run}'", at=str(run), fix="give the --out folder of a finished `deploypipe build`")
+    if any(run.glob("*.key")):
+        return UsageError("the run is not finished", at=str(run), fix="run the same build command again: it resumes")
+    return UsageError("no run lies in this folder", at=str(run), fix="give the --out folder of a finished `deploypipe build`")
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {part.name: _plain(getattr(value, part.name)) for part in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(part) for name, part in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(part) for part in value]
+    return value
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that are no plain JSON values."""
+
+    def side(state: Mapping[str, Any]) -> Side:
+        return Side(**{**state, "latency": Latency(**state["latency"]) if state["latency"] else None})
+
+    def group(state: Mapping[str, Any]) -> GroupOutcome:
+        return GroupOutcome(**{**state, "members": tuple(state["members"]), "coupled_by": tuple(state["coupled_by"])})
+
+    return {
+        "dense": side(values["dense"]),
+        "pruned": side(values["pruned"]),
+        "budget": BudgetOutcome(**values["budget"]),
+        "groups": tuple(group(state) for state in values["groups"]),
+        "checks": tuple(Check(**state) for state in values["checks"]),
+        "certificate": Certificate(**values["certificate"]) if values["certificate"] else None,
+        "notes": tuple(values["notes"]),
+    }

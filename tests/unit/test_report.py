@@ -1,0 +1,195 @@
+"""The report: lossless JSON, and texts that say what the figures say."""
+
+import json
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from deploypipe import render
+from deploypipe.errors import UsageError
+from deploypipe.report import BudgetOutcome, Check, GroupOutcome, Latency, Report, Side
+from deploypipe.types import Certificate
+
+REPORT = Report(
+    model="demo",
+    data="demo",
+    target="cpu",
+    algorithm="thinet",
+    options={"ridge": 1e-4, "images": 64},
+    seed=0,
+    epochs=3,
+    dense=Side(0.9778, 41_290, 3_214_000, 181_234, Latency(120.4, 118.0, 131.9, 200), 119.0),
+    pruned=Side(0.9722, 12_030, 1_090_400, 62_001, Latency(59.7, 58.8, 64.2, 200), 60.0),
+    compacted_accuracy=0.9361,
+    n_test=360,
+    budget=BudgetOutcome("50%", "latency", "us", 60.2, 60.0, 59.7, 1),
+    groups=(
+        GroupOutcome("stem.conv", 16, 8, ("stem.conv.weight[0] produces", "a.conv1.weight[1] consumes"), ("add",)),
+        GroupOutcome("a.gate", 8, 8, ("a.gate.weight[0] produces",), (), "", "no batch norm"),
+        GroupOutcome("head", 10, 10, ("head.weight[0] produces",), (), "the network's output"),
+    ),
+    checks=(Check("compacted", "masked", 2.1e-7, 1e-5, 8), Check("onnx", "compacted", 4.0e-6, 1e-4, 8)),
+    certificate=Certificate(12.5, 12.51, 0.0008, 60.0, 60.0, 60.2, "us", 0.21, 310, "optimal"),
+    threads=1,
+    table="measured",
+    table_error=0.021,
+    seconds={"trace": 0.12, "profile": 11.4, "finetune": 20.0},
+    artifacts={"engine": "model.ort.onnx"},
+    versions={"torch": "2.14.1"},
+    machine={"processor": "a | b"},
+    command="deploypipe build --budget 50%",
+    created="2026-11-24 08:00 UTC",
+    notes=("2 background processes were busy while measuring",),
+)
+BARE = replace(
+    REPORT,
+    dense=replace(REPORT.dense, accuracy=None, latency=None, predicted_us=None),
+    pruned=replace(REPORT.pruned, accuracy=None, latency=None, predicted_us=None),
+    compacted_accuracy=None,
+    n_test=0,
+    budget=BudgetOutcome("50%", "macs", "MACs", 1_607_000.0, 1_090_400.0, 1_090_400.0),
+    checks=(),
+    certificate=None,
+    threads=4,
+    table="",
+    table_error=None,
+    notes=(),
+    artifacts={},
+)
+
+
+@pytest.mark.parametrize("report", [REPORT, BARE])
+def test_json_and_back_is_the_identity(report: Report, tmp_path: Path) -> None:
+    report.save(tmp_path / "report.json")
+    loaded = Report.load(tmp_path)
+    assert loaded == report
+    assert Report.load(tmp_path / "report.json") == report
+    for part in fields(Report):
+        assert type(getattr(loaded, part.name)) is type(getattr(report, part.name))
+
+
+def test_json_holds_the_derived_figures() -> None:
+    state = json.loads(json.dumps(REPORT.to_json()))
+    assert state["speedup"] == pytest.approx(120.4 / 59.7)
+    assert (state["budget_met"], state["checks_passed"], state["schema"]) == (True, True, 1)
+
+
+@pytest.mark.parametrize("missing", [part.name for part in fields(Report)])
+def test_a_missing_field_is_named(missing: str) -> None:
+    state = REPORT.to_json()
+    del state[missing]
+    with pytest.raises(UsageError, match=missing):
+        Report.from_json(state)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "not JSON"), ("[]", "not a JSON object"), ('{"schema": 99}', "schema 99"), ('{"schema": 1}', "malformed: 'model'")],
+)
+def test_a_broken_report_is_explained(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(UsageError, match=message) as caught:
+        Report.load(tmp_path)
+    assert caught.value.at == str(tmp_path / "report.json")
+    assert caught.value.fix
+
+
+def test_a_folder_without_a_report_is_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is no run"):
+        Report.load(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="no run lies in this folder"):
+        Report.load(tmp_path)
+    (tmp_path / "plan.key").write_text("{}")
+    with pytest.raises(UsageError, match="not finished") as caught:
+        Report.load(tmp_path)
+    assert "resumes" in caught.value.fix
+
+
+@pytest.mark.parametrize(("name", "report"), [("report", REPORT), ("report_bare", BARE)])
+def test_texts_are_as_agreed(name: str, report: Report, golden: Callable[[str, str], None]) -> None:
+    golden(f"{name}.md", render.markdown(report))
+    golden(f"{name}.json", json.dumps(report.to_json(), indent=1) + "\n")
+    rows = [*render.summary_rows(report), *render.verdict(report)]
+    golden(f"{name}.txt", "\n".join(" | ".join(row) for row in rows) + "\n")
+
+
+def test_write_leaves_both_files(tmp_path: Path) -> None:
+    render.write(REPORT, tmp_path)
+    assert Report.load(tmp_path) == REPORT
+    assert (tmp_path / "report.md").read_text() == render.markdown(REPORT)
+
+
+def test_every_group_check_and_note_is_on_the_page() -> None:
+    page = render.markdown(REPORT)
+    for group in REPORT.groups:
+        assert f"| `{group.name}` | {group.size} -> {group.kept} |" in page
+        assert group.fixed in page
+        assert group.skipped in page
+    for text in (*REPORT.notes, "2.1e-07", "gap 0.08 %", "ridge", "deploypipe build", "2.14.1", "a \\| b", "93.61 %"):
+        assert text in page
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, "the loss is small"),
+        ({"pruned": replace(REPORT.pruned, accuracy=0.90)}, "7.8 points were lost: fine-tune longer (--epochs 10)"),
+        ({"budget": replace(REPORT.budget, reached=61.0)}, "the budget was missed"),
+        ({"checks": (Check("onnx", "compacted", 1.0, 1e-4, 8),)}, "do not ship"),
+        ({"checks": (Check("onnx", "compacted", float("nan"), 1e-4, 8),)}, "do not ship"),
+        ({"pruned": replace(REPORT.pruned, accuracy=None)}, "give --data"),
+    ],
+)
+def test_the_next_step_fits_the_result(change: dict[str, object], expected: str) -> None:
+    assert expected in render.next_step(replace(REPORT, **change))
+
+
+def test_a_missed_budget_and_a_failed_check_are_said_loudly() -> None:
+    report = replace(REPORT, budget=replace(REPORT.budget, reached=61.0), checks=(Check("onnx", "compacted", 0.5, 1e-4, 8),))
+    assert dict(render.verdict(report))["budget"].startswith("MISSED: 61.0 us measured")
+    assert dict(render.verdict(report))["checks"].startswith("FAILED: onnx differs from compacted")
+    assert "**FAILED**" in render.markdown(report)
+    assert report.to_json()["budget_met"] is False
+    assert report.to_json()["checks_passed"] is False
+
+
+def test_slower_is_not_called_faster() -> None:
+    slow = replace(REPORT, pruned=replace(REPORT.pruned, latency=Latency(240.8, 1, 2, 3)))
+    assert ("latency, 1 thread", "120 us", "241 us", "2.00x slower") in render.summary_rows(slow)
+
+
+def test_comparison_puts_the_most_accurate_first() -> None:
+    rows = render.comparison({"a": replace(REPORT, pruned=replace(REPORT.pruned, accuracy=0.9)), "b": REPORT, "c": BARE})
+    assert [row[0] for row in rows] == ["b", "a", "c"]
+    assert all(len(row) == len(render.COMPARISON_COLUMNS) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (999, "999"), (1000, "1.00 k"), (41_290, "41.3 k"), (999_600, "1000 k"), (1_820_000_000, "1.82 G")],
+)
+def test_count(number: float, text: str) -> None:
+    assert render.count(number) == text
+
+
+@pytest.mark.parametrize(
+    ("us", "text"),
+    [
+        (0.5, "0.5 us"),
+        (99.94, "99.9 us"),
+        (812.3, "812 us"),
+        (3041, "3.04 ms"),
+        (31_400, "31.4 ms"),
+        (812_000, "812 ms"),
+        (1.2e6, "1.20 s"),
+    ],
+)
+def test_microseconds(us: float, text: str) -> None:
+    assert render.microseconds(us) == text
+
+
+@pytest.mark.parametrize(("n_bytes", "text"), [(12, "12 B"), (181_234, "181 kB"), (46_800_000, "46.8 MB")])
+def test_size(n_bytes: int, text: str) -> None:
+    assert render.size(n_bytes) == text
