@@ -1,0 +1,267 @@
+"""Turn `--data` into a training and a test set: `demo`, `imagefolder:DIR`, `cifar10:DIR`, `file.py:factory`, or Datasets."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from platformdirs import user_cache_path
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from deploypipe.batches import Augment, CropFlip, Samples, count, labels_of, split, take
+from deploypipe.errors import UsageError, nearest
+from deploypipe.factory import call_factory, near_path
+from deploypipe.images import IMAGENET, Images, Listing, Normalise, Size, list_images, load_images, native_size, resized
+from deploypipe.progress import Reporter, Silent
+
+KINDS = ("demo", "imagefolder:DIR", "cifar10:DIR", "file.py:factory", "package.module:factory")
+DIGITS_NORMALISE: Normalise = ((0.31,), (0.32,))
+DIGITS_SIZE: Size = (1, 16, 16)
+_TEST_FOLDERS = ("test", "val", "valid", "validation")
+_SCANNED = 2000  # samples looked at to learn the classes of a Dataset that does not name them
+_CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """A labelled data set.
+
+    Attributes:
+        train: Dataset of (float tensor, integer label); whatever is selected or tuned uses only this.
+        test: The same, for the final accuracy.
+        classes: Class names, in the order of the labels.
+        key: Hash of what the data is, for stages that depend on it.
+        augment: What training does to a batch; None for data that is passed in as Datasets.
+        description: One line for the report.
+    """
+
+    train: Samples
+    test: Samples
+    classes: tuple[str, ...]
+    key: str
+    augment: Augment | None
+    description: str
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input, without the batch axis."""
+        return tuple(take(self.train, torch.tensor([0]))[0].shape[1:])
+
+
+def load_data(
+    spec: str | Samples | tuple[Samples, Samples] = "demo",
+    *,
+    normalise: Normalise | None = None,
+    size: tuple[int, ...] | None = None,
+    seed: int = 0,
+    cache: Path | None = None,
+    reporter: Reporter | None = None,
+) -> Data:
+    """Load what `--data` names.
+
+    Args:
+        spec: One of `KINDS`, a (train, test) pair of Datasets, or one Dataset, of which a fifth becomes the test set.
+        normalise: Mean and standard deviation per channel that the model wants. Default: ImageNet's for images in
+            folders, the digits' own for `demo`. Datasets that are passed in are used as they are.
+        size: (channels, height, width) or (height, width) that the model wants. Default: that of small images, else 3x224x224.
+        seed: Decides the split of a single Dataset.
+        cache: Folder for decoded images; default: the user's cache folder.
+        reporter: Is told about long reading.
+
+    Raises:
+        UsageError: The specification is unknown, or the data is missing or cannot be used.
+
+    >>> data = load_data("demo")
+    >>> data.description, data.input_shape
+    ('scikit-learn digits: 1442 training and 355 test images of 10 classes, 1x16x16', (1, 16, 16))
+    """
+    wanted = _as_size(size)
+    if not isinstance(spec, str):
+        return _from_datasets(spec, seed, "datasets passed in")
+    kind, _, place = spec.partition(":")
+    if spec == "demo":
+        return _digits(wanted or DIGITS_SIZE, normalise or DIGITS_NORMALISE)
+    if kind in ("imagefolder", "cifar10"):
+        root = _folder(place, spec)
+        binary = _cifar_binary(root, spec) if kind == "cifar10" else None
+        if binary is not None:
+            return _cifar10(binary, wanted or (3, 32, 32), normalise or IMAGENET)
+        return _image_folder(root, wanted, normalise, cache or user_cache_path("deploypipe") / "images", reporter or Silent())
+    if place:
+        return _from_datasets(call_factory(spec, option="--data", error=UsageError), seed, spec)
+    raise UsageError(f"unknown data '{spec}'", at=f"--data {spec}", fix=nearest(spec, KINDS))
+
+
+def _as_size(size: tuple[int, ...] | None) -> Size | None:
+    if size is None:
+        return None
+    if len(size) not in (2, 3) or min(size) < 1:
+        raise UsageError(f"{size} is not an image size", at="size", fix="give (channels, height, width) or (height, width)")
+    return (size[0], size[1], size[2]) if len(size) == 3 else (3, size[0], size[1])
+
+
+def _described(name: str, train: Samples, test: Samples, n_classes: int, shape: tuple[int, ...]) -> str:
+    sizes = f"{count(train)} training and {count(test)} test images of {n_classes} classes"
+    return f"{name}: {sizes}, {'x'.join(map(str, shape))}"
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _augment(size: Size, *, flip: bool) -> Augment:
+    """An eighth of the side, as for CIFAR: 4 pixels of 32."""
+    return CropFlip(padding=max(1, min(size[1:]) // 8), flip=flip)
+
+
+def _digits(size: Size, normalise: Normalise) -> Data:
+    """Return scikit-learn's 1797 handwritten digits, scaled up from 8x8; of each class, every fifth one is for testing.
+
+    Scaled up because on 8x8 maps the cost of a call outweighs that of a channel, and there would be no latency to prune.
+    """
+    bunch = load_digits()
+    pixels = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8))[:, None]
+    labels = torch.from_numpy(bunch.target).long()
+    rank = torch.zeros_like(labels)
+    for label in range(10):
+        rank[labels == label] = torch.arange(int((labels == label).sum()))
+    is_test = rank % 5 == 4
+    train, test = (resized(Images(pixels[mask], labels[mask], normalise), size) for mask in (~is_test, is_test))
+    # A digit is not its mirror image, and two pixels out of sixteen already cut strokes off.
+    description = _described("scikit-learn digits", train, test, 10, size)
+    return Data(train, test, tuple("0123456789"), _key("digits", size, normalise), CropFlip(1, flip=False), description)
+
+
+def _folder(place: str, spec: str) -> Path:
+    if not place:
+        raise UsageError("no folder is named", at=f"--data {spec}", fix=f"write {spec.rstrip(':')}:DIR")
+    root = Path(place).expanduser()
+    if not root.is_dir():
+        what = "not a folder" if root.exists() else "missing"
+        raise UsageError(f"data folder '{place}' is {what}", at=f"--data {spec}", fix=near_path(root.resolve()))
+    return root
+
+
+def _image_folder(root: Path, size: Size | None, normalise: Normalise | None, cache: Path, reporter: Reporter) -> Data:
+    train_list, test_list = list_images(_train_folder(root)), list_images(_test_folder(root))
+    if train_list.classes != test_list.classes:
+        raise _class_mismatch(train_list, test_list)
+    size = size or native_size(train_list)
+    normalise = normalise or (IMAGENET if size[0] == 3 else ((0.5,), (0.5,)))
+    train, test = (load_images(listing, size, normalise, cache, reporter) for listing in (train_list, test_list))
+    key = _key("folder", train_list.key, test_list.key, train_list.classes, size, normalise)
+    description = _described(
+        f"{root.resolve().name}/ train + {test_list.root.name}", train, test, len(train_list.classes), size
+    )
+    return Data(train, test, train_list.classes, key, _augment(size, flip=True), description)
+
+
+def _train_folder(root: Path) -> Path:
+    if not (root / "train").is_dir():
+        found = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        listing = f"it holds {', '.join(found[:8])}" if found else "it holds no folders"
+        fix = f"{listing}; make train/ and test/ with one folder per class in each"
+        raise UsageError("there is no training set", at=str(root / "train"), fix=fix)
+    return root / "train"
+
+
+def _test_folder(root: Path) -> Path:
+    """Return the first of test/, val/, ... that has class folders: many published test sets come without labels."""
+    present = [root / name for name in _TEST_FOLDERS if (root / name).is_dir()]
+    if not present:
+        fix = f"make {' or '.join(f'{name}/' for name in _TEST_FOLDERS[:2])} with the classes of train/"
+        raise UsageError("there is no test set", at=str(root), fix=fix)
+    labelled = [folder for folder in present if any(entry.is_dir() for entry in folder.iterdir())]
+    return (labelled or present)[0]
+
+
+def _class_mismatch(train: Listing, test: Listing) -> UsageError:
+    def missing(there: Listing, here: Listing) -> str:
+        names = sorted(set(there.classes) - set(here.classes))
+        return f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" or "none"
+
+    message = (
+        f"{train.root.name}/ has {len(train.classes)} classes and {test.root.name}/ has {len(test.classes)}, and they differ"
+    )
+    fix = f"only in {train.root.name}/: {missing(train, test)}; only in {test.root.name}/: {missing(test, train)}"
+    return UsageError(message, at=str(train.root.parent), fix=fix)
+
+
+def _cifar_binary(root: Path, spec: str) -> Path | None:
+    """Return the folder with CIFAR-10's binary files, or None if `root` is laid out as an image folder."""
+    for folder in (root, root / "cifar-10-batches-bin"):
+        if (folder / "data_batch_1.bin").is_file():
+            return folder
+    if (root / "train").is_dir():
+        return None
+    python = any((folder / "data_batch_1").is_file() for folder in (root, root / "cifar-10-batches-py"))
+    message = "these are CIFAR-10's Python files, which are pickles and are not read" if python else "there is no CIFAR-10"
+    fix = "unpack CIFAR-10's binary version (cifar-10-batches-bin), or lay images out as train/CLASS/ and test/CLASS/"
+    raise UsageError(message, at=f"--data {spec}", fix=fix)
+
+
+def _cifar10(folder: Path, size: Size, normalise: Normalise) -> Data:
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]
+    train, test = (resized(Images(*_cifar_records(folder, part), normalise), size) for part in names)
+    facts = [(name, (folder / name).stat().st_size, (folder / name).stat().st_mtime_ns) for part in names for name in part]
+    description = _described("CIFAR-10", train, test, 10, size)
+    return Data(train, test, _CIFAR_CLASSES, _key("cifar10", facts, size, normalise), _augment(size, flip=True), description)
+
+
+def _cifar_records(folder: Path, names: list[str]) -> tuple[Tensor, Tensor]:
+    """Read records of one label byte and 3x32x32 pixel bytes."""
+    parts = []
+    for name in names:
+        path = folder / name
+        if not path.is_file() or path.stat().st_size == 0 or path.stat().st_size % 3073:
+            what = "damaged" if path.is_file() else "missing"
+            raise UsageError(f"'{name}' is {what}", at=str(path), fix="unpack cifar-10-binary.tar.gz again")
+        parts.append(np.fromfile(path, dtype=np.uint8).reshape(-1, 3073))
+    records = torch.from_numpy(np.concatenate(parts))
+    return records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[:, 0].long()
+
+
+def _from_datasets(given: Any, seed: int, name: str) -> Data:
+    if isinstance(given, Dataset):
+        train, test = split(given, 0.2, seed)
+    elif isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(part, Dataset) for part in given):
+        train, test = given
+    else:
+        what = (
+            f"({', '.join(type(part).__name__ for part in given)})" if isinstance(given, tuple | list) else type(given).__name__
+        )
+        raise UsageError(f"the data is {what}", at=name, fix="give a (train, test) pair of torch Datasets, or one Dataset")
+    classes = _classes(given if isinstance(given, Dataset) else train, train)
+    shape = tuple(take(train, torch.tensor([0]))[0].shape[1:])
+    parts = [_fingerprint(part) for part in (train, test)]
+    return Data(
+        train, test, classes, _key("datasets", parts, classes), None, _described(name, train, test, len(classes), shape)
+    )
+
+
+def _classes(named: Samples, train: Samples) -> tuple[str, ...]:
+    """Return the Dataset's own class names, else "0", "1", ... up to the largest label."""
+    names = getattr(named, "classes", None)
+    if isinstance(names, list | tuple) and names:
+        return tuple(map(str, names))
+    labels = labels_of(train)
+    if labels is None:
+        labels = take(train, _spread(train, _SCANNED))[1]
+    return tuple(map(str, range(int(labels.max()) + 1)))
+
+
+def _spread(dataset: Samples, n: int) -> Tensor:
+    """Return up to `n` evenly spaced indices."""
+    return torch.linspace(0, count(dataset) - 1, min(n, count(dataset))).long()
+
+
+def _fingerprint(dataset: Samples) -> Mapping[str, object]:
+    """Describe a Dataset by its length and a few of its samples: reading all could take hours."""
+    inputs, labels = take(dataset, _spread(dataset, 16))
+    digest = hashlib.sha256(inputs.contiguous().numpy().tobytes()).hexdigest()
+    return {"length": count(dataset), "labels": labels.tolist(), "inputs": digest, "shape": tuple(inputs.shape)}

@@ -1,0 +1,130 @@
+"""Run a classifier on a data set: its accuracy, and its batch norm statistics estimated anew."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import Subset
+
+from deploypipe.batches import Samples, batches, count
+from deploypipe.errors import ModelError
+from deploypipe.factory import guarded
+from deploypipe.progress import Reporter, Silent
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How well a classifier does.
+
+    Attributes:
+        top1: Share of samples whose largest logit is at the label, 0 to 1.
+        loss: Mean cross entropy.
+        n: Number of samples.
+    """
+
+    top1: float
+    loss: float
+    n: int
+
+
+def evaluate(model: nn.Module, dataset: Samples, *, batch_size: int = 256, reporter: Reporter | None = None) -> Accuracy:
+    """Return the accuracy of `model`, in eval mode and on its own device; its mode is put back.
+
+    Raises:
+        ModelError: The model cannot be run on this data.
+    """
+    reporter = reporter or Silent()
+    n = count(dataset)
+    reporter.stage("evaluate", n)
+    right, loss, done = 0, 0.0, 0
+    with _in_mode(model, training=False), torch.inference_mode():
+        for inputs, labels in _placed(model, batches(dataset, batch_size)):
+            out = logits(model, inputs, labels)
+            right += int((out.argmax(1) == labels).sum())
+            loss += float(F.cross_entropy(out.double(), labels, reduction="sum"))
+            done += len(labels)
+            reporter.advance(done)
+    return Accuracy(right / n, loss / n, n)
+
+
+def recalibrate(model: nn.Module, dataset: Samples, n_images: int = 2000, seed: int = 0, *, batch_size: int = 128) -> nn.Module:
+    """Return a copy of `model` whose batch norm statistics are the mean over batches of `n_images` training images.
+
+    Everything else (dropout, weights) is left alone. A model without batch norm comes back as a plain copy.
+
+    Raises:
+        ModelError: The model cannot be run on this data.
+    """
+    fresh = copy.deepcopy(model).eval()
+    norms = [module for module in fresh.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
+    if not norms:
+        return fresh
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative mean: every batch counts alike
+        norm.train()
+    order = torch.randperm(count(dataset), generator=torch.Generator().manual_seed(seed))[:n_images]
+    part = Subset(dataset, order.tolist())
+    with torch.inference_mode():
+        for inputs, labels in _placed(fresh, batches(part, batch_size, drop_last=True)):
+            logits(fresh, inputs, labels)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+    return fresh
+
+
+def logits(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Return the model's logits (N, K) for a batch.
+
+    Raises:
+        ModelError: The forward pass fails, the output is not (N, K), or a label is not below K.
+    """
+    shape = tuple(inputs.shape)
+    fix = "check that --data and --model fit together: number of channels, image size, number of classes"
+    out = guarded(partial(model, inputs), f"the model fails on a batch of shape {shape}", "forward", ModelError, fix)
+    out = _main_output(out)
+    if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != len(inputs):
+        found = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        raise ModelError(f"the model returns {found}, not logits of shape ({shape[0]}, classes)", at="forward", fix=fix)
+    if int(labels.max()) >= out.shape[1] or int(labels.min()) < 0:
+        message = f"label {int(labels.max())} is out of range: the model has {out.shape[1]} outputs"
+        raise ModelError(message, at="forward", fix="use a model made for these classes, or other data")
+    return out
+
+
+def _main_output(out: Any) -> Any:
+    """Return the first tensor of what a classifier returns: some add auxiliary outputs or wrap the logits."""
+    if isinstance(out, Mapping):
+        return out.get("logits", next(iter(out.values()), None))
+    if isinstance(out, tuple | list):
+        return out[0] if out else None
+    return getattr(out, "logits", out)
+
+
+@contextmanager
+def _in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Switch every module, and put back the mode that each of them had."""
+    modes = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _placed(model: nn.Module, stream: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Move batches to the model's device, images in channels-last memory."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    for inputs, labels in stream:
+        layout = torch.channels_last if inputs.dim() == 4 else torch.contiguous_format
+        yield inputs.to(device, memory_format=layout), labels.to(device)

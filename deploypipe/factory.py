@@ -1,0 +1,179 @@
+"""Call the user's own code: `file.py:factory` and `package.module:factory`, with errors that point into their file."""
+
+import hashlib
+import importlib.util
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from traceback import FrameSummary
+from types import ModuleType
+from typing import Any
+
+from deploypipe.errors import DeployPipeError, UsageError, nearest
+
+_STDLIB = Path(sysconfig.get_path("stdlib")).resolve()
+_HERE = Path(__file__).resolve().parent
+
+
+def call_factory(spec: str, *, option: str, error: type[DeployPipeError]) -> Any:
+    """Import the factory that `spec` names and return what it returns when called without arguments.
+
+    Args:
+        spec: `file.py:factory` or `package.module:factory`.
+        option: The command line option that the user gave, for messages ("--model").
+        error: Raised when the user's code fails.
+
+    Raises:
+        UsageError: There is no such file, module or factory, or it is not callable.
+        error: Importing or calling it raised; the message names the innermost line of the user's own code.
+    """
+    source, _, name = spec.rpartition(":")
+    at = f"{option} {spec}"
+    if not source or not name:
+        raise UsageError(f"'{spec}' names no factory", at=at, fix="write file.py:factory or package.module:factory")
+    path = source_file(spec)
+    with _importable(path.parent if path else Path.cwd()):
+        module = _import_file(path, at, error) if path else _import_package(source, at, error)
+        factory = _attribute(module, name, at)
+        return guarded(factory, f"factory '{name}' failed", at, error)
+
+
+def source_file(spec: str) -> Path | None:
+    """Return the absolute path of the file in `file.py:factory`, or None if `spec` names a package module.
+
+    Raises:
+        UsageError: The file does not exist.
+    """
+    source = spec.rpartition(":")[0]
+    if not (source.endswith(".py") or "/" in source or "\\" in source):
+        return None
+    path = Path(source).expanduser().resolve()
+    if not path.is_file():
+        raise UsageError(f"there is no file '{source}'", at=spec, fix=near_path(path))
+    return path
+
+
+def near_path(path: Path) -> str:
+    """Return advice for a path that does not exist: the nearest name in its folder, or the part that is missing."""
+    parent = path.parent
+    if not parent.is_dir():
+        missing = next(folder for folder in (parent, *parent.parents) if folder.parent.is_dir())
+        return f"the folder '{missing}' does not exist either"
+    names = [entry.name for entry in parent.iterdir() if not entry.name.startswith(".")]
+    names.sort(key=lambda name: Path(name).suffix != path.suffix)
+    return nearest(path.name, names[:20]) if names else f"the folder '{parent}' is empty"
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Let the user's code import its neighbours, as it can when run as a script."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+def _import_file(path: Path, at: str, error: type[DeployPipeError]) -> ModuleType:
+    # The content is part of the name: an edited file is imported anew, equal files share their classes.
+    name = f"_deploypipe_{path.stem}_{hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    found = importlib.util.spec_from_file_location(name, path)
+    loader = found.loader if found else None
+    if found is None or loader is None:
+        raise UsageError(f"'{path.name}' is not a Python file", at=at, fix="give a file that ends in .py")
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module  # dataclasses and typing look their module up while it is executed
+    try:
+        guarded(partial(loader.exec_module, module), f"'{path.name}' cannot be imported", at, error)
+    except DeployPipeError:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _import_package(source: str, at: str, error: type[DeployPipeError]) -> ModuleType:
+    parts = source.split(".")
+    if not all(part.isidentifier() for part in parts):
+        raise UsageError(
+            f"'{source}' is neither a file nor a module", at=at, fix="write file.py:factory or package.module:factory"
+        )
+    for count in range(1, len(parts) + 1):
+        name = ".".join(parts[:count])
+        # Finding a submodule imports its parents, which is the user's code already.
+        if guarded(partial(_find, name), f"'{name}' cannot be imported", at, error) is None:
+            fix = "install it, run from its folder, or give a file: file.py:factory"
+            raise UsageError(f"there is no module '{name}'", at=at, fix=fix)
+    return guarded(partial(import_module, source), f"'{source}' cannot be imported", at, error)  # type: ignore[no-any-return]
+
+
+def _find(name: str) -> ModuleSpec | None:
+    try:
+        return importlib.util.find_spec(name)
+    except ModuleNotFoundError as failure:
+        if failure.name and name.startswith(failure.name):  # the parent is a plain module
+            return None
+        raise
+
+
+def _attribute(module: ModuleType, name: str, at: str) -> Callable[[], Any]:
+    factory = getattr(module, name, None)
+    if factory is None:
+        own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        own = [key for key in own if getattr(getattr(module, key), "__module__", None) == module.__name__] or own
+        raise UsageError(f"there is no factory '{name}'", at=at, fix=nearest(name, own) if own else "define a function there")
+    is_instance = hasattr(factory, "forward") and not isinstance(factory, type)  # an nn.Module can be called, but makes nothing
+    if callable(factory) and not is_instance:
+        return factory  # type: ignore[no-any-return]
+    raise UsageError(f"'{name}' is a {type(factory).__name__}, not a function", at=at, fix=f"write: def make(): return {name}")
+
+
+def guarded(
+    function: Callable[[], Any],
+    message: str,
+    at: str,
+    error: type[DeployPipeError],
+    fix: str = "correct that line; the factory must work when called without arguments",
+) -> Any:
+    """Return what the user's `function` returns; a failure becomes `error`, at the innermost line of the user's code."""
+    try:
+        return function()
+    except DeployPipeError:
+        raise
+    except (Exception, SystemExit) as failure:
+        raise _explained(failure, message, at, error, fix) from failure
+
+
+def _explained(failure: BaseException, message: str, at: str, error: type[DeployPipeError], fix: str) -> DeployPipeError:
+    if isinstance(failure, SyntaxError) and failure.filename:
+        place, line = f"{failure.filename}:{failure.lineno}", (failure.text or "").strip()
+    else:
+        frame = _users_frame(failure)
+        place, line = (f"{frame.filename}:{frame.lineno}", frame.line or "") if frame else (at, "")
+    text = f"{type(failure).__name__}: {failure}".rstrip(": ")
+    where = f"{place}: {line}" if line else place
+    return error(f"{message}: {text}", at=where, fix=fix)
+
+
+def _users_frame(failure: BaseException) -> FrameSummary | None:
+    """Return the innermost frame in the user's own files; failing that, in an installed package other than torch."""
+    frames = [frame for frame in traceback.extract_tb(failure.__traceback__) if not frame.filename.startswith("<")]
+    ranks = [_rank(Path(frame.filename).resolve()) for frame in frames]
+    best = max(ranks, default=0)
+    return [frame for frame, rank in zip(frames, ranks, strict=True) if rank == best][-1] if best else None
+
+
+def _rank(path: Path) -> int:
+    """Return how likely the reader is to know a file: 2 their own, 1 an installed package, 0 torch, Python or deploypipe."""
+    for folder in ("site-packages", "dist-packages"):
+        if folder in path.parts:
+            package = path.parts[path.parts.index(folder) + 1]
+            return int(package not in ("torch", "deploypipe"))
+    return 0 if path.is_relative_to(_STDLIB) or path.is_relative_to(_HERE) else 2

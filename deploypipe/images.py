@@ -1,0 +1,244 @@
+"""Labelled images: small ones decoded once into memory, large ones read when they are needed."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from deploypipe.errors import UsageError
+from deploypipe.progress import Reporter
+
+Normalise = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation per channel, of values in [0, 1]
+Size = tuple[int, int, int]  # channels, height, width
+
+IMAGENET: Normalise = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+MEMORY_LIMIT_BYTES = 2**30
+_SMALL = 64  # pixels: below, an image is an icon that is used whole; above, a photograph with a margin around its subject
+_MARGIN = 0.875  # of the shorter side stays after the centre crop, the ImageNet habit (224 of 256)
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """Images in memory.
+
+    Attributes:
+        pixels: (N, C, H, W) uint8.
+        labels: (N,) int64.
+        normalise: Mean and standard deviation per channel, applied to pixels scaled to [0, 1].
+    """
+
+    def __init__(self, pixels: Tensor, labels: Tensor, normalise: Normalise) -> None:
+        assert pixels.dtype == torch.uint8
+        assert len(pixels) == len(labels)
+        self.pixels, self.labels, self.normalise = pixels, labels.long(), normalise
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in normalise)
+        self._scale, self._shift = 1 / (255 * std), -mean / std
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        inputs, labels = self.take(torch.tensor([index]))
+        return inputs[0], int(labels[0])
+
+    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return normalised images (B, C, H, W) and their labels (B,)."""
+        return self.pixels[indices].float().mul_(self._scale).add_(self._shift), self.labels[indices]
+
+
+class Files(Dataset[tuple[Tensor, int]]):
+    """Images too large to keep in memory: read, resized and cropped whenever they are asked for."""
+
+    def __init__(self, files: Sequence[Path], labels: Tensor, size: Size, normalise: Normalise) -> None:
+        self.files, self.labels, self.size, self.normalise = tuple(files), labels.long(), size, normalise
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        inputs, labels = self.take(torch.tensor([index]))
+        return inputs[0], int(labels[0])
+
+    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return normalised images (B, C, H, W) and their labels (B,)."""
+        pixels = decode([self.files[i] for i in indices.tolist()], self.size)
+        return Images(pixels, self.labels[indices], self.normalise).take(torch.arange(len(pixels)))
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What lies in a folder with one subfolder per class.
+
+    Attributes:
+        root: The folder.
+        classes: Names of its subfolders, sorted.
+        files: Every image, class by class.
+        labels: (N,) index into `classes`.
+        key: Hash of names, sizes and modification times.
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    files: tuple[Path, ...]
+    labels: Tensor
+    key: str
+
+
+def list_images(root: Path) -> Listing:
+    """List the images under `root/<class>/`, in any depth.
+
+    Raises:
+        UsageError: There are no class folders, or one of them holds no image.
+    """
+    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not folders:
+        fix = f"make one folder per class: {root.name}/cat/1.png, {root.name}/dog/2.png, ..."
+        raise UsageError("there are no classes", at=str(root), fix=fix)
+    digest, files, labels = hashlib.sha256(), list[Path](), list[int]()
+    for label, folder in enumerate(folders):
+        found = sorted(_walk(str(folder)))
+        if not found:
+            fix = f"put images there ({', '.join(SUFFIXES)}) or remove the folder"
+            raise UsageError(f"class '{folder.name}' holds no image", at=str(folder), fix=fix)
+        for name, size_bytes, modified_ns in found:
+            digest.update(f"{name[len(str(root)) :]}\0{size_bytes}\0{modified_ns}\n".encode())
+        files += [Path(name) for name, _, _ in found]
+        labels += [label] * len(found)
+    classes = tuple(folder.name for folder in folders)
+    return Listing(root, classes, tuple(files), torch.tensor(labels), digest.hexdigest()[:16])
+
+
+def _walk(folder: str) -> Iterator[tuple[str, int, int]]:
+    """Yield path, size and modification time of the images under `folder`."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _walk(entry.path)
+            elif entry.name.lower().endswith(SUFFIXES):
+                facts = entry.stat()
+                yield entry.path, facts.st_size, facts.st_mtime_ns
+
+
+def native_size(listing: Listing) -> Size:
+    """Return the size of the first image if it is small, else 3x224x224."""
+    image = _open(listing.files[0], "RGB")
+    return (3, image.height, image.width) if max(image.size) <= 2 * _SMALL else (3, 224, 224)
+
+
+def load_images(listing: Listing, size: Size, normalise: Normalise, cache: Path, reporter: Reporter) -> Images | Files:
+    """Return the listed images at one size: in memory, and kept in `cache`, if they fit into 1 GiB.
+
+    Raises:
+        UsageError: An image cannot be read.
+    """
+    if len(listing.files) * size[0] * size[1] * size[2] > MEMORY_LIMIT_BYTES:
+        return Files(listing.files, listing.labels, size, normalise)
+    place = f"{listing.root.resolve()} {size}"
+    stem = hashlib.sha256(place.encode()).hexdigest()[:16]
+    path = cache / f"{stem}-{listing.key}.safetensors"
+    pixels = _cached(path)
+    if pixels is None:
+        pixels = _decode_all(listing, size, reporter)
+        _keep(path, pixels, reporter)
+    return Images(pixels, listing.labels, normalise)
+
+
+def _cached(path: Path) -> Tensor | None:
+    try:
+        return load_file(path)["pixels"]
+    except (OSError, SafetensorError, KeyError):  # absent, or damaged: decode again
+        return None
+
+
+def _keep(path: Path, pixels: Tensor, reporter: Reporter) -> None:
+    """Store decoded pixels, and drop those of an earlier state of the same folder."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for old in path.parent.glob(f"{path.stem.partition('-')[0]}-*"):
+            old.unlink(missing_ok=True)
+        save_file({"pixels": pixels}, temporary)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as failure:
+        temporary.unlink(missing_ok=True)
+        reporter.note(f"decoded images are not cached: {failure}")
+
+
+def _decode_all(listing: Listing, size: Size, reporter: Reporter) -> Tensor:
+    reporter.stage(f"decode {listing.root.name}", len(listing.files))
+    pixels = torch.empty((len(listing.files), *size), dtype=torch.uint8)
+    for start in range(0, len(pixels), 1000):
+        part = listing.files[start : start + 1000]
+        pixels[start : start + len(part)] = decode(part, size)
+        reporter.advance(start + len(part))
+    return pixels
+
+
+def decode(files: Sequence[Path], size: Size) -> Tensor:
+    """Read images into (N, C, H, W) uint8: shorter side resized, centre cropped.
+
+    Raises:
+        UsageError: A file is not an image that can be read.
+    """
+    if min(size[1:]) < _SMALL:  # reading small images is Python's own work, which threads only slow down
+        arrays = [_read(file, size) for file in files]
+    else:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            arrays = list(pool.map(lambda file: _read(file, size), files))
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+def _read(file: Path, size: Size) -> NDArray[np.uint8]:
+    """Return one image (H, W, C)."""
+    channels, height, width = size
+    image = _open(file, "L" if channels == 1 else "RGB")
+    if image.size != (width, height):
+        margin = 1.0 if min(height, width) < _SMALL else _MARGIN
+        scale = max(height / image.height, width / image.width) / margin
+        shape = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+        left, top = (shape[0] - width) // 2, (shape[1] - height) // 2
+        image = image.resize(shape, Image.Resampling.BILINEAR).crop((left, top, left + width, top + height))
+    array = np.asarray(image)
+    return array[..., None] if channels == 1 else array
+
+
+def _open(file: Path, mode: str) -> Image.Image:
+    try:
+        with Image.open(file) as image:
+            return image.convert(mode)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as failure:
+        fix = "replace or remove the file"
+        raise UsageError(f"'{file.name}' is not a readable image: {failure}", at=str(file), fix=fix) from failure
+
+
+def resized(images: Images, size: Size) -> Images:
+    """Return in-memory images at another size: bilinear, and one channel repeated if three are asked for.
+
+    Raises:
+        UsageError: The channels cannot be made to fit.
+    """
+    channels, *shape = size
+    pixels = images.pixels
+    if list(pixels.shape[2:]) != shape:
+        pixels = F.interpolate(pixels.float(), shape, mode="bilinear", antialias=True).round_().clamp_(0, 255).to(torch.uint8)
+    if pixels.shape[1] == channels:
+        return Images(pixels, images.labels, images.normalise)
+    if pixels.shape[1] != 1:
+        fix = f"use a model with {pixels.shape[1]} input channels"
+        raise UsageError(f"the images have {pixels.shape[1]} channels, the model takes {channels}", at="--data", fix=fix)
+    mean, std = (values * channels if len(values) == 1 else values for values in images.normalise)
+    return Images(pixels.expand(-1, channels, -1, -1).contiguous(), images.labels, (mean, std))
