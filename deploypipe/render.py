@@ -131,7 +131,7 @@ def _accuracy_section(report: Report) -> str:
 
 def _latency_section(report: Report) -> str:
     rows = [_latency_row("dense", report.dense), _latency_row("pruned", report.pruned)]
-    columns = ("model", "predicted", "median", "p10", "p90", "runs", "prediction error")
+    columns = ("model", "predicted", "median", "p10", "p90", "runs", "foreign load", "prediction error")
     origin = f"The latency table is **{report.table}**." if report.table else "No latency table was needed."
     if report.table_error is not None:
         origin += f" Its median error on whole models is {100 * report.table_error:.1f} %."
@@ -143,10 +143,11 @@ def _latency_section(report: Report) -> str:
 def _latency_row(name: str, side: Side) -> Row:
     predicted = microseconds(side.predicted_us) if side.predicted_us is not None else "none"
     if side.latency is None:
-        return (name, predicted, _UNKNOWN, "", "", "", "")
+        return (name, predicted, _UNKNOWN, "", "", "", "", "")
     times = tuple(microseconds(us) for us in (side.latency.median_us, side.latency.p10_us, side.latency.p90_us))
     error = "" if side.predicted_us is None else f"{100 * (side.predicted_us / side.latency.median_us - 1):+.1f} %"
-    return (name, predicted, *times, str(side.latency.n_runs), error)
+    load = "unknown" if side.latency.foreign_load is None else f"{100 * side.latency.foreign_load:.0f} %"
+    return (name, predicted, *times, str(side.latency.n_runs), load, error)
 
 
 def _certificate(report: Report) -> str:
@@ -182,8 +183,11 @@ def _notes_section(report: Report) -> str:
 
 
 def _origin_section(report: Report) -> str:
-    facts = [*report.machine.items(), *((f"version of {name}", version) for name, version in report.versions.items())]
-    options = [(f"option {name}", str(value)) for name, value in report.options.items()]
+    facts = [
+        *((name, _words(value)) for name, value in report.machine.items()),
+        *((f"version of {name}", version) for name, version in report.versions.items()),
+    ]
+    options = [(f"option {name}", _words(value)) for name, value in report.options.items()]
     stages = [(f"time of {stage}", f"{seconds:.1f} s") for stage, seconds in report.seconds.items()]
     files = [(what, f"`{path}`") for what, path in report.artifacts.items()]
     made = [
@@ -261,6 +265,10 @@ def _points(dense: Side, pruned: Side) -> str:
 
 def _change(before: float, after: float) -> str:
     return f"{100 * (after / before - 1):+.0f} %" if before else ""
+
+
+def _words(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -15,12 +15,16 @@ JSON_NAME, MARKDOWN_NAME = "report.json", "report.md"
 
 @dataclass(frozen=True)
 class Latency:
-    """Measured time of one forward pass, in microseconds: median, spread and number of runs."""
+    """Measured time of one forward pass, in microseconds: median, spread and number of runs.
+
+    `foreign_load` is the share of our cores' time that other programs took meanwhile; None if unknown.
+    """
 
     median_us: float
     p10_us: float
     p90_us: float
     n_runs: int
+    foreign_load: float | None = None
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,7 @@ class Report:
     seconds: Mapping[str, float] = field(default_factory=dict)
     artifacts: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
-    machine: Mapping[str, str] = field(default_factory=dict)
+    machine: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
     created: str = ""
     notes: tuple[str, ...] = ()
