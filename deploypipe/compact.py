@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -87,7 +87,8 @@ def _cut(small: nn.Module, graph: Graph, plan: KeepPlan) -> None:
             new = new.index_select(axis, torch.from_numpy(kept_slots(graph, plan, param, axis)))
         replacement = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         for module, leaf in places[id(old)]:
-            (module._parameters if leaf in module._parameters else module._buffers)[leaf] = replacement
+            table: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
+            table[leaf] = replacement
     _set_attributes(small, graph, plan)
 
 
@@ -175,7 +176,7 @@ def _culprits(model: nn.Module, graph: Graph, plan: KeepPlan) -> list[str]:
         _cut(part, graph, alone)
         try:
             wrong = difference(run(mask(model, graph, alone), graph.example), run(part, graph.example)) > CHECK_TOLERANCE
-        except Exception:  # noqa: BLE001 - whatever a foreign forward raises on wrong sizes marks the group
+        except Exception:
             wrong = True
         if wrong:
             found.append(name)
@@ -184,11 +185,8 @@ def _culprits(model: nn.Module, graph: Graph, plan: KeepPlan) -> list[str]:
 
 def _literal(small: nn.Module, graph: Graph, plan: KeepPlan, error: Exception) -> ModelError:
     where = _LastCall(small)
-    try:
-        with where.watching(), where:
-            run(small, graph.example)
-    except Exception:  # noqa: BLE001 - the second run only finds out where the first one failed
-        pass
+    with suppress(Exception), where.watching(), where:  # a second run, only to find out where the first one failed
+        run(small, graph.example)
     names = [name for name, channels in plan.keep.items() if len(channels) < graph.group(name).size]
     return ModelError(
         f"the compacted model does not run; forward seems to hold a literal size ({str(error).splitlines()[0]})",
@@ -198,11 +196,11 @@ def _literal(small: nn.Module, graph: Graph, plan: KeepPlan, error: Exception) -
     )
 
 
-class _LastCall(TorchDispatchMode):
+class _LastCall(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Remembers the last operation and the innermost module that began."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.op, self.module = "no operation", ""
         self._names = {id(module): name for name, module in model.named_modules()}
         self._stack: list[str] = []

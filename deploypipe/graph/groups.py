@@ -29,6 +29,7 @@ def build_graph(state: State, ops: Mapping[str, int], example: tuple[Any, ...]) 
         ops=dict(ops),
         notes=(),
         example=example,
+        buffers=frozenset(state.buffers & state.shapes.keys()),
     )
 
 
@@ -104,7 +105,8 @@ class _Channels:
         first = int(channels[0])
         reason = self.reasons[self.reason[first]]
         if not reason and len(channels) == 1:
-            reason = "all its channels are tied into one unit"
+            slots = max(m.per_channel for m in members if m.role == "produces")
+            reason = "it has a single channel" if slots == 1 else "all its channels are tied into one unit"
         couplings = tuple(dict.fromkeys(coupled.get(first, [])))
         return Group(name, len(channels), members, reason, couplings, bool(self.normalised[first]))
 
@@ -178,9 +180,8 @@ class _Widths:
 
     def layer(self, call: LayerCall) -> Layer:
         """Turn one recorded call into a layer."""
-        geometry: dict[str, Any] = {
-            key: () for key in ("kernel", "stride", "padding", "dilation", "in_size", "out_size")
-        } | dict(call.geometry)
+        nothing = dict.fromkeys(("kernel", "stride", "padding", "dilation", "in_size", "out_size"), ())
+        geometry: dict[str, Any] = nothing | dict(call.geometry)
         n_groups = Width(1) if call.group_labels is None else self.width(call.group_labels)
         return Layer(
             name=call.name,

@@ -22,8 +22,8 @@ from deploypipe.errors import ModelError
 from deploypipe.graph.dims import Dim, dims_in
 from deploypipe.graph.groups import build_graph
 from deploypipe.graph.labels import Labels, varies
-from deploypipe.graph.rules import rule_for, tensors_in
-from deploypipe.graph.tracer import LABELS, Call, Rule, State
+from deploypipe.graph.rules import rule_for
+from deploypipe.graph.tracer import LABELS, Call, Rule, State, tensors_in
 from deploypipe.types import Graph
 
 _SHAPE_GETTERS = {torch.Tensor.shape.__get__, torch.Tensor.size}  # type: ignore[attr-defined]
@@ -87,11 +87,11 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Graph:
     return build_graph(state, tracer.ops, example)
 
 
-class _Tracer(TorchDispatchMode):
+class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Carries labels through every aten operation."""
 
     def __init__(self, state: State) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.state = state
         self.ops: Counter[str] = Counter()
         self.stack: list[str] = []
@@ -129,7 +129,10 @@ class _Tracer(TorchDispatchMode):
         tensors = [*tensors_in(args), *tensors_in(tuple(kwargs.values()))]
         if any(hasattr(t, LABELS) or id(t) in self.state.names for t in tensors):
             with torch._C.DisableTorchFunction():
-                self._apply(rule, func, name, names, defaults, args, kwargs, out)
+                bound = dict(zip(names, defaults, strict=True)) | dict(zip(names, args, strict=False)) | kwargs
+                rest = args[1:]
+                bound["func"] = lambda labels: func(labels, *rest, **kwargs)
+                self._apply(rule, Call(name, bound, out, self.module, self.sizes))
         return out
 
     def _row(self, func: Any) -> tuple[Rule | None, str, tuple[str, ...], tuple[Any, ...]]:
@@ -140,16 +143,12 @@ class _Tracer(TorchDispatchMode):
             self._rules[func] = (rule_for(func), short, tuple(a.name for a in schema), defaults)
         return self._rules[func]
 
-    def _apply(self, rule: Rule | None, func: Any, name: str, names: Any, defaults: Any, args: Any, kwargs: Any, out: Any) -> None:
-        bound = dict(zip(names, defaults, strict=True)) | dict(zip(names, args, strict=False)) | kwargs
-        call = Call(name, bound, out, self.module, self.sizes)
-        results = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, Tensor)]
+    def _apply(self, rule: Rule | None, call: Call) -> None:
+        results = [t for t in (call.out if isinstance(call.out, (tuple, list)) else [call.out]) if isinstance(t, Tensor)]
         if rule is None:
-            self.state.freeze_all(tensors_in(tuple(bound.values())), f"{call.where}: deploypipe has no rule for {func}")
-            layers: Any = [()] * len(results)
+            self.state.freeze_all(tensors_in(tuple(call.args.values())), f"{call.where}: deploypipe has no rule for it")
+            layers: Any = ()
         else:
-            rest = args[1:]
-            bound["func"] = lambda labels: func(labels, *rest, **kwargs)
             layers = rule(self.state, call)
         if isinstance(layers, tuple):
             layers = [layers] * len(results)

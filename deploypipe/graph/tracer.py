@@ -1,6 +1,6 @@
 """What the rules work on: the state of one forward pass, and the calls they are asked about."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -56,13 +56,18 @@ class AttributeUse:
     labels: Vector
 
 
+Layers = tuple[Labels, ...]
+
+
 class Rule(Protocol):
     """Says which labels the results of a call carry, and ties or freezes those it met.
 
     Returns one tuple of label layers for a single result, or a list of such tuples for several results.
     """
 
-    def __call__(self, state: "State", call: Call) -> "tuple[Labels, ...] | list[tuple[Labels, ...]]": ...
+    def __call__(self, state: "State", call: Call) -> Layers | list[Layers]:
+        """Apply the rule to one call."""
+        ...
 
 
 class State:
@@ -77,6 +82,7 @@ class State:
             if id(tensor) not in self.names:
                 self.names[id(tensor)] = name
                 self.shapes[name] = tuple(tensor.shape)
+        self.buffers = frozenset(name for name, _ in model.named_buffers())
         self.axes: dict[tuple[str, int], Vector] = {}
         self.roles: dict[tuple[str, int], Role] = {}
         self.layers: list[LayerCall] = []
@@ -153,7 +159,8 @@ class State:
 
     def split_on(self, tensor: Tensor, axes: set[int]) -> tuple[list[Labels], list[Labels]]:
         """Return the label layers of a tensor that change along one of `axes`, and the others."""
-        on, off = [], []
+        on: list[Labels] = []
+        off: list[Labels] = []
         for labels in self.layers_of(tensor):
             (on if axes & set(varies(labels)) else off).append(labels)
         return on, off
@@ -187,5 +194,10 @@ def spread(vector: Vector, axis: int, out: Tensor) -> tuple[Labels, ...]:
     return (expand_along(torch.from_numpy(np.ascontiguousarray(vector)), axis, out.shape),)
 
 
-RuleTable = Mapping[str, Rule]
-Escape = Callable[[Labels, str], None]
+def tensors_in(values: Any) -> list[Tensor]:
+    """Return the tensors among (nested) arguments."""
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, (tuple, list)):
+        return [tensor for value in values for tensor in tensors_in(value)]
+    return []

@@ -156,9 +156,9 @@ def matmul(state: State, call: Call) -> tuple[Labels, ...]:
         if id(tensor) in state.names:
             state.set_role_by_labels(labels, "produces")
     _batch_axes(state, call, (a, b), passing)
-    for weight, other, labels in ((b, a, contracted[0]), (a, b, contracted[1])):
+    for weight, other, summed_labels in ((b, a, contracted[0]), (a, b, contracted[1])):
         if id(weight) in state.names and weight.dim() == 2:
-            _record_product(state, call, weight, other, labels)
+            _record_product(state, call, weight, other, summed_labels)
             break
     return tuple(results)
 

@@ -1,0 +1,57 @@
+"""Rules of the operations that work element by element."""
+
+from torch import Tensor
+
+from deploypipe.graph.labels import Labels, varies
+from deploypipe.graph.tracer import Call, Layers, State, tensors_in
+
+
+def elementwise(state: State, call: Call) -> Layers:
+    """Positions meet positions: tie the labels found there; a parameter that takes part becomes a member."""
+    shape = call.out.shape
+    operands = [t for t in tensors_in(tuple(call.args.values())) if t.numel() > 1]
+    merged: list[Labels] = []
+    for tensor in operands:
+        for labels in state.layers_of(tensor):
+            _merge(state, call, merged, labels.expand(shape))
+    for labels in merged:
+        for axis in varies(labels):
+            for tensor in operands:
+                _check_rigid(state, call, labels, axis, tensor)
+    return tuple(merged)
+
+
+def _merge(state: State, call: Call, merged: list[Labels], labels: Labels) -> None:
+    """Add a layer to those of the result; layers that change along a common axis are tied."""
+    mine = set(varies(labels))
+    for i, other in enumerate(merged):
+        theirs = set(varies(other))
+        if mine & theirs:
+            state.ledger.tie(other, labels, call.where)
+            if not theirs >= mine:
+                if not mine >= theirs:
+                    state.ledger.freeze(labels, f"{call.where}: channels along crossing axes")
+                merged[i] = labels
+            return
+    if mine:
+        merged.append(labels)
+
+
+def _check_rigid(state: State, call: Call, labels: Labels, axis: int, tensor: Tensor) -> None:
+    """Freeze labels that meet a tensor which has a size of its own, but no channels, along `axis`."""
+    axis -= labels.dim() - tensor.dim()
+    if axis < 0 or tensor.size(axis) == 1 or tensor.stride(axis) == 0:
+        return
+    if not any(axis in varies(own) for own in state.layers_of(tensor)):
+        state.ledger.freeze(labels, f"{call.where}: combined with a tensor of fixed size (an input, a mask or a constant)")
+
+
+def same(state: State, call: Call) -> Layers:
+    """The result has the shape and the channels of the first tensor."""
+    return state.layers_of(tensors_in(tuple(call.args.values()))[0])
+
+
+def overwrite(state: State, call: Call) -> Layers:
+    """Writing into (a part of) another tensor: what is written and what is written to stay whole."""
+    state.freeze_all(tensors_in(tuple(call.args.values())), f"{call.where}: written in place by position")
+    return same(state, call)

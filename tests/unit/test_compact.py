@@ -1,0 +1,131 @@
+"""Compaction: what it changes, what it refuses, and how it explains."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import TOYS, Fn, cbr, head, image
+
+from deploypipe.compact import compact, mask
+from deploypipe.errors import ModelError
+from deploypipe.graph import trace
+from deploypipe.types import KeepPlan
+
+
+def test_parameters_are_slices_and_attributes_follow() -> None:
+    model, example = TOYS["norm_zoo"]()
+    graph = trace(model, example)
+    small = compact(model, graph, KeepPlan({"0": (1, 3), "3": (0, 2, 5)}))
+    assert (small[0].out_channels, small[1].num_groups, small[1].num_channels, small[3].in_channels) == (6, 2, 6, 6)
+    assert (small[3].out_channels, small[4].num_features, small[6].in_channels) == (3, 3, 3)
+    assert torch.equal(small[0].weight, model[0].weight[[3, 4, 5, 9, 10, 11]])
+    assert isinstance(small[0].weight, nn.Parameter)
+
+
+def test_normalized_shape_and_shared_parameters_follow() -> None:
+    model, example = TOYS["layer_norm"]()
+    assert compact(model, trace(model, example), KeepPlan({"stem": (0, 1, 2)})).norm.normalized_shape == (3,)
+    model, example = TOYS["shared_parameter"]()
+    small = compact(model, trace(model, example), KeepPlan({"0.0": (0, 4)}))
+    assert small[1].weight is small[3].weight
+
+
+def test_requires_grad_and_dtype_survive() -> None:
+    model, example = TOYS["plain"]()
+    model.double()
+    example = tuple(x.double() for x in example)
+    model[1][0].weight.requires_grad_(False)
+    small = compact(model, trace(model, example), KeepPlan({"0.0": (0, 1)}))
+    assert not small[1][0].weight.requires_grad
+    assert small[1][0].weight.dtype is torch.float64
+
+
+def test_masked_model_is_not_the_original() -> None:
+    model, example = TOYS["plain"]()
+    graph = trace(model, example)
+    with torch.no_grad():
+        assert not torch.allclose(mask(model, graph, KeepPlan({"0.0": (0,)}))(*example), model(*example))
+
+
+def refuses_other_widths() -> tuple[nn.Module, tuple[Any, ...]]:
+    class Picky(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[1] != 8:
+                raise ValueError(f"expected 8 channels, got {x.shape[1]}")
+            return x * 2
+
+    return nn.Sequential(cbr(3, 8), Picky(), head(8)), (image(),)
+
+
+def test_literal_size_names_module_operation_and_groups() -> None:
+    model, example = refuses_other_widths()
+    with pytest.raises(ModelError) as caught:
+        compact(model, trace(model, example), KeepPlan({"0.0": (0, 1, 2)}))
+    text = str(caught.value)
+    assert "expected 8 channels, got 3" in text
+    assert "module '1' (Picky), after relu_" in text
+    assert "--keep" in text
+    assert "0.0" in text
+
+
+def test_silent_dependence_on_a_width_is_found_and_blamed() -> None:
+    def f(m: Any, x: Tensor) -> Tensor:
+        y = m.b(m.a(x))
+        return m.head(y * (2.0 if y.shape[1] == 8 else 1.0))
+
+    model = Fn(f, a=cbr(3, 8), b=cbr(8, 8), head=head(8)).eval()
+    example = (image(),)
+    graph = trace(model, example)
+    compact(model, graph, KeepPlan({"a.0": (0, 1, 2)}))
+    with pytest.raises(ModelError, match="something else") as caught:
+        compact(model, graph, KeepPlan({"a.0": (0, 1, 2), "b.0": (0, 1, 2)}))
+    assert caught.value.at == "groups b.0"
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        ({"0.9": (0,)}, "unknown group '0.9'"),
+        ({"0.0": (0, 8)}, "out of range"),
+        ({"4.2": (0,)}, "cannot be pruned: output of the model"),
+    ],
+)
+def test_plans_that_do_not_fit_are_refused(keep: dict[str, tuple[int, ...]], words: str) -> None:
+    model, example = TOYS["plain"]()
+    with pytest.raises(ModelError, match=words):
+        compact(model, trace(model, example), KeepPlan(keep))
+
+
+@pytest.mark.parametrize("channels", [(), (1, 0), (0, 0), (-1, 2)])
+def test_impossible_plans_cannot_be_made(channels: tuple[int, ...]) -> None:
+    with pytest.raises(ModelError):
+        KeepPlan({"g": channels})
+
+
+def test_plan_of_another_graph_is_refused(tmp_path: Path) -> None:
+    model, example = TOYS["plain"]()
+    graph = trace(model, example)
+    path = tmp_path / "plan.json"
+    KeepPlan({"0.0": (0, 1)}, fingerprint="0123456789abcdef").save(path)
+    with pytest.raises(ModelError, match="another graph"):
+        compact(model, graph, KeepPlan.load(path))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 1}', '{"schema": 99}', '{"schema": 1, "keep": {"a": "x"}}'])
+def test_broken_plan_files_are_the_users_error(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    with pytest.raises(ModelError):
+        KeepPlan.load(path)
+    with pytest.raises(ModelError):
+        KeepPlan.load(tmp_path / "none.json")
+
+
+def test_a_model_in_training_mode_stays_there() -> None:
+    model, example = TOYS["residual"]()
+    model.train()
+    small = compact(model, trace(model, example), KeepPlan({"stem.0": (0, 1)}))
+    assert all(module.training for module in small.modules())
+    assert all(module.training for module in model.modules())

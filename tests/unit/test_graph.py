@@ -1,0 +1,209 @@
+"""The channel graph: which groups, which members, which reasons."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from toys import TOYS
+
+from deploypipe.errors import ModelError
+from deploypipe.graph import trace
+from deploypipe.types import Graph
+
+
+def graph_of(name: str) -> Graph:
+    model, example = TOYS[name]()
+    return trace(model, example)
+
+
+def prunable(name: str) -> dict[str, int]:
+    return {group.name: group.size for group in graph_of(name).prunable}
+
+
+def test_chain_has_one_group_for_each_inner_layer() -> None:
+    graph = graph_of("plain")
+    assert prunable("plain") == {"0.0": 8, "1.0": 12, "3.0": 8}
+    members = {(m.param, m.axis): m.role for m in graph.group("0.0").members}
+    bn = {(f"0.1.{key}", 0): "carries" for key in ("weight", "bias", "running_mean", "running_var")}
+    assert members == {("0.0.weight", 0): "produces", ("1.0.weight", 1): "consumes", **bn}
+    assert graph.fixed == {"4.2": "output of the model"}
+
+
+def test_residual_sum_joins_all_its_producers_and_says_so() -> None:
+    graph = graph_of("residual")
+    trunk = graph.group("stem.0")
+    produced = {m.param for m in trunk.members if m.role == "produces"}
+    assert produced == {"stem.0.weight", "b2.0.weight"}
+    assert trunk.coupled_by == ("add in the model",)
+    assert {m.param for m in trunk.members if m.role == "consumes"} == {"b1.0.weight", "short.weight", "d1.0.weight"}
+
+
+def test_depthwise_passes_channels_through() -> None:
+    group = graph_of("depthwise").group("0.0")
+    assert ("1.0.weight", 0, "carries") in {(m.param, m.axis, m.role) for m in group.members}
+    assert prunable("depthwise") == {"0.0": 8, "2.0": 12}
+
+
+def test_depthwise_multiplier_owns_several_slots() -> None:
+    member = next(m for m in graph_of("depthwise_multiplier").group("0.0").members if m.param == "1.0.weight")
+    assert member.slots(2) == (6, 7, 8)
+
+
+def test_grouped_convolution_is_cut_by_whole_groups() -> None:
+    graph = graph_of("grouped")
+    group = graph.group("0.0")
+    assert group.size == 4
+    assert next(m for m in group.members if m.param == "1.0.weight").slots(1) == (4, 5, 6, 7)
+    assert next(m for m in group.members if m.param == "0.0.weight").slots(1) == (2, 3)
+
+
+def test_concat_offsets_and_flatten_spans() -> None:
+    graph = graph_of("flatten_after_concat")
+    member = next(m for m in graph.group("b.0").members if m.param == "fc1.weight")
+    assert member.slots(0) == tuple(range(4 * 16, 5 * 16))
+
+
+def test_option_a_keeps_the_channels_that_meet_padding() -> None:
+    graph = graph_of("option_a_shortcut")
+    assert prunable("option_a_shortcut") == {"stem.0": 8, "a.0": 6}
+    assert "padding" in graph.group("b.0").fixed
+    assert next(m for m in graph.group("stem.0").members if m.param == "b.0.weight").slots(0) == (4,)
+
+
+@pytest.mark.parametrize(
+    ("toy", "group", "words"),
+    [
+        ("lenet_view", "b.0", "written in forward"),
+        ("slice_literal", "stem.0", "picked by position"),
+        ("split_literal", "stem.0", "picked by position"),
+        ("width_in_arithmetic", "mid.0", "raised to a power"),
+        ("reduces_channels", "mid.0", "reduces over the channels"),
+        ("rolls_channels", "mid.0", "picked by position"),
+        ("residual_with_input", "b.0", "fixed size"),
+        ("writes_by_position", "a", "written in place"),
+        ("functional_grouped_conv", "stem.0", "number of groups is written in forward"),
+        ("option_a_computed", "stem.0", "subtracted"),
+        ("fused_attention", "q", "attention"),
+        ("multi_head_attention", "stem.0", "embedding size is fixed"),
+        ("recurrent", "stem.0", "no rule for"),
+        ("data_dependent", "mid.0", "channels"),
+        ("weight_norm", "0.0", "no parameter"),
+    ],
+)
+def test_what_cannot_be_pruned_says_why(toy: str, group: str, words: str) -> None:
+    assert words in graph_of(toy).fixed[group]
+
+
+@pytest.mark.parametrize(
+    ("toy", "expected"),
+    [
+        ("channel_shuffle", {"a.0": 8, "b.0": 6, "c.0": 8}),
+        ("view_by_size", {"a.0": 8, "b.0": 6, "fc1": 10}),
+        ("shared_module", {"stem.0": 8}),
+        ("matmul_parameter", {"stem.0": 8, "w1": 10}),
+        ("parameter_direct", {"stem.0": 8, "out.0": 6}),
+        ("buffers", {"stem.0": 8, "out.0": 6}),
+        ("gated_halves", {"up": 8, "mid": 6}),
+        ("split_derived", {"stem.0": 6, "out.0": 8}),
+        ("pixel_shuffle", {"0.0": 4, "2.0": 6, "4.0": 6}),
+        ("stack_and_sum", {"a.0": 8}),
+        ("max_out", {"a": 8}),
+        ("class_token", {"stem.0": 8, "fc1": 12}),
+    ],
+)
+def test_what_can_be_pruned_is(toy: str, expected: dict[str, int]) -> None:
+    assert prunable(toy) == expected
+
+
+def test_yolo_trunk_is_prunable_and_its_heads_are_not() -> None:
+    graph = graph_of("yolo")
+    assert {"stem.0", "c3.cv1.0", "sppf.cv1.0", "down4.0", "box.0.0.0"} <= {g.name for g in graph.prunable}
+    assert set(graph.fixed) == {"box.0.2", "cls.0.2"}  # the second scale is joined to the first
+
+
+def test_norm_across_channels_is_marked() -> None:
+    assert graph_of("layer_norm").group("stem").normalised
+    assert not graph_of("layer_norm").group("fc1").normalised
+
+
+@pytest.mark.parametrize("toy", ["plain", "residual", "depthwise", "concat", "se_block", "grouped", "pixel_shuffle", "yolo"])
+def test_members_are_found_by_brute_force_too(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Knows nothing of the tracer: zeroing a channel's consumer slots must stop every gradient into its producer slots.
+
+    Conversely a producer slot that belongs to another channel keeps some gradient, so the sets are equal. (ReLU stops
+    gradients of its own, so a smooth function takes its place.)
+    """
+    monkeypatch.setattr(torch.nn.functional, "relu", lambda x, inplace=False: torch.tanh(x))
+    model, example = TOYS[toy]()
+    graph = trace(model, example)
+    for group in graph.prunable:
+        for channel in (0, group.size - 1):
+            dead = _dead_slots(model, example, graph, group.name, channel)
+            for member in group.members:
+                if member.role == "produces":
+                    expected = set(member.slots(channel))
+                    assert dead[member.param] == expected, (group.name, member.param)
+
+
+def _dead_slots(model: nn.Module, example: tuple, graph: Graph, name: str, channel: int) -> dict[str, set[int]]:
+    """Return, per producing parameter, the output slots whose gradient vanishes when the channel's consumers are zero."""
+    changed = copy.deepcopy(model)
+    state = dict(changed.named_parameters())
+    for member in graph.group(name).members:
+        if member.role == "consumes":
+            with torch.no_grad():
+                state[member.param].index_fill_(member.axis, torch.tensor(member.slots(channel)), 0.0)
+    torch.manual_seed(1)
+    total = 0.0
+    for _ in range(4):
+        outputs = changed(*[torch.randn_like(x) for x in example])
+        leaves = torch.utils._pytree.tree_leaves(outputs)
+        total = total + sum((leaf * torch.randn_like(leaf)).sum() for leaf in leaves)
+    total.backward()
+    dead = {}
+    for member in graph.group(name).members:
+        if member.role == "produces":
+            gradient = state[member.param].grad.abs().movedim(member.axis, 0)
+            gradient = gradient.reshape(len(gradient), -1).sum(1)
+            dead[member.param] = set(np.flatnonzero(gradient.numpy() == 0).tolist())
+    return dead
+
+
+def test_model_is_left_as_it_was() -> None:
+    model, example = TOYS["norm_zoo"]()
+    model.train()
+    model[3].eval()
+    modes = [module.training for module in model.modules()]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    trace(model, example)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(name.startswith("_deploypipe") for p in model.parameters() for name in vars(p))
+
+
+def test_failing_forward_is_the_users_error_with_its_place() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nn.Conv2d(4, 8, 3)))
+    with pytest.raises(ModelError) as caught:
+        trace(model, torch.zeros(1, 3, 8, 8))
+    assert "1.0" in caught.value.at
+    assert "(1, 3, 8, 8)" in caught.value.at
+
+
+def test_fingerprint_is_stable_and_tells_graphs_apart() -> None:
+    assert graph_of("plain").fingerprint == graph_of("plain").fingerprint
+    names = set(TOYS) - {"slice_derived"}  # has the groups of slice_literal
+    assert len({graph_of(name).fingerprint for name in names}) == len(names)
+
+
+def test_layers_state_their_geometry_and_widths() -> None:
+    graph = graph_of("depthwise")
+    first, dw, pw, *_ = graph.layers
+    assert (first.kind, first.kernel, first.in_size, first.out_size) == ("conv", (3, 3), (8, 8), (8, 8))
+    assert (first.batch, first.positions) == (2, 128)
+    assert dw.kind == "depthwise"
+    kept = graph.kept() | {"0.0": 5, "2.0": 7}
+    assert (dw.n_in.at(kept), dw.n_out.at(kept), dw.n_groups.at(kept)) == (5, 5, 5)
+    assert (pw.n_in.at(kept), pw.n_out.at(kept)) == (5, 7)
+    assert first.n_in.at(kept) == 3
