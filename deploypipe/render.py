@@ -18,6 +18,12 @@ def write(report: Report, folder: Path) -> None:
     (folder / MARKDOWN_NAME).write_text(markdown(report))
 
 
+def title(report: Report) -> str:
+    """Return the run in one line."""
+    budget = f"budget {report.budget.asked} ({report.budget.metric})"
+    return f"{report.model} on {report.target}: {report.algorithm}, {budget}, {report.epochs} epochs, seed {report.seed}"
+
+
 def summary_rows(report: Report) -> tuple[Row, ...]:
     """Return the table that answers "how good, how fast, how big": the columns are SUMMARY_COLUMNS."""
     dense, pruned = report.dense, report.pruned

@@ -6,58 +6,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+from sample_report import BARE, REPORT
 
 from deploypipe import render
 from deploypipe.errors import UsageError
-from deploypipe.report import BudgetOutcome, Check, GroupOutcome, Latency, Report, Side
-from deploypipe.types import Certificate
-
-REPORT = Report(
-    model="demo",
-    data="demo",
-    target="cpu",
-    algorithm="thinet",
-    options={"ridge": 1e-4, "images": 64},
-    seed=0,
-    epochs=3,
-    dense=Side(0.9778, 41_290, 3_214_000, 181_234, Latency(120.4, 118.0, 131.9, 200), 119.0),
-    pruned=Side(0.9722, 12_030, 1_090_400, 62_001, Latency(59.7, 58.8, 64.2, 200, 0.02), 60.0),
-    compacted_accuracy=0.9361,
-    n_test=360,
-    budget=BudgetOutcome("50%", "latency", "us", 60.2, 60.0, 59.7, 1),
-    groups=(
-        GroupOutcome("stem.conv", 16, 8, ("stem.conv.weight[0] produces", "a.conv1.weight[1] consumes"), ("add",)),
-        GroupOutcome("a.gate", 8, 8, ("a.gate.weight[0] produces",), (), "", "no batch norm"),
-        GroupOutcome("head", 10, 10, ("head.weight[0] produces",), (), "the network's output"),
-    ),
-    checks=(Check("compacted", "masked", 2.1e-7, 1e-5, 8), Check("onnx", "compacted", 4.0e-6, 1e-4, 8)),
-    certificate=Certificate(12.5, 12.51, 0.0008, 60.0, 60.0, 60.2, "us", 0.21, 310, "optimal"),
-    threads=1,
-    table="measured",
-    table_error=0.021,
-    seconds={"trace": 0.12, "profile": 11.4, "finetune": 20.0},
-    artifacts={"engine": "model.ort.onnx"},
-    versions={"torch": "2.14.1"},
-    machine={"processor": "a | b", "cores": 2, "cpu_flags": ["avx2", "fma"]},
-    command="deploypipe build --budget 50%",
-    created="2026-11-24 08:00 UTC",
-    notes=("2 background processes were busy while measuring",),
-)
-BARE = replace(
-    REPORT,
-    dense=replace(REPORT.dense, accuracy=None, latency=None, predicted_us=None),
-    pruned=replace(REPORT.pruned, accuracy=None, latency=None, predicted_us=None),
-    compacted_accuracy=None,
-    n_test=0,
-    budget=BudgetOutcome("50%", "macs", "MACs", 1_607_000.0, 1_090_400.0, 1_090_400.0),
-    checks=(),
-    certificate=None,
-    threads=4,
-    table="",
-    table_error=None,
-    notes=(),
-    artifacts={},
-)
+from deploypipe.report import Check, Latency, Report
 
 
 @pytest.mark.parametrize("report", [REPORT, BARE])

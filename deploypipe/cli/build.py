@@ -1,0 +1,86 @@
+"""`deploypipe build`: the whole way from a trained model to a measured artifact."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deploypipe.cli import console
+from deploypipe.errors import UsageError
+
+Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
+Keep = Annotated[list[str] | None, typer.Option(metavar="GROUP", help="Leave this group whole; may be repeated.")]
+Model = Annotated[str, typer.Option(help="demo, torchvision:NAME, timm:NAME, file.py:factory or package.module:factory.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An algorithm's option; may be repeated.")
+]
+TargetName = Annotated[str, typer.Option(help="What to deploy to: a name from `deploypipe targets`, or a .toml file.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime, instead of the target's.")]
+Weights = Annotated[Path | None, typer.Option(help="Trained weights: .safetensors, or a state dict of tensors (.pt, .pth).")]
+
+
+def build(
+    model: Model = "demo",
+    weights: Weights = None,
+    data: Annotated[str, typer.Option(help="demo, imagefolder:DIR, cifar10:DIR or file.py:factory.")] = "demo",
+    target: TargetName = "cpu",
+    algo: Annotated[str, typer.Option(help="Pruning algorithm: a name from `deploypipe algos`.")] = "thinet",
+    budget: Annotated[
+        str, typer.Option(help="At most this: 50% of the dense model, 3ms, 800us; with --metric 1.2M, 300k.")
+    ] = "50%",
+    metric: Annotated[str, typer.Option(help="What the budget counts: latency, macs or params.")] = "latency",
+    epochs: Annotated[int, typer.Option(min=0, help="Epochs of fine-tuning; 0 only renews the batch norms.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="Run folder. The same command again resumes there.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    settings: Settings = None,
+    distill: Annotated[bool, typer.Option(help="Let the dense model teach the pruned one.")] = True,
+    lr: Annotated[float | None, typer.Option(min=0, help="Learning rate of fine-tuning.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images per training step.")] = None,
+    threads: Threads = None,
+    accuracy_floor: Annotated[float | None, typer.Option(min=0, max=1, help="Fail below this accuracy, 0 to 1.")] = None,
+    keep: Keep = None,
+    as_json: Json = False,
+) -> None:
+    """Prune, compact, fine-tune, export, verify and measure a model."""
+    from deploypipe import pipeline
+
+    chosen = {"model": model, "weights": weights, "data": data, "target": target, "algo": algo, "budget": budget}
+    training = {"epochs": epochs, "seed": seed, "distill": distill, "lr": lr, "batch_size": batch_size}
+    limits = {"metric": metric, "threads": threads, "accuracy_floor": accuracy_floor, "keep": tuple(keep or ())}
+    request = pipeline.Request(**chosen, **training, **limits, out=out, options=parse_settings(settings or ()))
+    with console.progress() as reporter:
+        report = pipeline.build(request, reporter)
+    show_report(report, request.folder, as_json)
+
+
+def show_report(report: Any, folder: Path, as_json: bool) -> None:
+    """Write what a run found out: the table, the verdict, and where everything lies."""
+    from deploypipe import render
+    from deploypipe.report import MARKDOWN_NAME
+
+    if as_json:
+        console.answer_json(report.to_json())
+        return
+    console.answer(render.title(report) + "\n")
+    console.table(render.SUMMARY_COLUMNS, render.summary_rows(report))
+    console.answer("")
+    files = [(what, str(folder / path)) for what, path in report.artifacts.items()]
+    console.pairs([*render.verdict(report), *files, ("report", str(folder / MARKDOWN_NAME))])
+
+
+def parse_settings(settings: Sequence[str]) -> Mapping[str, str]:
+    """Return the options that `--set key=value` states, as text: the algorithm knows their types.
+
+    Raises:
+        UsageError: There is no `=`, no key, or a key occurs twice.
+    """
+    options: dict[str, str] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(f"'{setting}' is no KEY=VALUE", at=f"--set {setting}", fix="write for example --set images=64")
+        if key.strip() in options:
+            raise UsageError(f"option '{key.strip()}' is set twice", at=f"--set {setting}", fix="leave one of them out")
+        options[key.strip()] = value.strip()
+    return options

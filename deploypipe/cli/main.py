@@ -1,0 +1,135 @@
+"""The program: its commands, and how every failure becomes an exit code and a message."""
+
+import logging
+import os
+import re
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deploypipe import __version__
+from deploypipe.cli import build, console, profile, show
+from deploypipe.errors import DeployPipeError, UsageError, nearest
+
+INTERRUPTED = 130
+_ParserError: type[Exception] = typer.BadParameter.__mro__[1]  # UsageError of whichever parser typer brings along
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    no_args_is_help=False,
+    help="Prune a trained PyTorch CNN to a measured latency on a device, and prove every step.",
+    epilog="Start with `deploypipe build`: it prunes a small demo network on real data, within minutes, on any machine.",
+)
+app.command("build")(build.build)
+app.command("profile")(profile.profile)
+app.command("bench")(profile.bench)
+app.command("inspect")(show.inspect)
+app.command("algos")(show.algos)
+app.command("targets")(show.targets)
+app.command("doctor")(show.doctor)
+app.command("compare")(show.compare)
+app.command("report")(show.report)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        console.answer(f"deploypipe {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="Show log messages; -vv shows all.")] = 0,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    levels = (logging.ERROR, logging.INFO, logging.DEBUG)
+    logging.basicConfig(stream=sys.stderr, level=levels[min(verbose, 2)], format="%(name)s: %(message)s")
+    if not verbose:
+        warnings.simplefilter("ignore")  # of libraries, to their callers; ours are notes and errors
+    if context.invoked_subcommand is None:
+        console.answer(context.get_help())
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line; return the exit code (see `deploypipe.errors`)."""
+    try:
+        code = app(args=list(arguments), prog_name="deploypipe", standalone_mode=False)
+    except DeployPipeError as error:
+        console.problem(str(error))
+        return error.exit_code
+    except _ParserError as error:
+        console.problem(str(_parser_error(error)))
+        return UsageError.exit_code
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except SystemExit:  # the parser's answer to a reader that has left (`| head`), which is no failure
+        code = 0
+    except Exception as error:
+        console.problem(str(_bug(error, arguments)))
+        return DeployPipeError.exit_code
+    if code == INTERRUPTED:
+        console.problem(str(_interrupted(arguments)))
+    return int(code or 0)
+
+
+def _interrupted(arguments: Sequence[str]) -> DeployPipeError:
+    fix = (
+        "the same command resumes: finished stages are kept"
+        if list(arguments[:1]) == ["build"]
+        else "run the same command again"
+    )
+    return DeployPipeError("interrupted", fix=fix)
+
+
+def _parser_error(error: Any) -> UsageError:
+    """Say in our own form what the parser did not understand, with the nearest valid name."""
+    context = error.ctx
+    path = context.command_path if context else "deploypipe"
+    unknown = re.match(r"No such command '([^']*)'", error.message)
+    if unknown:
+        commands = [command.name for command in app.registered_commands if command.name]
+        return UsageError(f"unknown command '{unknown[1]}'", at=path, fix=nearest(unknown[1], commands))
+    option = getattr(error, "option_name", "")
+    if option and error.message.startswith("No such option"):
+        options = [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
+        return UsageError(f"unknown option '{option}'", at=path, fix=nearest(option, [*options, "--help"]))
+    message = error.format_message().rstrip(".")
+    return UsageError(message[:1].lower() + message[1:], at=path, fix=f"see `{path} --help`")
+
+
+def _bug(error: Exception, arguments: Sequence[str]) -> DeployPipeError:
+    text = f"deploypipe {__version__}, arguments: {list(arguments)}\n\n" + "".join(traceback.format_exception(error))
+    what = f"{type(error).__name__}: {error}".splitlines()[0]
+    return DeployPipeError(f"a bug in deploypipe ({what})", at=str(_log(text)), fix="report it together with that file")
+
+
+def _log(text: str) -> Path:
+    """Write the text into a new file in the user's cache, or the system's temporary folder if that cannot be written."""
+    from deploypipe.targets import cache_folder
+
+    name = f"bug-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    path = cache_folder() / "logs" / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError:
+        path = Path(tempfile.mkdtemp(prefix="deploypipe-")) / name
+        path.write_text(text)
+    return path

@@ -1,0 +1,44 @@
+"""`deploypipe profile` and `deploypipe bench`: measure a latency table; measure one built artifact."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deploypipe.cli import console
+from deploypipe.cli.build import Json, Model, TargetName, Threads, Weights
+
+
+def profile(
+    model: Model = "demo",
+    weights: Weights = None,
+    target: TargetName = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model's layers at many widths, on the target."""
+    from deploypipe import pipeline
+
+    with console.progress() as reporter:
+        summary = pipeline.profile_model(model, weights, target, threads, reporter)
+    if as_json:
+        console.answer_json(summary)
+    else:
+        console.pairs((name.replace("_", " "), str(value)) for name, value in summary.items())
+
+
+def bench(
+    artifact: Annotated[Path, typer.Argument(help="A built artifact, or an ONNX file.")],
+    target: TargetName = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the latency of an artifact on the target."""
+    from deploypipe import pipeline
+
+    with console.progress() as reporter:
+        summary = pipeline.bench_artifact(artifact, target, threads, reporter)
+    if as_json:
+        console.answer_json(summary)
+    else:
+        console.pairs((name.replace("_", " "), str(value)) for name, value in summary.items())

@@ -1,0 +1,120 @@
+"""Commands that only look: a model, the plug-ins, this machine, finished runs."""
+
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deploypipe.cli import console
+from deploypipe.cli.build import Json, Model, Weights, show_report
+
+
+def inspect(model: Model = "demo", weights: Weights = None, as_json: Json = False) -> None:
+    """Show layers, coupled channels, what is fixed and why, costs."""
+    from deploypipe import pipeline
+    from deploypipe.render import count
+
+    facts = pipeline.inspect(model, weights)
+    if as_json:
+        console.answer_json(facts.to_json())
+        return
+    console.answer(f"{facts.model}: {count(facts.n_parameters)} parameters, {count(facts.n_macs)} MACs\n")
+    console.table(
+        ("layer", "kind", "channels", "kernel", "stride", "size", "MACs"), [_layer_row(layer) for layer in facts.layers]
+    )
+    console.answer("")
+    console.table(("group", "channels", "members", "coupled by", "fixed because"), [_group_row(g) for g in facts.groups])
+    console.answer("")
+    console.pairs([("note", note) for note in facts.notes])
+    prunable = [group for group in facts.groups if not group.fixed]
+    console.answer(f"{len(prunable)} of {len(facts.groups)} groups can be pruned; --json lists every member")
+
+
+def algos(as_json: Json = False) -> None:
+    """List the pruning algorithms."""
+    from deploypipe.algorithms import algorithms
+
+    records = algorithms()
+    if as_json:
+        console.answer_json(records)
+    else:
+        console.table(
+            ("algorithm", "kind", "options", "paper"), [_algorithm_row(name, record) for name, record in records.items()]
+        )
+
+
+def targets(as_json: Json = False) -> None:
+    """List the targets."""
+    from deploypipe.targets import list_targets, load_target
+
+    found = [load_target(path) for path in list_targets().values()]
+    if as_json:
+        console.answer_json([{"name": t.name, "title": t.title, "backend": t.build.backend, "file": t.path} for t in found])
+    else:
+        columns = ("target", "what it is", "backend", "reached by", "threads")
+        console.table(columns, [(t.name, t.title, t.build.backend, t.reach.via, str(t.measure.threads)) for t in found])
+
+
+def doctor(as_json: Json = False) -> None:
+    """Show what is installed and where files are kept."""
+    from deploypipe.doctor import diagnose
+
+    facts = diagnose()
+    if as_json:
+        console.answer_json(facts.to_json())
+        return
+    console.pairs([("python", f"{platform.python_version()} ({sys.executable})"), ("cache", facts.cache)])
+    console.answer("")
+    console.table(("package", "version", "needed for"), facts.packages)
+    console.answer("")
+    console.table(("backend", "ready", "why not"), [(b.name, "yes" if b.ready else "no", b.reason) for b in facts.backends])
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders of `deploypipe build`.")],
+    as_json: Json = False,
+) -> None:
+    """Lay finished runs side by side, the most accurate first."""
+    from deploypipe import render
+    from deploypipe.report import Report
+
+    reports = {str(run): Report.load(run) for run in runs}
+    if as_json:
+        console.answer_json({run: report.to_json() for run, report in reports.items()})
+    else:
+        console.table(render.COMPARISON_COLUMNS, render.comparison(reports))
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of `deploypipe build`.")], as_json: Json = False
+) -> None:
+    """Show the report of a finished run."""
+    from deploypipe.report import Report
+
+    show_report(Report.load(run), run if run.is_dir() else run.parent, as_json)
+
+
+def _layer_row(layer: Any) -> tuple[str, ...]:
+    from deploypipe.render import count
+
+    def times(sizes: tuple[int, ...]) -> str:
+        return "x".join(map(str, sizes))
+
+    groups = f", {layer.groups} groups" if layer.groups > 1 else ""
+    sizes = f"{times(layer.in_size)} -> {times(layer.out_size)}" if layer.in_size else ""
+    channels = f"{layer.n_in} -> {layer.n_out}{groups}"
+    return (layer.name, layer.kind, channels, times(layer.kernel), times(layer.stride), sizes, count(layer.n_macs))
+
+
+def _group_row(group: Any) -> tuple[str, ...]:
+    members = sorted({member.partition("[")[0].rpartition(".")[0] for member in group.members})
+    shown = ", ".join(members[:4]) + (f" and {len(members) - 4} more" if len(members) > 4 else "")
+    return (group.name, str(group.size), shown, ", ".join(group.coupled_by), group.fixed)
+
+
+def _algorithm_row(name: str, record: Mapping[str, Any]) -> tuple[str, ...]:
+    options = ", ".join(f"{option['name']}={option['default']}" for option in record.get("options", ()))
+    return (name, record.get("taxonomy", "installed plug-in"), options, record.get("paper", record.get("plugin", "")))
