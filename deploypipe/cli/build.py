@@ -1,5 +1,6 @@
 """`deploypipe build`: the whole way from a trained model to a measured artifact."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ Weights = Annotated[Path | None, typer.Option(help="Trained weights: .safetensor
 
 
 def build(
+    context: typer.Context,
     model: Model = "demo",
     weights: Weights = None,
     data: Annotated[str, typer.Option(help="demo, imagefolder:DIR, cifar10:DIR or file.py:factory.")] = "demo",
@@ -45,10 +47,11 @@ def build(
     """Prune, compact, fine-tune, export, verify and measure a model."""
     from deploypipe import pipeline
 
-    chosen = {"model": model, "weights": weights, "data": data, "target": target, "algo": algo, "budget": budget}
-    training = {"epochs": epochs, "seed": seed, "distill": distill, "lr": lr, "batch_size": batch_size}
-    limits = {"metric": metric, "threads": threads, "accuracy_floor": accuracy_floor, "keep": tuple(keep or ())}
-    request = pipeline.Request(**chosen, **training, **limits, out=out, options=parse_settings(settings or ()))
+    request = pipeline.Request(
+        model, weights, data, target, algo, budget, metric, epochs, out, seed, parse_settings(settings or ()),
+        distill=distill, lr=lr, batch_size=batch_size, threads=threads, accuracy_floor=accuracy_floor,
+        keep=tuple(keep or ()), command=shlex.join(["deploypipe", *(context.obj or ())]),
+    )  # fmt: skip
     with console.progress() as reporter:
         report = pipeline.build(request, reporter)
     show_report(report, request.folder, as_json)

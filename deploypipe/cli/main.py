@@ -70,7 +70,7 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run the command line; return the exit code (see `deploypipe.errors`)."""
     try:
-        code = app(args=list(arguments), prog_name="deploypipe", standalone_mode=False)
+        code = app(args=list(arguments), prog_name="deploypipe", standalone_mode=False, obj=tuple(arguments))
     except DeployPipeError as error:
         console.problem(str(error))
         return error.exit_code

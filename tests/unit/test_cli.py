@@ -67,6 +67,7 @@ class Request:
     threads: int | None = None
     accuracy_floor: float | None = None
     keep: tuple[str, ...] = ()
+    command: str = ""
 
     @property
     def folder(self) -> Path:
@@ -120,19 +121,21 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
 
 def test_build_without_options_asks_for_the_demo(pipeline: FakePipeline) -> None:
     assert run(["build"]) == 0
-    assert pipeline.got == [Request()]
+    assert pipeline.got == [Request(command="deploypipe build")]
 
 
 def test_build_passes_every_option_on(pipeline: FakePipeline) -> None:
     line = (
         "build --model net.py:make --weights w.safetensors --data imagefolder:d --target jetson --algo l1 --budget 3ms "
-        "--metric latency --epochs 7 --out runs/x --seed 5 --set images=64 --set ridge=1e-4 --no-distill --lr 0.01 --batch-size 32 --threads 2 "
+        "--metric latency --epochs 7 --out runs/x "
+        "--seed 5 --set images=64 --set ridge=1e-4 --no-distill --lr 0.01 --batch-size 32 --threads 2 "
         "--accuracy-floor 0.9 --keep stem --keep head"
     )
     assert run(line.split()) == 0
     expected = Request(
         "net.py:make", Path("w.safetensors"), "imagefolder:d", "jetson", "l1", "3ms", "latency", 7, Path("runs/x"), 5,
         {"images": "64", "ridge": "1e-4"}, False, 0.01, 32, 2, 0.9, ("stem", "head"),
+        f"deploypipe {line}",
     )  # fmt: skip
     assert pipeline.got == [expected]
 
