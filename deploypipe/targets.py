@@ -1,11 +1,14 @@
 """Read `targets/*.toml`: the facts of what we deploy to, checked key by key."""
 
 import dataclasses
+import os
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
+
+from platformdirs import user_cache_dir
 
 from deploypipe.errors import TargetError, nearest
 
@@ -163,3 +166,9 @@ def _read(cls: Any, state: dict[str, Any], path: str, prefix: str) -> Any:
         return cls(**values)
     except TargetError as error:
         raise TargetError(error.message, at=f"{path}: {error.at}", fix=error.fix) from error
+
+
+def cache_folder() -> Path:
+    """Return the user's cache for measurements; the environment variable DEPLOYPIPE_CACHE puts it elsewhere."""
+    chosen = os.environ.get("DEPLOYPIPE_CACHE")
+    return Path(chosen).expanduser() if chosen else Path(user_cache_dir("deploypipe", appauthor=False))

@@ -130,7 +130,7 @@ class Backend(Protocol):
         """Compile `model`; the built file is pulled as `artifact` + suffix."""
         ...
 
-    def bench_job(self, models: Mapping[str, Path], target: Target) -> Job:
+    def bench_job(self, models: Mapping[str, Path | bytes], target: Target) -> Job:
         """Time whole models, or built artefacts, interleaved so that drift meets all alike."""
         ...
 
@@ -147,9 +147,9 @@ class Backend(Protocol):
         ...
 
     def run_job(self, model: Path, inputs: Arrays, target: Target) -> Job:
-        """Run a model, or a built artefact, once on `inputs` (input name -> array)."""
+        """Run a model, or a built artefact, on several inputs (input name -> array whose first axis counts them)."""
         ...
 
     def read_run(self, result: JobResult) -> Arrays:
-        """Read the outputs, in the model's order."""
+        """Read the outputs, stacked likewise, in the model's order."""
         ...

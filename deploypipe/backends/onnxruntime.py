@@ -46,7 +46,7 @@ class OnnxRuntime:
         details = {"model": "model.onnx", "artifact": "artifact.onnx"}
         return _job("build", target, details, push={"model.onnx": model}, pull=("artifact.onnx",))
 
-    def bench_job(self, models: Mapping[str, Path], target: Target) -> Job:
+    def bench_job(self, models: Mapping[str, Path | bytes], target: Target) -> Job:
         """Time whole models in turns; the name of a built artefact must end in `.artifact`, it is not optimised again."""
         files = {f"model-{i}.onnx": path for i, path in enumerate(models.values())}
         return _job("bench", target, {"models": dict(zip(models, files, strict=True))}, push=files)
@@ -79,7 +79,7 @@ class OnnxRuntime:
         return profiles
 
     def run_job(self, model: Path, inputs: Arrays, target: Target) -> Job:
-        """Run once on given inputs."""
+        """Run on several inputs: the first axis of every array counts them."""
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **inputs)  # type: ignore[arg-type]
         details = {"model": "model.onnx", "inputs": "inputs.npz", "outputs": "outputs.npz"}
@@ -87,7 +87,7 @@ class OnnxRuntime:
         return _job("run", target, details, push=push, pull=("outputs.npz",))
 
     def read_run(self, result: JobResult) -> Arrays:
-        """Return output name -> array, in the model's order."""
+        """Return output name -> array with the same first axis, in the model's order."""
         names = _answer(result)["outputs"]
         with np.load(result.pulled["outputs.npz"], allow_pickle=False) as outputs:
             return {name: outputs[name] for name in names}

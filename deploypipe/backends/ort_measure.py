@@ -200,12 +200,14 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:
-    """Run a model once on given inputs; the outputs go into an .npz file."""
+    """Run a model on several inputs (first axis of every array); the stacked outputs go into an .npz file."""
     opened = session(request["model"], request)
-    with np.load(request["inputs"]) as inputs:
-        values = opened.run(None, {name: inputs[name] for name in inputs.files})
+    with np.load(request["inputs"]) as arrays:
+        inputs = {name: arrays[name] for name in arrays.files}
+    n = len(next(iter(inputs.values())))
+    values = [opened.run(None, {name: array[i] for name, array in inputs.items()}) for i in range(n)]
     names = [value.name for value in opened.get_outputs()]
-    np.savez(request["outputs"], **dict(zip(names, values, strict=True)))
+    np.savez(request["outputs"], **{name: np.stack(column) for name, column in zip(names, zip(*values), strict=True)})
     return {"outputs": names}
 
 

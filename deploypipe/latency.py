@@ -1,0 +1,221 @@
+"""Measured latency of a model under any plan: kernel times by shape and width, and the context they run in."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from deploypipe import latency_file
+from deploypipe.errors import TargetError
+from deploypipe.latency_file import Context, Entry, Shape
+from deploypipe.types import CostTerm, Graph, KeepPlan, Layer, Width
+from deploypipe.widths import AllSteps, Steps, legal_widths, steps_of
+
+__all__ = ["Context", "Entry", "LatencyTable", "Shape", "structure_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class LatencyTable:
+    """Kernel times of one runtime on one device, and how they add up in the models that were profiled.
+
+    A model costs `factor * (sum of its layers + overhead)`. A layer costs what its kernel took alone at these widths, times
+    what the same kernel took inside the dense model over what it took alone. Overhead are all other kernels, measured inside
+    the dense model; they follow the widths of the layers that feed them.
+
+    Attributes:
+        facts: Runtime, version, threads, precision, processor, date, and the two constants of the measuring method:
+            `timer_us` (what profiling adds to each kernel; already taken off) and `node_us` (what a kernel without work costs).
+        steps: What was learned about widths, per kind of kernel.
+        kernels: Measured kernel times.
+        contexts: One for each profiled model.
+    """
+
+    facts: Mapping[str, Any]
+    steps: AllSteps
+    kernels: tuple[Entry, ...]
+    contexts: tuple[Context, ...] = ()
+    unit: str = "us"
+    _grids: Mapping[Shape, "_Grid"] = field(init=False, repr=False)
+    _terms: "WeakKeyDictionary[Graph, tuple[CostTerm, ...]]" = field(init=False, repr=False, default_factory=WeakKeyDictionary)
+
+    def __post_init__(self) -> None:
+        points: dict[Shape, dict[tuple[int, int], float]] = {}
+        for entry in self.kernels:
+            points.setdefault(entry.shape, {})[entry.key] = entry.median_us
+        object.__setattr__(self, "_grids", MappingProxyType({shape: _Grid(grid) for shape, grid in points.items()}))
+
+    def terms(self, graph: Graph) -> tuple[CostTerm, ...]:
+        """Return one term per layer, one per group for the other kernels, and a constant one. Prices are in microseconds.
+
+        Raises:
+            TargetError: The model, or a kernel of it, has not been measured; names the command that does.
+        """
+        if graph not in self._terms:
+            context = self.context(graph)
+            layers = [self._layer_term(layer, context) for layer in graph.layers]
+            self._terms[graph] = (*layers, *_overhead_terms(graph, context, float(self.facts.get("node_us", 0.0))))
+        return self._terms[graph]
+
+    def candidates(self, graph: Graph) -> Mapping[str, tuple[int, ...]]:
+        """Return for every prunable group the channel counts that land on whole steps, ascending, with the full count."""
+        return legal_widths(graph, self.steps)
+
+    def predict(self, graph: Graph, plan: KeepPlan | None = None) -> float:
+        """Return the latency in microseconds under `plan` (of the whole model without a plan).
+
+        Counts between steps cost what the next step costs; counts off the runtime's alignment also the measured penalty.
+
+        Raises:
+            TargetError: The model, or a kernel of it, has not been measured; names the command that does.
+        """
+        kept = graph.kept(plan)
+        return sum(term.price(term.n_in.at(kept), term.n_out.at(kept)) for term in self.terms(graph))
+
+    def context(self, graph: Graph) -> Context:
+        """Return how the kernels add up in the model of `graph`.
+
+        Raises:
+            TargetError: The model has not been profiled with this runtime.
+        """
+        structure = structure_of(graph)
+        for context in self.contexts:
+            if context.structure == structure:
+                return context
+        raise self._unmeasured("the model has not been profiled as a whole")
+
+    def kernel_us(self, layer: Layer, n_in: int, n_out: int) -> float:
+        """Return what the kernel of `layer` takes alone at these widths.
+
+        Raises:
+            TargetError: It has not been measured at such a width.
+        """
+        shape = Shape.of(layer)
+        grid = self._grids.get(shape)
+        found = grid.price(0 if shape.tied else n_in, n_out, steps_of(layer, self.steps)) if grid else None
+        if found is None:
+            raise self._unmeasured(f"no measurement for {shape.title} with {n_in} input and {n_out} output channels", layer.name)
+        return found
+
+    def save(self, folder: str | Path) -> None:
+        """Write the table as `device.json`, `kernels.csv` and one JSON file per model."""
+        latency_file.write_table(Path(folder), self.facts, self.steps, self.kernels, self.contexts)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "LatencyTable":
+        """Read what `save` wrote.
+
+        Raises:
+            TargetError: The folder is no table, is damaged, or has another schema.
+        """
+        return cls(*latency_file.read_table(Path(folder)))
+
+    def _layer_term(self, layer: Layer, context: Context) -> CostTerm:
+        scale = context.factor * context.scale.get(layer.name, 1.0)
+
+        @lru_cache(maxsize=None)
+        def price(n_in: int, n_out: int) -> float:
+            return scale * self.kernel_us(layer, n_in, n_out)
+
+        return CostTerm(layer.name, layer.n_in, layer.n_out, price)
+
+    def _unmeasured(self, message: str, layer: str = "") -> TargetError:
+        target = self.facts.get("target", "cpu")
+        at = f"latency table of target {target}" + (f", layer {layer}" if layer else "")
+        return TargetError(message, at=at, fix=f"measure it: deploypipe profile --model MODEL --target {target}")
+
+
+def structure_of(graph: Graph) -> str:
+    """Return a key of what a model computes, widths aside: a pruned model has the structure of the whole one."""
+    return latency_file.hashed([[layer.name, *vars(Shape.of(layer)).values()] for layer in graph.layers])
+
+
+def width_of(graph: Graph, layers: tuple[str, ...]) -> Width:
+    """Return the sum of the output widths of the named layers."""
+    const, parts = 0, dict[str, int]()
+    by_name = {layer.name: layer.n_out for layer in graph.layers}
+    for name in layers:
+        width = by_name[name]
+        const += width.const
+        for group, slots in width.parts:
+            parts[group] = parts.get(group, 0) + slots
+    return Width(const, tuple(parts.items()))
+
+
+def _overhead_terms(graph: Graph, context: Context, node_us: float) -> list[CostTerm]:
+    """Price the other kernels: each is a constant plus a part in proportion to the widths that feed it.
+
+    Being linear, the cost of a kernel fed by several groups splits exactly into one part per group.
+    """
+    dense = graph.kept()
+    known = {layer.name for layer in graph.layers}
+    constant, per_channel = 0.0, dict[str, float]()
+    for kernel in context.overhead:
+        width = width_of(graph, tuple(name for name in kernel.layers if name in known))
+        # The dense width that the kernel was measured at, not that of a graph that may have been pruned since.
+        full = kernel.width or width.at(dense)
+        fixed = min(kernel.us, node_us) if width.parts and full else kernel.us
+        slope = (kernel.us - fixed) / full if full else 0.0
+        constant += fixed + slope * width.const
+        for group, slots in width.parts:
+            per_channel[group] = per_channel.get(group, 0.0) + slope * slots
+    terms = [CostTerm("overhead", Width(0), Width(0), lambda n_in, n_out, us=context.factor * constant: us)]
+    for group, us in per_channel.items():
+        terms.append(CostTerm(f"overhead:{group}", Width(0), Width(0, ((group, 1),)), _proportional(context.factor * us)))
+    return terms
+
+
+def _proportional(us: float) -> Callable[[int, int], float]:
+    return lambda n_in, n_out: us * n_out
+
+
+class _Grid:
+    """Measured times of one kernel shape over two widths; bilinear between them, never outside."""
+
+    def __init__(self, points: Mapping[tuple[int, int], float]) -> None:
+        self.points = points
+        rows: dict[int, dict[int, float]] = {}
+        for (n_in, n_out), us in points.items():
+            rows.setdefault(n_in, {})[n_out] = us
+        self.rows = {n_in: dict(sorted(row.items())) for n_in, row in sorted(rows.items())}
+        self.ins, self.outs = sorted(rows), sorted({n_out for _, n_out in points})
+
+    def price(self, n_in: int, n_out: int, steps: Steps) -> float | None:
+        """Return the time at these widths, None if they lie outside what was measured."""
+        if (n_in, n_out) in self.points:
+            return self.points[n_in, n_out]
+        across, along = _fit(n_in, self.ins, steps), _fit(n_out, self.outs, steps)
+        if across is None or along is None:
+            return None
+        off = any(width % steps.align and width not in known for width, known in ((n_in, self.ins), (n_out, self.outs)))
+        # Rows that were measured at this very output width, as the candidates are, before those that were not.
+        exact = {at: row[along] for at, row in self.rows.items() if along in row}
+        found = _between(across, exact)
+        if found is None:
+            rows = {at: _between(along, row) for at, row in self.rows.items()}
+            found = _between(across, {at: us for at, us in rows.items() if us is not None})
+        return None if found is None else found * (steps.penalty if off else 1.0)
+
+
+def _fit(width: int, known: list[int], steps: Steps) -> int | None:
+    """Return the width that costs as much as `width`: measured, or a whole step between measured ones."""
+    if width > known[-1]:
+        return None
+    if width in known:
+        return width
+    return max(known[0], min(steps.up(width), known[-1]))
+
+
+def _between(at: int, row: Mapping[int, float]) -> float | None:
+    """Interpolate linearly in an ascending row; None outside."""
+    if at in row:
+        return row[at]
+    known = list(row)
+    i = bisect_left(known, at)
+    if i in (0, len(known)):
+        return None
+    low, high = known[i - 1], known[i]
+    return row[low] + (row[high] - row[low]) * (at - low) / (high - low)

@@ -1,0 +1,253 @@
+"""The files of a latency table: typed CSV columns for kernels, JSON for the device and for each profiled model."""
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from deploypipe.errors import TargetError
+from deploypipe.types import Layer
+from deploypipe.widths import AllSteps, Steps
+
+SCHEMA = 1
+_MEASURE = "measure it again: deploypipe profile --model MODEL --target TARGET"
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """What decides a kernel's time besides its two widths.
+
+    Attributes:
+        per_group: Channels (in, out) of each group of a grouped convolution, whose widths are tied; (0, 0) if there is one group.
+        rows: For linear layers, the number of rows that the weight is applied to, batch included; 0 for convolutions.
+    """
+
+    kind: str
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    per_group: tuple[int, ...]
+    in_size: tuple[int, ...]
+    out_size: tuple[int, ...]
+    batch: int
+    rows: int
+
+    @classmethod
+    def of(cls, layer: Layer) -> "Shape":
+        """Return the shape of a layer."""
+        flat = not layer.in_size
+        per_group = (0, 0)
+        if layer.groups > 1:
+            dense_in, dense_out = _channels(layer)
+            per_group = (dense_in, dense_out)
+        return cls(
+            layer.kind, layer.kernel, layer.stride, layer.padding, layer.dilation, per_group, layer.in_size, layer.out_size,
+            0 if flat else layer.batch, layer.positions if flat else 0,
+        )  # fmt: skip
+
+    @property
+    def tied(self) -> bool:
+        """Whether one width decides the other."""
+        return self.per_group != (0, 0)
+
+    @property
+    def title(self) -> str:
+        """The shape in words."""
+        kernel, size = _packed(self.kernel), _packed(self.in_size)
+        where = f"{kernel} stride {_packed(self.stride)} on {size}" if self.in_size else f"on {self.rows} rows"
+        return f"{self.kind} {where}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The measured time of one kernel at two widths, without what profiling adds."""
+
+    shape: Shape
+    n_in: int
+    n_out: int
+    median_us: float
+    p10_us: float
+    p90_us: float
+    runs: int
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """The widths that tell entries of one shape apart."""
+        return (0 if self.shape.tied else self.n_in, self.n_out)
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """A kernel that is no layer, as it ran inside the dense model.
+
+    `layers` feed it, and `width` is the sum of their output widths then; both empty if it costs the same always.
+    """
+
+    name: str
+    op: str
+    us: float
+    layers: tuple[str, ...]
+    width: int
+
+
+@dataclass(frozen=True)
+class Context:
+    """How kernels add up in one model.
+
+    Attributes:
+        structure: Which model, by `structure_of`.
+        scale: Layer -> time inside the dense model over time alone.
+        overhead: All other kernels.
+        whole_us: The dense model, measured as a whole without profiling.
+        factor: `whole_us` over the sum of layers and overhead.
+        additivity: Sum of the profiled kernels, with what profiling adds, over `whole_us`.
+        foreign_load: Of the measurement of the whole; None if unknown.
+        runs: Of the measurement of the whole.
+    """
+
+    structure: str
+    scale: Mapping[str, float]
+    overhead: tuple[Overhead, ...]
+    whole_us: float
+    factor: float
+    additivity: float
+    foreign_load: float | None
+    runs: int
+
+
+def hashed(state: Any) -> str:
+    """Return a short key of plain values."""
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
+
+
+def write_table(
+    folder: Path, facts: Mapping[str, Any], steps: AllSteps, kernels: Iterable[Entry], contexts: Iterable[Context]
+) -> None:
+    """Write a whole table; each file appears complete or not at all."""
+    write_device(folder, facts, steps)
+    write_kernels(folder, kernels)
+    for context in contexts:
+        write_context(folder, context)
+
+
+def write_device(folder: Path, facts: Mapping[str, Any], steps: AllSteps) -> None:
+    """Write `device.json`."""
+    learned = {kind: asdict(item) for kind, item in steps.items()}
+    _write(folder / "device.json", json.dumps({"schema": SCHEMA, "facts": dict(facts), "steps": learned}, indent=1) + "\n")
+
+
+def write_kernels(folder: Path, kernels: Iterable[Entry]) -> None:
+    """Write `kernels.csv`, sorted, one row per shape and pair of widths."""
+    rows = sorted(kernels, key=lambda entry: (entry.shape, entry.n_in, entry.n_out))
+    lines = [",".join(_columns())]
+    for entry in rows:
+        shape = [_packed(value) for value in vars(entry.shape).values()]
+        times = [f"{value:.3f}" for value in (entry.median_us, entry.p10_us, entry.p90_us)]
+        lines.append(",".join([*shape, str(entry.n_in), str(entry.n_out), *times, str(entry.runs)]))
+    _write(folder / "kernels.csv", "\n".join(lines) + "\n")
+
+
+def write_context(folder: Path, context: Context) -> None:
+    """Write `models/<structure>.json`."""
+    state = {**vars(context), "scale": dict(context.scale), "overhead": [vars(kernel) for kernel in context.overhead]}
+    _write(folder / "models" / f"{context.structure}.json", json.dumps({"schema": SCHEMA, **state}, indent=1) + "\n")
+
+
+def read_table(folder: Path) -> tuple[dict[str, Any], dict[str, Steps], tuple[Entry, ...], tuple[Context, ...]]:
+    """Read facts, steps, kernels and contexts.
+
+    Raises:
+        TargetError: A file is missing, damaged, or of another schema.
+    """
+    state = _read(folder / "device.json")
+    try:
+        steps = {kind: Steps(**{**item, "small": tuple(item["small"])}) for kind, item in state["steps"].items()}
+        facts = dict(state["facts"])
+        contexts = tuple(_context(_read(path)) for path in sorted((folder / "models").glob("*.json")))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise TargetError(f"latency table is malformed: {error!r}", at=str(folder), fix=_MEASURE) from error
+    return facts, steps, read_kernels(folder), contexts
+
+
+def read_kernels(folder: Path) -> tuple[Entry, ...]:
+    """Read `kernels.csv`; empty if there is none.
+
+    Raises:
+        TargetError: A row is malformed.
+    """
+    path = folder / "kernels.csv"
+    if not path.is_file():
+        return ()
+    with path.open(newline="") as file:
+        rows = list(csv.reader(file))
+    if not rows or rows[0] != _columns():
+        raise TargetError("latency table has other columns than this version reads", at=str(path), fix=_MEASURE)
+    entries = []
+    for number, row in enumerate(rows[1:], start=2):
+        try:
+            entries.append(_entry(row))
+        except (ValueError, IndexError) as error:
+            raise TargetError(f"latency table is malformed: {error}", at=f"{path}:{number}", fix=_MEASURE) from error
+    return tuple(entries)
+
+
+def _columns() -> list[str]:
+    return [item.name for item in fields(Shape)] + [item.name for item in fields(Entry) if item.name != "shape"]
+
+
+def _entry(row: list[str]) -> Entry:
+    kind, *tuples = row[:8]
+    sizes = [tuple(int(n) for n in text.split("x")) if text else () for text in tuples]
+    shape = Shape(kind, *sizes, batch=int(row[8]), rows=int(row[9]))
+    n_in, n_out, median, p10, p90, runs = row[10:]
+    entry = Entry(shape, int(n_in), int(n_out), float(median), float(p10), float(p90), int(runs))
+    if not (0 < entry.median_us < float("inf")):
+        raise ValueError(f"latency is {entry.median_us}")
+    return entry
+
+
+def _context(state: dict[str, Any]) -> Context:
+    state = {name: value for name, value in state.items() if name != "schema"}
+    overhead = tuple(Overhead(**{**kernel, "layers": tuple(kernel["layers"])}) for kernel in state["overhead"])
+    return Context(**{**state, "overhead": overhead, "scale": MappingProxyType(state["scale"])})
+
+
+def _channels(layer: Layer) -> tuple[int, int]:
+    """Return the channels per group; the unit of a grouped convolution is a whole group, so they never change."""
+    return _dense(layer.n_in, layer), _dense(layer.n_out, layer)
+
+
+def _dense(width: Any, layer: Layer) -> int:
+    if not width.parts:
+        return int(width.const) // layer.groups
+    per_unit, groups = sum(slots for _, slots in width.parts), sum(slots for _, slots in layer.n_groups.parts)
+    return int(per_unit // groups) if groups else int(per_unit)
+
+
+def _packed(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(path.read_text())
+    except OSError as error:
+        raise TargetError(f"cannot read latency table: {error.strerror}", at=str(path), fix=_MEASURE) from error
+    except ValueError as error:
+        raise TargetError(f"latency table is damaged: {error}", at=str(path), fix=_MEASURE) from error
+    if not isinstance(state, dict) or state.get("schema") != SCHEMA:
+        found = state.get("schema") if isinstance(state, dict) else None
+        raise TargetError(f"latency table has schema {found!r}, this version reads {SCHEMA}", at=str(path), fix=_MEASURE)
+    return state
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

@@ -1,0 +1,82 @@
+"""What a runtime on a device is like before any model is measured: the cost of measuring, and the steps of widths."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from deploypipe.latency_file import Entry, Shape
+from deploypipe.probe import Probe
+from deploypipe.widths import Steps
+
+Measure = Callable[[Sequence[Probe]], Mapping[Probe, Entry]]
+
+_BASES = (64, 48)  # widths around which a step must show at both
+_DOWN = (1, 2, 4, 8, 16, 32)  # channels fewer
+_GAIN = 0.5  # a step is real if it gains at least half of what its share of the channels promises
+_SLOWER = 1.08  # off alignment if it costs more than the larger whole step, by more than noise
+_SMALLER = 0.9  # a width below one step is worth having if it saves a tenth
+
+
+def probe_shapes() -> dict[str, Shape]:
+    """Return one shape for each kind of kernel whose steps are learned: typical, and large enough to time."""
+    two, one = (3, 3), (1, 1)
+    conv = Shape("conv", two, one, one, one, (0, 0), (28, 28), (28, 28), 1, 0)
+    depthwise = Shape("depthwise", two, one, one, one, (1, 1), (56, 56), (56, 56), 1, 0)
+    linear = Shape("linear", (), (), (), (), (0, 0), (), (), 0, 128)
+    return {"conv": conv, "depthwise": depthwise, "linear": linear}
+
+
+def learn_steps(measure: Measure) -> dict[str, Steps]:
+    """Measure around a few widths and return the steps of each kind of kernel."""
+    steps = {}
+    for kind, shape in probe_shapes().items():
+        tied = shape.tied
+        outs = sorted({base - down for base in _BASES for down in (0, *_DOWN) if base > down})
+        probes = [Probe(shape, width if tied else _BASES[0], width) for width in outs]
+        odd = [Probe(shape, _BASES[0] - down, _BASES[0] - down) for down in (1, 2, 4)]
+        small = [] if tied else [Probe(shape, width, _BASES[0], relay=shape.rows == 0) for width in (2, 4, 8, 16, 32)]
+        # The lower end of the spread: what the kernel takes when nothing disturbs it.
+        measured = measure(list(dict.fromkeys([*probes, *odd, *small])))
+        us = {probe: entry.p10_us for probe, entry in measured.items()}
+        by_out = {probe.n_out: us[probe] for probe in probes}
+        step = step_of(by_out)
+        align, penalty = alignment(us[probes[outs.index(_BASES[0])]], {_BASES[0] - p.n_out: us[p] for p in odd}, step)
+        below = {probe.n_in: us[probe] for probe in small if probe.n_in <= step and probe.n_in % align == 0}
+        steps[kind] = Steps(step, align, penalty, smaller(below, step))
+    return steps
+
+
+def step_of(by_width: Mapping[int, float]) -> int:
+    """Return the smallest decrease of the width that saves time at every base width."""
+    for down in _DOWN:
+        gains = []
+        for base in _BASES:
+            if base > down:
+                gains.append(by_width[base - down] <= by_width[base] * (1 - _GAIN * down / base))
+        if all(gains):
+            return down
+    return _DOWN[-1]
+
+
+def alignment(whole: float, fewer: Mapping[int, float], step: int) -> tuple[int, float]:
+    """Return the alignment and what missing it costs, from the time at a whole step and at one, two, four channels fewer."""
+    slow = [down for down in sorted(fewer) if down < step and fewer[down] > _SLOWER * whole]
+    if not slow:
+        return 1, 1.0
+    return min(2 * slow[-1], step), max(fewer[down] for down in slow) / whole
+
+
+def smaller(by_width: Mapping[int, float], step: int) -> tuple[int, ...]:
+    """Return the widths below one step that save a tenth against a whole step and against the next one, descending."""
+    chosen: list[int] = []
+    if step not in by_width:
+        return ()
+    best = by_width[step]
+    for width in sorted((w for w in by_width if w < step), reverse=True):
+        if by_width[width] < _SMALLER * best:
+            chosen.append(width)
+            best = by_width[width]
+    return tuple(chosen)
+
+
+def flat(values: Iterable[Iterable[Probe]]) -> list[Probe]:
+    """Join lists of probes, without repetition, in order."""
+    return list(dict.fromkeys(probe for part in values for probe in part))

@@ -1,0 +1,152 @@
+"""ONNX models that time one kernel the way it runs inside a model: fused, in the runtime's own layout.
+
+A runtime's profile counts whole microseconds and adds to what it times, so a kernel is timed without it: as the difference
+between a model that runs the kernel `1 + repeats` times and one that runs it once. All copies read the same tensor and add
+up their results, which runtimes fuse into the kernel, so that nothing else differs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from deploypipe.latency_file import Shape
+
+_OPSET, _IR = 20, 10
+_IN = 3  # channels of a probe's input; the tensor that the kernel reads is computed from it
+_WORTH = 1_500_000  # multiply-adds that the copies should add up to: enough to stand out of the clock's noise ...
+_MOST = 8  # ... with no more copies than this
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One kernel to measure: a shape at two widths.
+
+    With `relay`, the tensor in front is made anew for each copy, so that a change of layout which the runtime needs before
+    a narrow kernel is counted as well.
+    """
+
+    shape: Shape
+    n_in: int
+    n_out: int
+    relay: bool = False
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of the kernel."""
+        shape = self.shape
+        if shape.rows:
+            return shape.rows * self.n_in * self.n_out
+        positions = prod(shape.in_size if shape.kind == "transposed" else shape.out_size)
+        reads = shape.per_group[0] if shape.tied else self.n_in
+        return shape.batch * positions * prod(shape.kernel) * reads * self.n_out
+
+    @property
+    def repeats(self) -> int:
+        """How many more copies the longer models hold than the shorter ones."""
+        return max(1, min(_MOST, _WORTH // self.macs))
+
+    def models(self) -> tuple[bytes, ...]:
+        """Return the models to time, in pairs of one copy and `1 + repeats` copies.
+
+        The kernel's time is that of the first pair, less, with `relay`, that of the second; a pair's time is the difference
+        of its models over `repeats`.
+        """
+        counts = (1, 1 + self.repeats)
+        if self.shape.rows:
+            return tuple(_linear(self, count) for count in counts)
+        own = tuple(_conv(self, count) for count in counts)
+        return (*own, *(_entering(self, count) for count in counts)) if self.relay else own
+
+
+def chain(length: int) -> bytes:
+    """Return a model of `length` kernels that do next to nothing: it shows what a kernel costs without work."""
+    nodes = [helper.make_node("Neg", [f"t{i}"], [f"t{i + 1}"], name=f"neg_{i}") for i in range(length)]
+    return _Model(nodes).serialised(("t0", [1, 8]), f"t{length}")
+
+
+class _Model:
+    """Nodes so far, and the sizes of the weights that they use."""
+
+    def __init__(self, nodes: Sequence[onnx.NodeProto] = ()) -> None:
+        self.nodes = list(nodes)
+        self.sizes: list[onnx.TensorProto] = []
+
+    def weight(self, name: str, shape: Sequence[int]) -> str:
+        """Add a weight that the runtime fills when it loads the model, so that a probe is a few hundred bytes."""
+        self.sizes.append(numpy_helper.from_array(np.array(shape, np.int64), f"{name}_shape"))
+        # All weights differ: equal kernels on equal data would be computed once.
+        value = helper.make_tensor("value", TensorProto.FLOAT, [1], [0.01 + 0.001 * len(self.sizes)])
+        self.nodes.append(helper.make_node("ConstantOfShape", [f"{name}_shape"], [name], name=f"{name}_fill", value=value))
+        return name
+
+    def add(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(op, inputs, [output], name=f"{op}_{output}", **attributes))
+        return output
+
+    def serialised(self, source: tuple[str, Sequence[int]], sink: str) -> bytes:
+        value = helper.make_tensor_value_info
+        inputs, outputs = [value(source[0], TensorProto.FLOAT, source[1])], [value(sink, TensorProto.FLOAT, None)]
+        graph = helper.make_graph(self.nodes, "probe", inputs, outputs, self.sizes)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR)
+        return bytes(model.SerializeToString())
+
+
+def _conv(probe: Probe, count: int) -> bytes:
+    shape, model, total = probe.shape, _Model(), ""
+    groups = probe.n_in // shape.per_group[0] if shape.tied else 1
+    attributes = {
+        "kernel_shape": list(shape.kernel), "strides": list(shape.stride), "dilations": list(shape.dilation), "group": groups,
+        "pads": list(shape.padding) * (2 if len(shape.padding) == len(shape.kernel) else 1),
+    }  # fmt: skip
+    if shape.kind == "transposed":
+        weight, op = [probe.n_in, probe.n_out // groups, *shape.kernel], "ConvTranspose"
+        attributes["output_padding"] = _output_padding(shape)
+    else:
+        weight, op = [probe.n_out, probe.n_in // groups, *shape.kernel], "Conv"
+    entering = _before(model, probe, "e0")
+    for i in range(count):
+        if i and probe.relay:
+            entering = _before(model, probe, f"e{i}")
+        operands = [entering, model.weight(f"w{i}", weight), model.weight(f"b{i}", [probe.n_out])]
+        total = _accumulate(model, model.add(op, operands, f"c{i}", **attributes), total, f"y{i}")
+    return model.serialised(("x", [shape.batch, _IN, *shape.in_size]), total)
+
+
+def _entering(probe: Probe, count: int) -> bytes:
+    """Only what stands in front of the kernel."""
+    model, total = _Model(), ""
+    for i in range(count):
+        total = _accumulate(model, _before(model, probe, f"e{i}", relu=False), total, f"y{i}")
+    return model.serialised(("x", [probe.shape.batch, _IN, *probe.shape.in_size]), total)
+
+
+def _before(model: _Model, probe: Probe, name: str, *, relu: bool = True) -> str:
+    """Compute the tensor that the kernel reads by a convolution, so that it comes in the runtime's own layout."""
+    weight = model.weight(f"{name}_w", [probe.n_in, _IN, *[1] * len(probe.shape.kernel)])
+    out = model.add("Conv", ["x", weight], f"{name}_c")
+    return model.add("Relu", [out], name) if relu else out
+
+
+def _accumulate(model: _Model, result: str, total: str, name: str) -> str:
+    if total:
+        result = model.add("Add", [result, total], f"{name}_s")
+    return model.add("Relu", [result], name)
+
+
+def _linear(probe: Probe, count: int) -> bytes:
+    model, total = _Model(), ""
+    for i in range(count):
+        weight = model.weight(f"w{i}", [probe.n_in, probe.n_out])
+        total = model.add("Gemm", ["x", weight, total or model.weight("b", [probe.n_out])], f"y{i}")
+    return model.serialised(("x", [probe.shape.rows, probe.n_in]), total)
+
+
+def _output_padding(shape: Shape) -> list[int]:
+    padding = shape.padding[: len(shape.kernel)]
+    axes = zip(shape.in_size, shape.out_size, shape.kernel, shape.stride, padding, shape.dilation, strict=True)
+    return [out - ((size - 1) * stride - 2 * pad + gap * (kernel - 1) + 1) for size, out, kernel, stride, pad, gap in axes]

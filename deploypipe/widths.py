@@ -1,0 +1,109 @@
+"""Which widths a runtime runs well: steps learned by measurement, and the channel counts that land on them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import gcd, lcm
+
+from deploypipe.types import Graph, Group, Layer, Width
+
+MAX_CANDIDATES = 14
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How latency follows the channel count of one kind of kernel.
+
+    Attributes:
+        step: Latency is constant between multiples of this.
+        align: Counts that are not a multiple of this leave the runtime's fast path ...
+        penalty: ... and take this many times as long as the next full step.
+        small: Counts below one step that are still quicker than a whole step, descending.
+    """
+
+    step: int = 1
+    align: int = 1
+    penalty: float = 1.0
+    small: tuple[int, ...] = ()
+
+    def up(self, width: int) -> int:
+        """Return the width that costs as much as `width`: the next multiple of the step."""
+        return width if width in self.small else -(-width // self.step) * self.step
+
+
+AllSteps = Mapping[str, Steps]  # kind of kernel -> its steps
+
+
+def steps_of(layer: Layer, steps: AllSteps) -> Steps:
+    """Return the steps that hold for `layer`; one by one for kinds whose kernels showed none."""
+    return steps.get("linear" if layer.kind == "matmul" else layer.kind, Steps())
+
+
+def legal_widths(graph: Graph, steps: AllSteps) -> dict[str, tuple[int, ...]]:
+    """Return for every prunable group the channel counts that put all its layers on whole steps, ascending.
+
+    The full count is always among them; at most 14 are returned, evenly spread. Groups of a few steps also get the counts
+    below one step that gain. In a layer fed by several groups each group lands on whole steps by itself.
+    """
+    return {group.name: _legal(group, _uses(graph, group), steps) for group in graph.prunable}
+
+
+def _uses(graph: Graph, group: Group) -> list[tuple[Layer, int]]:
+    """Return the layers whose widths the group decides, with the channels that each of its units has there."""
+    found = []
+    for layer in graph.layers:
+        for width in (layer.n_in, layer.n_out):
+            found += [(layer, slots) for name, slots in width.parts if name == group.name]
+    return found
+
+
+def _legal(group: Group, uses: list[tuple[Layer, int]], steps: AllSteps) -> tuple[int, ...]:
+    unit = 1
+    for layer, slots in uses:
+        step = steps_of(layer, steps).step
+        unit = lcm(unit, step // gcd(step, slots))
+    unit = min(unit, group.size)
+    chosen = {*_spread(unit, group.size), group.size}
+    plain = all(slots == 1 for _, slots in uses)
+    if plain and group.size <= 4 * unit:
+        offered = [set(steps_of(layer, steps).small) for layer, _ in uses if steps_of(layer, steps).step > 1]
+        chosen |= {width for width in set.intersection(*offered) if width < group.size} if offered else set()
+    return tuple(sorted(chosen))
+
+
+def _spread(unit: int, size: int) -> range:
+    """Return multiples of `unit` up to `size`, not more than the allowed number."""
+    every = -(-(size // unit) // (MAX_CANDIDATES - 1))
+    return range(unit * every, size + 1, unit * every) if every > 1 else range(unit, size + 1, unit)
+
+
+def reachable(width: Width, legal: Mapping[str, tuple[int, ...]], dense: Mapping[str, int], most: int) -> tuple[int, ...]:
+    """Return the values of `width` to measure, ascending, the smallest and the full one included.
+
+    With one group these are exact; with several (concatenation) they are spread from all-smallest to full in steps of the
+    smallest group's first step.
+
+    Args:
+        width: Of a layer.
+        legal: Group -> channel counts, from `legal_widths`.
+        dense: Group -> its full channel count.
+        most: How many values are wanted at most.
+    """
+    free = [(name, slots) for name, slots in width.parts if name in legal]
+    full = width.at(dense)
+    if not free:
+        return (full,)
+    if len(width.parts) == 1:
+        name, slots = free[0]
+        return _thin(tuple(width.const + slots * count for count in legal[name]), most)
+    least = width.at({**dense, **{name: legal[name][0] for name, _ in free}})
+    step = max(1, min(slots * legal[name][0] for name, slots in free))
+    inner = range(-(-least // step) * step, full, step)
+    return _thin(tuple(sorted({least, *inner, full})), most)
+
+
+def _thin(values: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """Keep at most `most` of the values: both ends and an even choice between them."""
+    if len(values) <= most:
+        return values
+    last = len(values) - 1
+    return tuple(values[round(i * last / (most - 1))] for i in range(most))
