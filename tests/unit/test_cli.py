@@ -376,7 +376,7 @@ def test_ctrl_c_in_a_running_build() -> None:
     process = start("""
         import sys, time, types
         fake = types.ModuleType("deploypipe.pipeline")
-        fake.Request = lambda **options: options
+        fake.Request = lambda *values, **options: options
         def build(request, reporter):
             reporter.stage("finetune", 100)
             time.sleep(60)
