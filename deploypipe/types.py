@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -168,7 +168,7 @@ class Graph:
         """Hash of the parameter shapes and of the groups: equal graphs take each other's plans."""
         digest = hashlib.sha256(json.dumps(sorted((name, list(shape)) for name, shape in self.shapes.items())).encode())
         for group in self.groups:
-            digest.update(f"{group.name} {group.size} {group.fixed}".encode())
+            digest.update(f"{group.name} {group.size}".encode())
             for member in group.members:
                 digest.update(f"{member.param} {member.axis}".encode() + member.owner.astype(np.int32).tobytes())
         return digest.hexdigest()[:16]
@@ -195,6 +195,16 @@ class Graph:
                 parts.append((group.name, member.per_channel))
                 owned += member.per_channel * group.size
         return Width(self.shapes[param][axis] - owned, tuple(parts))
+
+    def keeping(self, names: Iterable[str], reason: str) -> "Graph":
+        """Return the graph with these groups fixed for `reason`.
+
+        Raises:
+            ModelError: A group is unknown.
+        """
+        chosen = {self.group(name).name for name in names}
+        groups = tuple(replace(g, fixed=g.fixed or reason) if g.name in chosen else g for g in self.groups)
+        return Graph(self.layers, groups, self.attributes, self.shapes, self.ops, self.notes, self.example, self.buffers)
 
     def kept(self, plan: "KeepPlan | None" = None) -> dict[str, int]:
         """Return the number of channels that stay in every group under `plan` (all of them without a plan)."""
@@ -344,7 +354,10 @@ class CostTerm:
 class CostTable(Protocol):
     """What a model costs as a sum over its layers: latency, MACs or parameters."""
 
-    unit: str  # "us", "MACs" or "params"
+    @property
+    def unit(self) -> str:
+        """Return "us", "MACs" or "params"."""
+        ...
 
     def terms(self, graph: Graph) -> tuple[CostTerm, ...]:
         """Return the additive terms; a term that cannot be priced raises TargetError."""

@@ -1,0 +1,70 @@
+"""What the smaller commands do, in plain values: inspect a model, profile it, measure an artifact."""
+
+from pathlib import Path
+from typing import Any
+
+from deploypipe.errors import UsageError
+from deploypipe.graph import trace
+from deploypipe.inspection import Inspection, inspect_graph
+from deploypipe.latency import LatencyTable
+from deploypipe.models import load_model
+from deploypipe.profiler import profile
+from deploypipe.progress import Reporter, Silent
+from deploypipe.request import Request
+from deploypipe.stages import Device
+from deploypipe.types import Graph
+from deploypipe.widths import Steps
+
+
+def inspect(model: str = "demo", weights: str | Path | None = None) -> Inspection:
+    """Return layers, groups, what is fixed and why, and costs of a model."""
+    loaded = load_model(model, weights)
+    return inspect_graph(trace(loaded.model, loaded.example), model)
+
+
+def profile_model(
+    model: str, weights: str | Path | None, target: str | Path, threads: int | None, reporter: Reporter | None = None
+) -> dict[str, Any]:
+    """Measure (or find) the latency table of a model and return what was learned, in plain values."""
+    chosen = Request(target=target, threads=threads).resolved_target()
+    loaded = load_model(model, weights)
+    graph = trace(loaded.model, loaded.example)
+    table = profile(loaded.model, loaded.example, chosen, graph=graph, reporter=reporter)
+    return _summary(chosen.name, table, graph)
+
+
+def bench_artifact(
+    artifact: str | Path, target: str | Path = "cpu", threads: int | None = None, reporter: Reporter | None = None
+) -> dict[str, Any]:
+    """Measure an artifact or ONNX file on a target."""
+    path = Path(artifact)
+    if not path.is_file():
+        raise UsageError("there is no such file", at=str(path), fix="give a built artifact or an .onnx file")
+    (reporter or Silent()).stage("bench")
+    device = Device(Request(target=target, threads=threads).resolved_target())
+    measured: dict[str, Any] = device.bench({"model": path})["model"]
+    return {"artifact": str(path), "target": device.target.name, "threads": device.target.measure.threads} | measured
+
+
+def _summary(target: str, table: LatencyTable, graph: Graph) -> dict[str, Any]:
+    """Return what profiling taught, in plain values."""
+    context = table.context(graph)
+    predicted = table.predict(graph)
+    return {
+        "target": target,
+        "runtime": f"{table.facts.get('runtime')} {table.facts.get('version')}, {table.facts.get('threads')} threads",
+        "kernels_measured": len(table.kernels),
+        "steps": "; ".join(f"{kind}: {_steps_text(steps)}" for kind, steps in sorted(table.steps.items())),
+        "dense_measured_us": round(context.whole_us, 1),
+        "dense_predicted_us": round(predicted, 1),
+        "sum_of_kernels_over_whole": round(context.additivity, 3),
+        "correction_factor": round(context.factor, 3),
+        "foreign_load": context.foreign_load,
+    }
+
+
+def _steps_text(steps: Steps) -> str:
+    text = f"steps of {steps.step}"
+    if steps.align > 1:
+        text += f", counts not divisible by {steps.align} cost up to {steps.penalty:.1f}x"
+    return text

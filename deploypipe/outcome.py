@@ -1,0 +1,91 @@
+"""Put the findings of a run together into its report."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from deploypipe import saved
+from deploypipe.algorithms import make
+from deploypipe.count import macs, params
+from deploypipe.data import Data
+from deploypipe.doctor import versions
+from deploypipe.inspection import member_text
+from deploypipe.latency import LatencyTable
+from deploypipe.report import BudgetOutcome, Check, GroupOutcome, Latency, Report, Side
+from deploypipe.request import Request
+from deploypipe.targets import Target
+from deploypipe.types import CostTable, Graph, KeepPlan
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """What the stages found; `latencies` and `accuracies` are the plain values that their files hold."""
+
+    graph: Graph
+    plan: KeepPlan
+    cost: CostTable
+    budget: float
+    table: LatencyTable | None
+    checks: list[Check]
+    latencies: Mapping[str, Any]
+    accuracies: Mapping[str, Any]
+    files: Mapping[str, Path]
+    seconds: Mapping[str, float]
+    facts: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+def assemble(request: Request, data: Data, target: Target, found: Findings) -> Report:
+    """Return the report of a run."""
+    predicted = found.cost.predict(found.graph, found.plan)
+    measured = {"macs": macs, "params": params}
+    latency = found.latencies["pruned"]["median_us"]
+    reached = measured[request.metric](found.graph, found.plan) if request.metric in measured else latency
+    return Report(
+        model=str(request.model),
+        data=data.description,
+        target=target.name,
+        algorithm=request.algo,
+        options=asdict(make(request.algo, request.options)),
+        seed=request.seed,
+        epochs=request.epochs,
+        dense=_side("dense", None, found),
+        pruned=_side("pruned", found.plan, found),
+        compacted_accuracy=found.accuracies["compacted"],
+        n_test=found.accuracies["n_test"],
+        budget=BudgetOutcome(request.budget, request.metric, found.cost.unit, found.budget, predicted, reached),
+        groups=tuple(_group(found.graph, found.plan)),
+        checks=tuple(found.checks),
+        certificate=found.plan.certificate,
+        threads=target.measure.threads,
+        table="measured" if found.table else "",
+        seconds=found.seconds,
+        artifacts={"artifact": found.files["pruned"].name, "onnx": "pruned.onnx", "weights": saved.WEIGHTS, "plan": saved.PLAN},
+        versions=versions(),
+        machine=dict(found.facts),
+        command=request.command,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        notes=found.notes,
+    )
+
+
+def _side(name: str, plan: KeepPlan | None, found: Findings) -> Side:
+    return Side(
+        accuracy=found.accuracies[name],
+        n_parameters=params(found.graph, plan),
+        n_macs=macs(found.graph, plan),
+        artifact_bytes=found.files[name].stat().st_size,
+        latency=Latency(**found.latencies[name]),
+        predicted_us=found.table.predict(found.graph, plan) if found.table else None,
+    )
+
+
+def _group(graph: Graph, plan: KeepPlan) -> list[GroupOutcome]:
+    kept = graph.kept(plan)
+    members = {g.name: tuple(map(member_text, g.members)) for g in graph.groups}
+    return [
+        GroupOutcome(g.name, g.size, kept[g.name], members[g.name], g.coupled_by, g.fixed, plan.skipped.get(g.name, ""))
+        for g in graph.groups
+    ]

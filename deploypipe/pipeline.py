@@ -1,0 +1,283 @@
+"""The whole way from a trained model to a measured artifact: the only file that knows the order of the stages.
+
+Every stage's result is kept under a key (see `store`), so the same command resumes, and a changed option computes again
+exactly what depends on it.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from deploypipe import render, saved, stages
+from deploypipe.algorithms import make
+from deploypipe.algorithms.base import Problem
+from deploypipe.budget import parse_budget
+from deploypipe.commands import bench_artifact, inspect, profile_model
+from deploypipe.compact import compact
+from deploypipe.count import MacTable, ParamTable
+from deploypipe.data import Data, load_data
+from deploypipe.errors import BudgetError
+from deploypipe.export import export_onnx, simplify_onnx
+from deploypipe.finetune import finetune
+from deploypipe.graph import trace
+from deploypipe.latency import LatencyTable
+from deploypipe.models import Loaded, load_model
+from deploypipe.outcome import Findings, assemble
+from deploypipe.profiler import profile
+from deploypipe.progress import Reporter, Silent
+from deploypipe.report import Check, Report
+from deploypipe.request import Request
+from deploypipe.store import CHECKPOINT, Kept, Store
+from deploypipe.types import CostTable, Graph, KeepPlan
+
+__all__ = ["Request", "bench_artifact", "build", "inspect", "profile_model"]
+
+KEPT_BY_USER = "kept whole by --keep"
+
+
+def build(request: Request | None = None, reporter: Reporter | None = None, **changes: Any) -> Report:
+    """Run the whole pipeline and return its report, which also lies in the run folder.
+
+    Args:
+        request: What to do; or give its fields by name.
+        reporter: Hears how far it is.
+        changes: Fields of `Request`.
+
+    Raises:
+        DeployPipeError: By class: see `errors`.
+
+    Example:
+        >>> build(model="demo", budget="60%", epochs=0, out="runs/x").budget.met  # doctest: +SKIP
+        True
+    """
+    request = request or Request.of(**changes)
+    reporter = reporter or Silent()
+    request.check()
+    with Store(request.folder, reporter) as store:
+        run = _Run(request, store, reporter)
+        report = run.report()
+        render.write(report, store.root)
+    floor, reached = request.accuracy_floor, report.pruned.accuracy
+    if floor is not None and reached is not None and reached < floor:
+        raise BudgetError(
+            f"the pruned model's accuracy is {reached:.4f}, below the floor of {floor:.4f}",
+            at=f"run {request.folder}",
+            fix="allow a larger --budget, fine-tune longer (--epochs), or lower --accuracy-floor",
+        )
+    return report
+
+
+class _Run:
+    """One run: its inputs, and its stages in order."""
+
+    def __init__(self, request: Request, store: Store, reporter: Reporter) -> None:
+        self.request, self.store, self.reporter = request, store, reporter
+        self.target = request.resolved_target()
+        self.device = stages.Device(self.target)
+        self.loaded: Loaded = load_model(str(request.model), request.weights)
+        self.data: Data = load_data(
+            request.data,
+            normalise=self.loaded.normalise,
+            size=tuple(self.loaded.example[0].shape[1:]),
+            seed=request.seed,
+            reporter=reporter,
+        )
+        self.graph: Graph = trace(self.loaded.model, self.loaded.example).keeping(request.keep, KEPT_BY_USER)
+        self.dense_key = [self.loaded.key, self.graph.fingerprint]
+
+    # ---- stages ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def table(self) -> Kept[LatencyTable]:
+        """Latency of every kernel at every width that may be chosen."""
+
+        def measure(folder: Path) -> None:
+            model, example = self.loaded.model, self.loaded.example
+            profile(model, example, self.target, graph=self.graph, reporter=self.reporter).save(folder / "table")
+
+        key = [1, self.dense_key, asdict(self.target), self.device.facts]
+        return self.store.keep("profile", key, measure, lambda root: LatencyTable.load(root / "table"))
+
+    @cached_property
+    def cost(self) -> CostTable:
+        """What the budget counts."""
+        tables: dict[str, CostTable] = {"macs": MacTable(), "params": ParamTable()}
+        return tables.get(self.request.metric) or self.table.value
+
+    @cached_property
+    def budget(self) -> float:
+        """The budget in the cost's unit."""
+        return parse_budget(self.request.budget, self.request.metric, self.cost.predict(self.graph))
+
+    @cached_property
+    def problem(self) -> Problem:
+        """What the algorithm is asked. It sees training data only."""
+        loaded, request = self.loaded, self.request
+        return Problem(loaded.model, self.graph, self.cost, self.budget, self.data.train, request.seed, self.reporter)
+
+    @cached_property
+    def plan(self) -> Kept[KeepPlan]:
+        """Which channels stay."""
+        request = self.request
+        algorithm = make(request.algo, request.options)
+
+        def choose(folder: Path) -> None:
+            self.reporter.stage(f"plan ({request.algo})")
+            plan = algorithm.plan(self.problem).replace(fingerprint=self.graph.fingerprint)
+            plan.check(self.graph)
+            plan.save(folder / saved.PLAN)
+
+        source = self.table if request.metric == "latency" else request.metric
+        key = [
+            1,
+            request.algo,
+            asdict(algorithm),
+            self.budget,
+            source,
+            self.data.key,
+            request.seed,
+            request.keep,
+            self.dense_key,
+        ]
+        return self.store.keep("plan", key, choose, lambda root: KeepPlan.load(root / saved.PLAN))
+
+    @cached_property
+    def compacted(self) -> Kept[nn.Module]:
+        """The smaller model, proven equal to the masked one, then repaired if the algorithm does that."""
+        algorithm, plan = make(self.request.algo, self.request.options), self.plan.value
+
+        def cut(folder: Path) -> None:
+            small = compact(self.loaded.model, self.graph, plan)
+            proof = stages.check_compaction(self.loaded.model, small, self.graph, plan, self.inputs)
+            if hasattr(algorithm, "repair"):
+                small = algorithm.repair(small, self.problem, plan)
+            saved.save_origin(folder, saved.Origin(str(self.request.model), self.graph.fingerprint))
+            saved.save_weights(small, folder / "compact.safetensors")
+            _write_json(folder / "compact.json", [asdict(c) for c in proof])
+
+        return self.store.keep("compact", [1, self.plan], cut, lambda root: self._small(root / "compact.safetensors"))
+
+    @cached_property
+    def tuned(self) -> Kept[nn.Module]:
+        """The model after fine-tuning."""
+        settings = self.request.training
+
+        def tune(folder: Path) -> None:
+            small = stages.ready(self.compacted.value, self.data, settings)
+            if settings.epochs:
+                teacher = self.loaded.model if settings.distill else None
+                file = folder / CHECKPOINT / "state.safetensors"
+                small = finetune(small, self.data, settings, teacher=teacher, checkpoint=file, reporter=self.reporter)
+            saved.save_weights(small, folder / saved.WEIGHTS)
+
+        key = [1, self.compacted, settings, torch.get_num_threads()]
+        return self.store.keep("finetune", key, tune, lambda root: self._small(root / saved.WEIGHTS))
+
+    def artifact(self, side: str) -> Kept[Path]:
+        """Export, simplify and build the dense or the pruned model; return the stage of the built file."""
+        spec, example = self.target.build, self.loaded.example
+        model, origin = (self.loaded.model, self.dense_key) if side == "dense" else (self.tuned.value, self.tuned)
+
+        def export(folder: Path) -> None:
+            export_onnx(model, example, folder / f"{side}.onnx", spec.opset)
+
+        exported = self.store.keep(f"export-{side}", [1, origin, spec.opset], export, lambda root: root / f"{side}.onnx")
+
+        def simplify(folder: Path) -> None:
+            found = simplify_onnx(exported.value, folder / f"{side}-simplified.onnx")
+            note = "" if found.ok else f"{side}.onnx was not simplified: {found.reason}"
+            _write_json(folder / f"{side}-simplified.json", note)
+
+        simple = exported
+        if spec.simplify:
+            name = f"{side}-simplified.onnx"
+            simple = self.store.keep(f"simplify-{side}", [1, exported], simplify, lambda root: root / name)
+        built = f"{side}-built{self.device.backend.suffix}"
+        return self.store.keep(
+            f"build-{side}",
+            [1, simple, asdict(self.target.build), self.device.facts],
+            lambda folder: self.device.build(simple.value, folder / built),
+            lambda root: root / built,
+        )
+
+    @cached_property
+    def checks(self) -> Kept[list[Check]]:
+        """Each stage's outputs against those of the stage before."""
+        artifact = self.artifact("pruned")
+        files = {"onnx": "pruned.onnx", "simplified": "pruned-simplified.onnx", "built": artifact.value.name}
+
+        def compare(folder: Path) -> None:
+            present = {stage: self.store.root / name for stage, name in files.items() if (self.store.root / name).is_file()}
+            found = stages.check_files(self.tuned.value, present, self.inputs, self.device)
+            _write_json(folder / "checks.json", [asdict(c) for c in found])
+
+        def read(root: Path) -> list[Check]:
+            texts = [(root / name).read_text() for name in ("compact.json", "checks.json")]
+            return [Check(**row) for text in texts for row in json.loads(text)]
+
+        return self.store.keep("verify", [1, self.tuned, artifact, self.data.key], compare, read)
+
+    @cached_property
+    def latencies(self) -> Kept[dict[str, Any]]:
+        """Dense and pruned artifact measured in turns."""
+        files = {side: self.artifact(side) for side in ("dense", "pruned")}
+
+        def bench(folder: Path) -> None:
+            _write_json(folder / "latency.json", self.device.bench({side: file.value for side, file in files.items()}))
+
+        key = [1, *files.values(), asdict(self.target.measure), self.device.facts]
+        return self.store.keep("bench", key, bench, lambda root: json.loads((root / "latency.json").read_text()))
+
+    @cached_property
+    def accuracies(self) -> Kept[dict[str, Any]]:
+        """The one time that the test set is read."""
+        models = {"dense": self.loaded.model, "compacted": self.compacted.value, "pruned": self.tuned.value}
+
+        def test(folder: Path) -> None:
+            _write_json(folder / "accuracy.json", stages.accuracies(models, self.data, self.reporter))
+
+        key = [1, self.tuned, self.dense_key, self.data.key]
+        return self.store.keep("accuracy", key, test, lambda root: json.loads((root / "accuracy.json").read_text()))
+
+    # ---- what the stages share -------------------------------------------------------------------------------------
+
+    @cached_property
+    def inputs(self) -> Sequence[tuple[torch.Tensor, ...]]:
+        """Real inputs for the verification."""
+        return stages.real_inputs(self.data, self.loaded.example)
+
+    def _small(self, weights: Path) -> nn.Module:
+        return saved.restore(self.loaded.model, self.graph, self.plan.value, weights)
+
+    def report(self) -> Report:
+        """Run every stage and put the findings together."""
+        order: list[Kept[Any]] = [self.plan, self.compacted, self.tuned]
+        order += [self.artifact("dense"), self.artifact("pruned"), self.checks, self.latencies, self.accuracies]
+        if self.request.metric == "latency":
+            order.insert(0, self.table)
+        notes = [json.loads(file.read_text()) for file in sorted(self.store.root.glob("*-simplified.json"))]
+        found = Findings(
+            graph=self.graph,
+            plan=self.plan.value,
+            cost=self.cost,
+            budget=self.budget,
+            table=self.table.value if self.request.metric == "latency" else None,
+            checks=self.checks.value,
+            latencies=self.latencies.value,
+            accuracies=self.accuracies.value,
+            files={side: self.artifact(side).value for side in ("dense", "pruned")},
+            seconds={stage.stage: stage.seconds for stage in order},
+            facts=self.device.facts,
+            notes=tuple(note for note in (*self.loaded.notes, *self.graph.notes, *notes) if note),
+        )
+        return assemble(self.request, self.data, self.target, found)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")

@@ -1,0 +1,110 @@
+"""What a build is asked for."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+from deploypipe.algorithms import make
+from deploypipe.budget import parse_budget
+from deploypipe.errors import UsageError, nearest
+from deploypipe.targets import Target, load_target
+from deploypipe.training import TrainSettings
+
+METRICS = ("latency", "macs", "params")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for; every field has a working default (the embedded demo).
+
+    Attributes:
+        model: What `models.load_model` takes.
+        weights: File of trained weights.
+        data: What `data.load_data` takes.
+        target: Name or file of a target.
+        algo: Name of a pruning algorithm.
+        budget: "50%", "3ms", "1.2M", ...
+        metric: What the budget counts: latency, macs or params.
+        epochs: Of fine-tuning; 0 only renews the batch norms.
+        out: Run folder; chosen from the request if None.
+        seed: Of everything random.
+        options: Of the algorithm.
+        distill: Let the dense model teach the pruned one.
+        lr: Learning rate of fine-tuning, if not the default.
+        batch_size: Of fine-tuning, if not the default.
+        threads: Of the runtime, if not the target's.
+        accuracy_floor: Fail below this share of the test set.
+        keep: Groups to leave whole.
+        command: For the report.
+    """
+
+    model: str = "demo"
+    weights: str | Path | None = None
+    data: Any = "demo"
+    target: str | Path = "cpu"
+    algo: str = "thinet"
+    budget: str = "50%"
+    metric: str = "latency"
+    epochs: int = 3
+    out: str | Path | None = None
+    seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    distill: bool = True
+    lr: float | None = None
+    batch_size: int | None = None
+    threads: int | None = None
+    accuracy_floor: float | None = None
+    keep: tuple[str, ...] = ()
+    command: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is kept."""
+        if self.out is not None:
+            return Path(self.out)
+        parts = (Path(self.model).name, Path(self.target).stem, self.algo, self.budget)
+        return Path("runs") / re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(parts)).strip("-")
+
+    @property
+    def training(self) -> TrainSettings:
+        """Settings of fine-tuning.
+
+        Raises:
+            UsageError: A value is out of range.
+        """
+        settings = TrainSettings(epochs=self.epochs, seed=self.seed)
+        given: dict[str, Any] = {"lr": self.lr, "batch_size": self.batch_size, "distill": None if self.distill else 0.0}
+        return replace(settings, **{name: value for name, value in given.items() if value is not None})
+
+    def resolved_target(self) -> Target:
+        """Return the target with the threads that were asked for."""
+        target = load_target(self.target)
+        return target.replace(threads=self.threads) if self.threads else target
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """Make a request from named values; an unknown name is the caller's mistake.
+
+        Raises:
+            UsageError: No field has this name.
+        """
+        for name in values:
+            if name not in cls.__dataclass_fields__:
+                raise UsageError(f"build has no argument '{name}'", at="build", fix=nearest(name, cls.__dataclass_fields__))
+        return cls(**values)
+
+    def check(self) -> None:
+        """Find the mistakes that can be found before anything slow starts.
+
+        Raises:
+            UsageError: Metric, budget, algorithm, its options or a training setting cannot be used.
+            TargetError: The target cannot be used.
+        """
+        if self.metric not in METRICS:
+            raise UsageError(f"unknown metric '{self.metric}'", at="--metric", fix=nearest(self.metric, METRICS))
+        parse_budget(self.budget, self.metric, float("inf"))
+        make(self.algo, self.options)
+        self.resolved_target()
+        _ = self.training

@@ -1,0 +1,143 @@
+"""What single stages of the pipeline do, apart from where their results are kept."""
+
+import copy
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from deploypipe.backends import load_backend
+from deploypipe.backends.base import Arrays, Facts
+from deploypipe.batches import count, take
+from deploypipe.compact import mask
+from deploypipe.data import Data
+from deploypipe.errors import ModelError
+from deploypipe.evaluate import evaluate, recalibrate
+from deploypipe.progress import Reporter
+from deploypipe.report import Check
+from deploypipe.runners import load_runner
+from deploypipe.targets import Target
+from deploypipe.training import TrainSettings
+from deploypipe.types import Graph, KeepPlan
+from deploypipe.verify import check, outputs_of, require
+
+N_INPUTS = 8  # real inputs that every verification runs on
+COMPACT_TOLERANCE = 1e-4  # float32 sums in another order
+ONNX_TOLERANCE = 1e-3  # other kernels (Winograd, fused multiply-add), relative to the largest output
+
+
+class Device:
+    """A target's backend and runner together: build, run and measure there."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.backend, self.runner = load_backend(target), load_runner(target)
+
+    @cached_property
+    def facts(self) -> Facts:
+        """Runtime, versions, processor and threads of the device."""
+        with tempfile.TemporaryDirectory(prefix="deploypipe-") as folder:
+            return self.backend.read_description(self.runner.run(self.backend.describe_job(self.target), Path(folder)))
+
+    def build(self, model: Path, artifact: Path) -> None:
+        """Compile an ONNX file into `artifact`."""
+        with tempfile.TemporaryDirectory(dir=artifact.parent, prefix=".build-") as folder:
+            result = self.runner.run(self.backend.build_job(model, self.target), Path(folder))
+            next(iter(result.pulled[name] for name in result.pulled if name.startswith("artifact"))).replace(artifact)
+
+    def run(self, model: Path, inputs: Arrays) -> list[NDArray[np.generic]]:
+        """Return the outputs of an ONNX file or artifact, stacked over the inputs."""
+        with tempfile.TemporaryDirectory(prefix="deploypipe-") as folder:
+            result = self.runner.run(self.backend.run_job(model, inputs, self.target), Path(folder))
+            return list(self.backend.read_run(result).values())
+
+    def bench(self, models: Mapping[str, Path]) -> dict[str, Any]:
+        """Measure models in turns; return for each median, p10, p90 (us), runs and foreign load."""
+        with tempfile.TemporaryDirectory(prefix="deploypipe-") as folder:
+            timings = self.backend.read_bench(self.runner.run(self.backend.bench_job(models, self.target), Path(folder)))
+        return {
+            name: {
+                "median_us": t.median_us,
+                "p10_us": t.p10_us,
+                "p90_us": t.p90_us,
+                "n_runs": t.runs,
+                "foreign_load": t.foreign_load,
+            }
+            for name, t in timings.items()
+        }
+
+
+def real_inputs(data: Data, example: Sequence[Any], n: int = N_INPUTS) -> list[tuple[Tensor, ...]]:
+    """Return `n` inputs of the example's batch size from the training set.
+
+    Raises:
+        ModelError: The data does not have the shape that the model takes.
+    """
+    first = example[0]
+    batch = first.shape[0]
+    order = torch.arange(n * batch) % count(data.train)
+    images = take(data.train, order)[0]
+    if images.shape[1:] != first.shape[1:]:
+        raise ModelError(
+            f"the data has inputs of shape {tuple(images.shape[1:])}, the model takes {tuple(first.shape[1:])}",
+            at="--data and --model",
+            fix="give data of the model's size, or let the factory return (model, example_inputs) of the data's size",
+        )
+    return [(part.contiguous(), *example[1:]) for part in torch.split(images, batch)]
+
+
+def check_compaction(
+    model: nn.Module, small: nn.Module, graph: Graph, plan: KeepPlan, inputs: Sequence[tuple[Tensor, ...]]
+) -> list[Check]:
+    """Compare the compacted with the masked model; nothing to compare where a norm runs across pruned channels.
+
+    Raises:
+        BackendError: They differ.
+    """
+    if any(graph.group(name).normalised for name in plan.keep):
+        return []
+    masked = outputs_of(mask(model, graph, plan), inputs)
+    result = check("compacted", "masked dense model", masked, outputs_of(small, inputs), COMPACT_TOLERANCE)
+    return [require(result, "this is a bug in deploypipe or a forward that depends on widths; keep groups whole with --keep")]
+
+
+def check_files(
+    model: nn.Module, files: Mapping[str, Path], inputs: Sequence[tuple[Tensor, ...]], device: Device
+) -> list[Check]:
+    """Compare each file (in order) with the stage before it, the first with the torch model.
+
+    Raises:
+        BackendError: A difference exceeds the tolerance.
+    """
+    tensors = [[arg.numpy() for arg in args if isinstance(arg, Tensor)] for args in inputs]
+    names = ["input"] if len(tensors[0]) == 1 else [f"input_{i}" for i in range(len(tensors[0]))]
+    arrays = {name: np.stack([args[i] for args in tensors]) for i, name in enumerate(names)}
+    before, reference = "torch", outputs_of(model, inputs)
+    found = []
+    for stage, path in files.items():
+        outputs = device.run(path, arrays)
+        found.append(
+            require(
+                check(stage, before, reference, outputs, ONNX_TOLERANCE),
+                f"look at {path.name}; another --target or opset may avoid the operation that differs",
+            )
+        )
+        before, reference = stage, outputs
+    return found
+
+
+def ready(small: nn.Module, data: Data, settings: TrainSettings) -> nn.Module:
+    """Return the compacted model with renewed batch norm statistics: where training starts, or with 0 epochs ends."""
+    return recalibrate(copy.deepcopy(small), data.train, seed=settings.seed, batch_size=settings.batch_size)
+
+
+def accuracies(models: Mapping[str, nn.Module], data: Data, reporter: Reporter) -> dict[str, Any]:
+    """Return the share of the test set that each model labels right, and the size of the test set."""
+    found: dict[str, Any] = {name: evaluate(model, data.test, reporter=reporter).top1 for name, model in models.items()}
+    return found | {"n_test": count(data.test)}
