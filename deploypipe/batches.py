@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
@@ -19,10 +20,19 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]  # (B, C, H, W) -> the sam
 
 @dataclass(frozen=True)
 class CropFlip:
-    """Move every image by up to `padding` pixels in both directions (borders mirrored), and mirror half of them if `flip`."""
+    """Move every image by up to `padding` pixels in both directions, and mirror half of them if `flip`.
+
+    Attributes:
+        padding: Largest move, pixels.
+        flip: Mirror left and right.
+        fill: What moves in from outside, per channel; None mirrors the border. Networks for small images were trained
+            with black there, and their batch norm statistics hold it: without it the published CIFAR ResNet-20 loses three
+            points of accuracy when the statistics are estimated anew.
+    """
 
     padding: int
     flip: bool
+    fill: tuple[float, ...] | None = None
 
     def __call__(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
         """Return a batch (B, C, H, W) of moved copies, in channels-last memory."""
@@ -31,15 +41,20 @@ class CropFlip:
         if self.flip:
             mirrored = torch.rand(n, 1, generator=generator) < 0.5
             columns = torch.where(mirrored, columns.flip(1), columns)
-        picked = inputs.permute(0, 2, 3, 1)[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
-        return picked.permute(0, 3, 1, 2)
+        padded = self._padded(inputs).permute(0, 2, 3, 1)
+        return padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+    def _padded(self, inputs: Tensor) -> Tensor:
+        """Return (B, C, H + 2 padding, W + 2 padding) in channels-last memory."""
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        if self.fill is None:
+            return F.pad(inputs, [self.padding] * 4, mode="reflect")
+        fill = torch.tensor(self.fill).view(1, -1, 1, 1)
+        return F.pad(inputs - fill, [self.padding] * 4) + fill
 
     def _positions(self, n: int, length: int, generator: torch.Generator) -> Tensor:
-        """Return where each of the `length` output positions is read, (n, length)."""
-        reach = min(self.padding, length - 1)
-        shift = torch.randint(-reach, reach + 1, (n, 1), generator=generator)
-        position = (torch.arange(length) + shift).abs()
-        return torch.minimum(position, 2 * (length - 1) - position)
+        """Return where in the padded image each of the `length` output positions is read, (n, length)."""
+        return torch.arange(length) + torch.randint(0, 2 * self.padding + 1, (n, 1), generator=generator)
 
 
 def count(dataset: Samples) -> int:

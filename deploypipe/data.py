@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from deploypipe.batches import Augment, CropFlip, Samples, count, labels_of, split, take
 from deploypipe.errors import UsageError, nearest
 from deploypipe.factory import call_factory, near_path
-from deploypipe.images import IMAGENET, Images, Listing, Normalise, Size, list_images, load_images, native_size, resized
+from deploypipe.images import IMAGENET, SMALL, Images, Listing, Normalise, Size, list_images, load_images, native_size, resized
 from deploypipe.progress import Reporter, Silent
 
 KINDS = ("demo", "imagefolder:DIR", "cifar10:DIR", "file.py:factory", "package.module:factory")
@@ -114,9 +114,15 @@ def _key(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _augment(size: Size, *, flip: bool) -> Augment:
+def _augment(size: Size, normalise: Normalise) -> Augment:
     """An eighth of the side, as for CIFAR: 4 pixels of 32."""
-    return CropFlip(padding=max(1, min(size[1:]) // 8), flip=flip)
+    is_small = min(size[1:]) < SMALL
+    return CropFlip(max(1, min(size[1:]) // 8), flip=True, fill=_black(normalise) if is_small else None)
+
+
+def _black(normalise: Normalise) -> tuple[float, ...]:
+    """Return what a black pixel becomes."""
+    return tuple(-mean / std for mean, std in zip(*normalise, strict=True))
 
 
 def _digits(size: Size, normalise: Normalise) -> Data:
@@ -134,7 +140,8 @@ def _digits(size: Size, normalise: Normalise) -> Data:
     train, test = (resized(Images(pixels[mask], labels[mask], normalise), size) for mask in (~is_test, is_test))
     # A digit is not its mirror image, and two pixels out of sixteen already cut strokes off.
     description = _described("scikit-learn digits", train, test, 10, size)
-    return Data(train, test, tuple("0123456789"), _key("digits", size, normalise), CropFlip(1, flip=False), description)
+    augment = CropFlip(max(1, min(size[1:]) // 16), flip=False, fill=_black(train.normalise))
+    return Data(train, test, tuple("0123456789"), _key("digits", size, normalise), augment, description)
 
 
 def _folder(place: str, spec: str) -> Path:
@@ -158,7 +165,7 @@ def _image_folder(root: Path, size: Size | None, normalise: Normalise | None, ca
     description = _described(
         f"{root.resolve().name}/ train + {test_list.root.name}", train, test, len(train_list.classes), size
     )
-    return Data(train, test, train_list.classes, key, _augment(size, flip=True), description)
+    return Data(train, test, train_list.classes, key, _augment(size, normalise), description)
 
 
 def _train_folder(root: Path) -> Path:
@@ -210,7 +217,7 @@ def _cifar10(folder: Path, size: Size, normalise: Normalise) -> Data:
     train, test = (resized(Images(*_cifar_records(folder, part), normalise), size) for part in names)
     facts = [(name, (folder / name).stat().st_size, (folder / name).stat().st_mtime_ns) for part in names for name in part]
     description = _described("CIFAR-10", train, test, 10, size)
-    return Data(train, test, _CIFAR_CLASSES, _key("cifar10", facts, size, normalise), _augment(size, flip=True), description)
+    return Data(train, test, _CIFAR_CLASSES, _key("cifar10", facts, size, normalise), _augment(size, normalise), description)
 
 
 def _cifar_records(folder: Path, names: list[str]) -> tuple[Tensor, Tensor]:

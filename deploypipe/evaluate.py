@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Subset
 
-from deploypipe.batches import Samples, batches, count
+from deploypipe.batches import Augment, Samples, batches, count
 from deploypipe.errors import ModelError
 from deploypipe.factory import guarded
 from deploypipe.progress import Reporter, Silent
@@ -54,10 +54,26 @@ def evaluate(model: nn.Module, dataset: Samples, *, batch_size: int = 256, repor
     return Accuracy(right / n, loss / n, n)
 
 
-def recalibrate(model: nn.Module, dataset: Samples, n_images: int = 2000, seed: int = 0, *, batch_size: int = 128) -> nn.Module:
+def recalibrate(
+    model: nn.Module,
+    dataset: Samples,
+    n_images: int = 2000,
+    seed: int = 0,
+    *,
+    augment: Augment | None = None,
+    batch_size: int = 128,
+) -> nn.Module:
     """Return a copy of `model` whose batch norm statistics are the mean over batches of `n_images` training images.
 
     Everything else (dropout, weights) is left alone. A model without batch norm comes back as a plain copy.
+
+    Args:
+        model: Stays as it is.
+        dataset: The training set.
+        n_images: How many images are looked at; all if there are fewer.
+        seed: Decides which.
+        augment: The augmentation that the model was trained with (`Data.augment`): the statistics depend on it.
+        batch_size: Images per batch; every batch counts alike.
 
     Raises:
         ModelError: The model cannot be run on this data.
@@ -74,7 +90,7 @@ def recalibrate(model: nn.Module, dataset: Samples, n_images: int = 2000, seed: 
     order = torch.randperm(count(dataset), generator=torch.Generator().manual_seed(seed))[:n_images]
     part = Subset(dataset, order.tolist())
     with torch.inference_mode():
-        for inputs, labels in _placed(fresh, batches(part, batch_size, drop_last=True)):
+        for inputs, labels in _placed(fresh, batches(part, batch_size, shuffle_seed=seed, augment=augment, drop_last=True)):
             logits(fresh, inputs, labels)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

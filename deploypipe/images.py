@@ -26,7 +26,7 @@ Size = tuple[int, int, int]  # channels, height, width
 IMAGENET: Normalise = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MEMORY_LIMIT_BYTES = 2**30
-_SMALL = 64  # pixels: below, an image is an icon that is used whole; above, a photograph with a margin around its subject
+SMALL = 64  # pixels: below, an image is an icon that is used whole; above, a photograph with a margin around its subject
 _MARGIN = 0.875  # of the shorter side stays after the centre crop, the ImageNet habit (224 of 256)
 
 
@@ -136,7 +136,7 @@ def _walk(folder: str) -> Iterator[tuple[str, int, int]]:
 def native_size(listing: Listing) -> Size:
     """Return the size of the first image if it is small, else 3x224x224."""
     image = _open(listing.files[0], "RGB")
-    return (3, image.height, image.width) if max(image.size) <= 2 * _SMALL else (3, 224, 224)
+    return (3, image.height, image.width) if max(image.size) <= 2 * SMALL else (3, 224, 224)
 
 
 def load_images(listing: Listing, size: Size, normalise: Normalise, cache: Path, reporter: Reporter) -> Images | Files:
@@ -194,7 +194,7 @@ def decode(files: Sequence[Path], size: Size) -> Tensor:
     Raises:
         UsageError: A file is not an image that can be read.
     """
-    if min(size[1:]) < _SMALL:  # reading small images is Python's own work, which threads only slow down
+    if min(size[1:]) < SMALL:  # reading small images is Python's own work, which threads only slow down
         arrays = [_read(file, size) for file in files]
     else:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -207,7 +207,7 @@ def _read(file: Path, size: Size) -> NDArray[np.uint8]:
     channels, height, width = size
     image = _open(file, "L" if channels == 1 else "RGB")
     if image.size != (width, height):
-        margin = 1.0 if min(height, width) < _SMALL else _MARGIN
+        margin = 1.0 if min(height, width) < SMALL else _MARGIN
         scale = max(height / image.height, width / image.width) / margin
         shape = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
         left, top = (shape[0] - width) // 2, (shape[1] - height) // 2

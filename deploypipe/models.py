@@ -1,0 +1,248 @@
+"""Turn `--model` into a module and an example input: `demo`, `torchvision:NAME`, `timm:NAME`, or a factory of the user's."""
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from deploypipe.checkpoint import state_digest
+from deploypipe.demo import WEIGHTS, demo_net
+from deploypipe.errors import ModelError, UsageError, nearest
+from deploypipe.factory import call_factory, guarded, source_file
+from deploypipe.images import IMAGENET, Normalise
+from deploypipe.weights import fit_weights, read_weights
+
+KINDS = ("demo", "torchvision:NAME", "timm:NAME", "file.py:factory", "package.module:factory")
+DEFAULT_SHAPE = (1, 3, 224, 224)
+_AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # of Inception and GoogLeNet: for training only, never exported
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model that is ready to be traced.
+
+    Attributes:
+        model: In eval mode.
+        example: Arguments of one forward pass.
+        spec: What `rebuild` takes; a file is named by its absolute path.
+        key: Hash of the specification, the factory's file, the weights and the example's shapes.
+        normalise: Mean and standard deviation per channel that the model wants its inputs normalised by, if known.
+        notes: What the user should know.
+    """
+
+    model: nn.Module
+    example: tuple[Tensor, ...]
+    spec: str
+    key: str
+    normalise: Normalise | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of the first input without the batch axis."""
+        return tuple(self.example[0].shape[1:])
+
+
+@dataclass(frozen=True, eq=False)
+class _Built:
+    model: nn.Module
+    example: tuple[Tensor, ...]
+    normalise: Normalise | None
+    is_default_example: bool = False
+
+
+def load_model(spec: str = "demo", weights: str | Path | None = None) -> Loaded:
+    """Build the model that `--model` names, fill it with `weights`, and run it once.
+
+    Args:
+        spec: One of `KINDS`. A factory takes no arguments and returns a module, or a module and its example inputs; the
+            module may declare `example_inputs` or `input_size`, `mean` and `std`.
+        weights: A safetensors file, or a state dict written by torch.save. Without it the demo has its own trained
+            weights, a factory's model stays as the factory made it, and zoo models get random weights (seeded).
+
+    Raises:
+        UsageError: The specification is unknown, or a file, module or factory does not exist.
+        ModelError: The factory fails, the weights do not fit, or the model cannot be run on its example.
+
+    >>> load_model("demo").example[0].shape
+    torch.Size([1, 1, 16, 16])
+    """
+    built = _build(spec)
+    kind = spec.partition(":")[0]
+    notes = []
+    if weights is not None:
+        path = Path(weights).expanduser()
+        fit_weights(built.model, read_weights(path), f"--weights {weights}", unused=_AUXILIARY if kind == "torchvision" else ())
+    elif spec == "demo":
+        fit_weights(built.model, read_weights(WEIGHTS), str(WEIGHTS))
+    elif kind in _ZOOS:
+        notes.append(f"{spec} has random weights; give trained ones with --weights FILE")
+    _run_once(built, spec)
+    return Loaded(built.model, built.example, _absolute(spec), _key(spec, built), built.normalise, tuple(notes))
+
+
+def rebuild(spec: str) -> nn.Module:
+    """Return the module that `spec` builds, in eval mode and without trained weights, to be compacted and filled again.
+
+    Raises:
+        UsageError: The specification is unknown, or a file, module or factory does not exist.
+        ModelError: The factory fails.
+    """
+    return _build(spec).model
+
+
+def _build(spec: str) -> _Built:
+    kind, _, name = spec.partition(":")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # an untrained model must be the same one in every run
+        if spec == "demo":
+            built = _described(demo_net(), spec)
+        elif kind in _ZOOS:
+            if not name:
+                raise UsageError("no model is named", at=f"--model {spec}", fix=f"write {kind}:NAME")
+            built = _ZOOS[kind](name, spec)
+        elif name:
+            built = _from_factory(spec)
+        else:
+            raise UsageError(f"unknown model '{spec}'", at=f"--model {spec}", fix=nearest(spec, KINDS))
+    built.model.eval()
+    return built
+
+
+def _from_torchvision(name: str, spec: str) -> _Built:
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        raise UsageError(f"torchvision has no classifier '{name}'", at=f"--model {spec}", fix=_near(name, names))
+    # Auxiliary classifiers exist in training only: eval mode never runs them, so nothing could keep them in step with pruning.
+    extra = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    model = torchvision.models.get_model(name, weights=None, **extra)
+    published = list(torchvision.models.get_model_weights(name))
+    transforms = published[-1].transforms() if published else None
+    side = transforms.crop_size[0] if transforms else DEFAULT_SHAPE[-1]
+    normalise = (tuple(transforms.mean), tuple(transforms.std)) if transforms else IMAGENET
+    return _Built(model, (_example((1, 3, side, side)),), normalise)
+
+
+def _from_timm(name: str, spec: str) -> _Built:
+    if importlib.util.find_spec("timm") is None:
+        raise UsageError("timm is not installed", at=f"--model {spec}", fix="pip install 'deploypipe[timm]'")
+    import timm  # noqa: PLC0415 - an extra
+
+    names = timm.list_models()
+    if name.partition(".")[0] not in names:
+        raise UsageError(f"timm has no model '{name}'", at=f"--model {spec}", fix=_near(name, names))
+    model = guarded(partial(timm.create_model, name, pretrained=False), f"timm cannot build '{name}'", spec, ModelError)
+    config: Mapping[str, Any] = model.pretrained_cfg
+    return _Built(model, (_example((1, *config["input_size"])),), (tuple(config["mean"]), tuple(config["std"])))
+
+
+_ZOOS: dict[str, Callable[[str, str], _Built]] = {"torchvision": _from_torchvision, "timm": _from_timm}
+
+
+def _near(name: str, names: list[str]) -> str:
+    """Suggest from a long list without printing all of it."""
+    advice = nearest(name, names)
+    close = advice.partition(" (known")[0]
+    return (
+        close
+        if close != advice
+        else "known names begin with " + ", ".join(sorted({n.rstrip("0123456789_")[:8] for n in names})[:12])
+    )
+
+
+def _from_factory(spec: str) -> _Built:
+    made = call_factory(spec, option="--model", error=ModelError)
+    if isinstance(made, nn.Module):
+        return _described(made, spec)
+    if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module):
+        example = _as_example(made[1], spec)
+        return _Built(made[0], example, _declared_normalise(made[0], spec))
+    what = f"({', '.join(type(part).__name__ for part in made)})" if isinstance(made, tuple) else f"a {type(made).__name__}"
+    raise ModelError(
+        f"the factory returned {what}", at=f"--model {spec}", fix="return an nn.Module, or (nn.Module, example inputs)"
+    )
+
+
+def _described(model: nn.Module, spec: str) -> _Built:
+    """Read what a module declares about its input."""
+    normalise = _declared_normalise(model, spec)
+    given = getattr(model, "example_inputs", None)
+    if given is not None:
+        return _Built(model, _as_example(given, spec), normalise)
+    size = getattr(model, "input_size", None)
+    if size is None:
+        return _Built(model, (_example(DEFAULT_SHAPE),), normalise, is_default_example=True)
+    return _Built(model, (_example(_as_shape(size, spec)),), normalise)
+
+
+def _as_example(given: Any, spec: str) -> tuple[Tensor, ...]:
+    example = (given,) if isinstance(given, Tensor) else tuple(given) if isinstance(given, tuple | list) else ()
+    if not example or not all(isinstance(part, Tensor) for part in example):
+        raise ModelError(
+            f"example inputs are a {type(given).__name__}", at=f"--model {spec}", fix="give a tensor or a tuple of tensors"
+        )
+    return example
+
+
+def _as_shape(size: Any, spec: str) -> tuple[int, ...]:
+    """Read `input_size`: 32, (32, 32), (3, 32, 32) or (1, 3, 32, 32)."""
+    sizes = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, tuple | list) else ()
+    if not 2 <= len(sizes) <= 4 or not all(isinstance(part, int) and part > 0 for part in sizes):
+        fix = "declare (channels, height, width), or example_inputs"
+        raise ModelError(f"input_size {size!r} is not a size", at=f"--model {spec}", fix=fix)
+    return (*DEFAULT_SHAPE[: 4 - len(sizes)], *sizes)
+
+
+def _declared_normalise(model: nn.Module, spec: str) -> Normalise | None:
+    mean, std = getattr(model, "mean", None), getattr(model, "std", None)
+    if not (isinstance(mean, tuple | list) and isinstance(std, tuple | list)):
+        return None  # modules may have a method or a tensor of that name
+    if len(mean) != len(std) or min(std) <= 0:
+        fix = "declare one mean and one positive std per channel"
+        raise ModelError(f"mean {mean} and std {std} do not fit together", at=f"--model {spec}", fix=fix)
+    return tuple(map(float, mean)), tuple(map(float, std))
+
+
+def _example(shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _run_once(built: _Built, spec: str) -> None:
+    shapes = ", ".join("x".join(map(str, part.shape)) for part in built.example)
+    fix = "check the model's forward"
+    if built.is_default_example:
+        fix = "this input is only the default: set input_size = (channels, height, width) or example_inputs on the module"
+    with torch.no_grad():
+        guarded(
+            partial(built.model, *built.example),
+            f"the model cannot be run on an input of {shapes}",
+            f"--model {spec}",
+            ModelError,
+            fix,
+        )
+
+
+def _absolute(spec: str) -> str:
+    if spec == "demo" or spec.partition(":")[0] in _ZOOS:
+        return spec
+    path = source_file(spec)
+    return spec if path is None else f"{path}:{spec.rpartition(':')[2]}"
+
+
+def _key(spec: str, built: _Built) -> str:
+    """Hash what the model is, not where its files lie."""
+    path = None if spec == "demo" or spec.partition(":")[0] in _ZOOS else source_file(spec)
+    name = spec if path is None else f"{path.name}:{spec.rpartition(':')[2]}"
+    digest = hashlib.sha256(name.encode())
+    if path:
+        digest.update(path.read_bytes())
+    digest.update(state_digest(built.model).encode())
+    digest.update(repr(([tuple(part.shape) for part in built.example], built.normalise)).encode())
+    return digest.hexdigest()[:16]
