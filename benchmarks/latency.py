@@ -20,10 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torchvision
 from scipy.stats import spearmanr
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+import cifar_resnet
 
 from deploypipe.backends import load_backend
 from deploypipe.backends.base import Timing
@@ -31,6 +34,7 @@ from deploypipe.compact import compact
 from deploypipe.export import export_onnx, simplify_onnx
 from deploypipe.graph import trace
 from deploypipe.latency import LatencyTable
+from deploypipe.models import load_model
 from deploypipe.profiler import profile
 from deploypipe.runners import load_runner
 from deploypipe.targets import Target, load_target
@@ -41,22 +45,16 @@ Row = dict[str, Any]
 
 
 def resnet20() -> tuple[nn.Module, torch.Tensor]:
-    import cifar_resnet
-
     return cifar_resnet.resnet20(), torch.randn(1, 3, 32, 32)
 
 
 def demo() -> tuple[nn.Module, torch.Tensor]:
-    from deploypipe import models
-
-    model, example = models.load_model("demo")
-    return model, example
+    loaded = load_model("demo")
+    return loaded.model, loaded.example[0]
 
 
 def zoo(name: str) -> Callable[[], tuple[nn.Module, torch.Tensor]]:
     def make() -> tuple[nn.Module, torch.Tensor]:
-        import torchvision
-
         return torchvision.models.get_model(name, weights=None), torch.randn(1, 3, 224, 224)
 
     return make
@@ -71,7 +69,9 @@ def random_plans(graph: Graph, candidates: Mapping[str, tuple[int, ...]], count:
     plans = []
     for lean in np.linspace(0.4, 3.0, count):
         shares = random.beta(lean, 1.5, len(candidates))
-        kept = {name: widths[int(share * len(widths))] for (name, widths), share in zip(candidates.items(), shares, strict=True)}
+        kept = {
+            name: widths[int(share * len(widths))] for (name, widths), share in zip(candidates.items(), shares, strict=True)
+        }
         plans.append(KeepPlan({name: tuple(range(n)) for name, n in kept.items()}))
     return plans
 
@@ -104,13 +104,10 @@ def check(name: str, target: Target, n_plans: int, seed: int, cache: Path | None
     for index, (plan, timing) in enumerate(zip(plans, timings, strict=True)):
         predicted = table.predict(graph, plan)
         ratio = (predicted / dense_us) / (timing.quiet_us / dense.quiet_us) - 1
-        rows.append(
-            {
-                "model": name, "plan": index, "predicted_us": predicted, "measured_us": timing.quiet_us, "wall_us": timing.median_us,
-                "p10_us": timing.p10_us, "p90_us": timing.p90_us, "runs": timing.runs, "foreign_load": timing.foreign_load,
-                "error": predicted / timing.quiet_us - 1, "ratio_error": ratio,
-            }
-        )  # fmt: skip
+        times = {"p10_us": timing.p10_us, "p90_us": timing.p90_us, "runs": timing.runs, "foreign_load": timing.foreign_load}
+        judged = {"predicted_us": predicted, "measured_us": timing.quiet_us, "wall_us": timing.median_us}
+        errors = {"error": predicted / timing.quiet_us - 1, "ratio_error": ratio}
+        rows.append({"model": name, "plan": index, **judged, **times, **errors})
     return rows, summary(name, rows, table, graph, dense, seconds)
 
 
@@ -122,7 +119,8 @@ def summary(name: str, rows: list[Row], table: LatencyTable, graph: Graph, dense
     return {
         "model": name, "dense_us": dense.quiet_us, "fastest": min(row["measured_us"] for row in rows) / dense.quiet_us,
         "median": np.median(ratios), "mape": ratios.mean(), "worst": ratios.max(), "plain_median": np.median(plain),
-        "rank": rank, "factor": context.factor, "additivity": context.additivity, "load": dense.foreign_load, "profile_s": seconds,
+        "rank": rank, "factor": context.factor, "additivity": context.additivity, "load": dense.foreign_load,
+        "profile_s": seconds,
     }  # fmt: skip
 
 
@@ -138,12 +136,12 @@ def write(rows: list[Row], facts: Mapping[str, Any]) -> None:
 
 
 def show(row: Row) -> None:
-    print(
-        f"{row['model']:<22} dense {row['dense_us']:>8.0f} us  down to {row['fastest']:>4.0%}  error: median {row['median']:.1%}  "
-        f"mean {row['mape']:.1%}  worst {row['worst']:.1%}  (plain median {row['plain_median']:.1%})  rank {row['rank']:.3f}  "
-        f"factor {row['factor']:.3f}  additivity {row['additivity']:.3f}  load {row['load']}  profiled in {row['profile_s']:.0f} s",
-        flush=True,
+    errors = (
+        f"error: median {row['median']:.1%}  mean {row['mape']:.1%}  worst {row['worst']:.1%}  plain {row['plain_median']:.1%}"
     )
+    quality = f"rank {row['rank']:.3f}  factor {row['factor']:.3f}  additivity {row['additivity']:.3f}  load {row['load']}"
+    range_us = f"dense {row['dense_us']:>8.0f} us  down to {row['fastest']:>4.0%}"
+    print(f"{row['model']:<22} {range_us}  {errors}  {quality}  profiled in {row['profile_s']:.0f} s", flush=True)
 
 
 def main() -> None:

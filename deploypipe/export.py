@@ -19,7 +19,18 @@ from torch.utils import _pytree as pytree
 from deploypipe.errors import ModelError, UsageError
 
 OLDEST_OPSET = 18  # below it the exporter logs a failed down-conversion and silently writes 18
-_NOISE = ("Traceback", "File ", "^", "~", "The above exception", "⬇", "(Refer to", "[torch.onnx]", "While executing", "Original ")
+_NOISE = (
+    "Traceback",
+    "File ",
+    "^",
+    "~",
+    "The above exception",
+    "⬇",
+    "(Refer to",
+    "[torch.onnx]",
+    "While executing",
+    "Original ",
+)
 
 
 @dataclass(frozen=True)
@@ -75,9 +86,7 @@ def export_onnx(model: nn.Module, example: Any, path: str | Path, opset: int = 2
         written = _read_back(temporary, opset)
         temporary.replace(path)
     graph = written.graph
-    return Exported(
-        path, opset, tuple(i.name for i in graph.input), tuple(o.name for o in graph.output), len(graph.node)
-    )
+    return Exported(path, opset, tuple(i.name for i in graph.input), tuple(o.name for o in graph.output), len(graph.node))
 
 
 def simplify_onnx(src: str | Path, dst: str | Path) -> Simplified:
@@ -128,9 +137,7 @@ def _simplified(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
-def _export(
-    model: nn.Module, args: tuple[Any, ...], path: Path, opset: int, inputs: list[str], outputs: list[str]
-) -> None:
+def _export(model: nn.Module, args: tuple[Any, ...], path: Path, opset: int, inputs: list[str], outputs: list[str]) -> None:
     said = io.StringIO()
     try:
         with _quiet(said):

@@ -3,7 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -97,7 +97,9 @@ class LatencyTable:
         grid = self._grids.get(shape)
         found = grid.price(0 if shape.tied else n_in, n_out, steps_of(layer, self.steps)) if grid else None
         if found is None:
-            raise self._unmeasured(f"no measurement for {shape.title} with {n_in} input and {n_out} output channels", layer.name)
+            raise self._unmeasured(
+                f"no measurement for {shape.title} with {n_in} input and {n_out} output channels", layer.name
+            )
         return found
 
     def save(self, folder: str | Path) -> None:
@@ -116,7 +118,7 @@ class LatencyTable:
     def _layer_term(self, layer: Layer, context: Context) -> CostTerm:
         scale = context.factor * context.scale.get(layer.name, 1.0)
 
-        @lru_cache(maxsize=None)
+        @cache
         def price(n_in: int, n_out: int) -> float:
             return scale * self.kernel_us(layer, n_in, n_out)
 
@@ -162,7 +164,8 @@ def _overhead_terms(graph: Graph, context: Context, node_us: float) -> list[Cost
         constant += fixed + slope * width.const
         for group, slots in width.parts:
             per_channel[group] = per_channel.get(group, 0.0) + slope * slots
-    terms = [CostTerm("overhead", Width(0), Width(0), lambda n_in, n_out, us=context.factor * constant: us)]
+    total = context.factor * constant
+    terms = [CostTerm("overhead", Width(0), Width(0), lambda n_in, n_out: total)]
     for group, us in per_channel.items():
         terms.append(CostTerm(f"overhead:{group}", Width(0), Width(0, ((group, 1),)), _proportional(context.factor * us)))
     return terms

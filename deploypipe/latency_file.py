@@ -22,7 +22,8 @@ class Shape:
     """What decides a kernel's time besides its two widths.
 
     Attributes:
-        per_group: Channels (in, out) of each group of a grouped convolution, whose widths are tied; (0, 0) if there is one group.
+        per_group: Channels (in, out) of each group of a grouped convolution, whose widths are tied; (0, 0) if there is only
+            one group.
         rows: For linear layers, the number of rows that the weight is applied to, batch included; 0 for convolutions.
     """
 
@@ -201,9 +202,8 @@ def _columns() -> list[str]:
 
 
 def _entry(row: list[str]) -> Entry:
-    kind, *tuples = row[:8]
-    sizes = [tuple(int(n) for n in text.split("x")) if text else () for text in tuples]
-    shape = Shape(kind, *sizes, batch=int(row[8]), rows=int(row[9]))
+    kernel, stride, padding, dilation, per_group, in_size, out_size = (_unpacked(text) for text in row[1:8])
+    shape = Shape(row[0], kernel, stride, padding, dilation, per_group, in_size, out_size, int(row[8]), int(row[9]))
     n_in, n_out, median, p10, p90, runs = row[10:]
     entry = Entry(shape, int(n_in), int(n_out), float(median), float(p10), float(p90), int(runs))
     if not (0 < entry.median_us < float("inf")):
@@ -231,6 +231,10 @@ def _dense(width: Any, layer: Layer) -> int:
 
 def _packed(value: Any) -> str:
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _unpacked(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split("x")) if text else ()
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def learn_steps(measure: Measure) -> dict[str, Steps]:
     steps = {}
     for kind, shape in probe_shapes().items():
         tied = shape.tied
-        outs = sorted({base - down for base in _BASES for down in (0, *_DOWN) if base > down})
+        outs = sorted({base - down for base in _BASES for down in (0, *_DOWN)})
         probes = [Probe(shape, width if tied else _BASES[0], width) for width in outs]
         odd = [Probe(shape, _BASES[0] - down, _BASES[0] - down) for down in (1, 2, 4)]
         small = [] if tied else [Probe(shape, width, _BASES[0], relay=shape.rows == 0) for width in (2, 4, 8, 16, 32)]
@@ -47,11 +47,7 @@ def learn_steps(measure: Measure) -> dict[str, Steps]:
 def step_of(by_width: Mapping[int, float]) -> int:
     """Return the smallest decrease of the width that saves time at every base width."""
     for down in _DOWN:
-        gains = []
-        for base in _BASES:
-            if base > down:
-                gains.append(by_width[base - down] <= by_width[base] * (1 - _GAIN * down / base))
-        if all(gains):
+        if all(by_width[base - down] <= by_width[base] * (1 - _GAIN * down / base) for base in _BASES):
             return down
     return _DOWN[-1]
 

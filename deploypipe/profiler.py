@@ -153,9 +153,7 @@ class _Bench:
         heavy = max(probe.macs for probe in probes) > _HEAVY
         target = self.target.replace(runs=_FEW_RUNS if heavy else _RUNS, warmup=_WARMUP)
         found = self.whole({names[key]: model for key, model in models.items()}, target)
-        return {
-            probe: _entry(probe, [found[names[probe, index]] for index in range(len(probe.models()))]) for probe in probes
-        }
+        return {probe: _entry(probe, [found[names[probe, index]] for index in range(len(probe.models()))]) for probe in probes}
 
     def net(self, us: float) -> float:
         return max(us - self.timer_us, _LEAST_US)
@@ -259,7 +257,10 @@ def _in_context(
     scale, overhead = _split(replace(bench, timer_us=timer), profiled, graph, table)
     overhead = (*overhead, Overhead("session", "run", session, (), 0))
     dense = graph.kept()
-    layers = (table.kernel_us(layer, layer.n_in.at(dense), layer.n_out.at(dense)) * scale.get(layer.name, 1.0) for layer in graph.layers)
+    layers = (
+        table.kernel_us(layer, layer.n_in.at(dense), layer.n_out.at(dense)) * scale.get(layer.name, 1.0)
+        for layer in graph.layers
+    )
     total = sum(layers) + sum(kernel.us for kernel in overhead)
     return Context(
         structure_of(graph), scale, overhead, whole.quiet_us, whole.quiet_us / total, profiled.sum_us / whole.quiet_us,

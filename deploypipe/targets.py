@@ -106,7 +106,7 @@ def load_target(name: str | Path) -> Target:
     target: Target = _read(Target, state, str(path), "")
     if target.name != path.stem:
         raise TargetError(
-            f"target calls itself '{target.name}'", at=f"{path}: name", fix=f"write name = \"{path.stem}\" or rename the file"
+            f"target calls itself '{target.name}'", at=f"{path}: name", fix=f'write name = "{path.stem}" or rename the file'
         )
     return dataclasses.replace(target, path=str(path))
 

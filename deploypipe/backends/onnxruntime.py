@@ -38,7 +38,7 @@ class OnnxRuntime:
         return _job("describe", target, {}, timeout_s=120)
 
     def read_description(self, result: JobResult) -> Facts:
-        """Return the facts, with the precision that `target` asked for left to the caller."""
+        """Return the facts: runtime, version, processor, threads."""
         return _answer(result)
 
     def build_job(self, model: Path, target: Target) -> Job:
@@ -47,7 +47,7 @@ class OnnxRuntime:
         return _job("build", target, details, push={"model.onnx": model}, pull=("artifact.onnx",))
 
     def bench_job(self, models: Mapping[str, Path | bytes], target: Target) -> Job:
-        """Time whole models in turns; the name of a built artefact must end in `.artifact`, it is not optimised again."""
+        """Time whole models in turns; a built artefact is a model like another."""
         files = {f"model-{i}.onnx": path for i, path in enumerate(models.values())}
         return _job("bench", target, {"models": dict(zip(models, files, strict=True))}, push=files)
 
@@ -81,7 +81,7 @@ class OnnxRuntime:
     def run_job(self, model: Path, inputs: Arrays, target: Target) -> Job:
         """Run on several inputs: the first axis of every array counts them."""
         buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **inputs)  # type: ignore[arg-type]
+        np.savez(buffer, allow_pickle=False, **inputs)
         details = {"model": "model.onnx", "inputs": "inputs.npz", "outputs": "outputs.npz"}
         push: dict[str, Path | bytes] = {"model.onnx": model, "inputs.npz": buffer.getvalue()}
         return _job("run", target, details, push=push, pull=("outputs.npz",))

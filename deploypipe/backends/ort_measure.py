@@ -47,7 +47,9 @@ def feed(opened: Any) -> dict[str, Any]:
         if not all(isinstance(size, int) for size in value.shape):
             raise SystemExit(f"input '{value.name}' has no fixed shape: {value.shape}")
         dtype = np.dtype(NUMBERS[value.type])
-        made[value.name] = random.standard_normal(value.shape).astype(dtype) if dtype.kind == "f" else np.zeros(value.shape, dtype)
+        made[value.name] = (
+            random.standard_normal(value.shape).astype(dtype) if dtype.kind == "f" else np.zeros(value.shape, dtype)
+        )
     return made
 
 
@@ -207,7 +209,9 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     n = len(next(iter(inputs.values())))
     values = [opened.run(None, {name: array[i] for name, array in inputs.items()}) for i in range(n)]
     names = [value.name for value in opened.get_outputs()]
-    np.savez(request["outputs"], **{name: np.stack(column) for name, column in zip(names, zip(*values), strict=True)})
+    columns = zip(names, zip(*values, strict=True), strict=True)
+    outputs: dict[str, Any] = {name: np.stack(column) for name, column in columns}
+    np.savez(request["outputs"], allow_pickle=False, **outputs)
     return {"outputs": names}
 
 
@@ -224,7 +228,8 @@ def describe(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "runtime": "onnxruntime", "version": ort.__version__, "providers": ort.get_available_providers(),
         "cpu": info.get("model name") or platform.processor() or platform.machine(), "cpu_flags": vector,
-        "arch": platform.machine(), "cores": os.cpu_count(), "governor": governor.read_text().strip() if governor.is_file() else "",
+        "arch": platform.machine(), "cores": os.cpu_count(),
+        "governor": governor.read_text().strip() if governor.is_file() else "",
         "python": platform.python_version(), "system": platform.platform(), "threads": request["threads"],
     }  # fmt: skip
 

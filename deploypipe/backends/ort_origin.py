@@ -48,7 +48,7 @@ class _Nodes:
         # A weight may also come from a node without inputs of its own, which the runtime folds into a constant.
         self.constant = {tensor.name for tensor in graph.initializer}
         for node in graph.node:
-            if node.input and all(name in self.constant for name in node.input) or node.op_type == "Constant":
+            if (node.input and all(name in self.constant for name in node.input)) or node.op_type == "Constant":
                 self.constant.update(node.output)
 
     def is_layer(self, node: onnx.NodeProto) -> bool:

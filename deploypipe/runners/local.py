@@ -1,5 +1,6 @@
 """Run a job on this machine, in a folder of its own."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -79,10 +80,8 @@ def _start(argv: tuple[str, ...], folder: Path, job: Job) -> tuple[int, str, str
 
 
 def _end(process: "subprocess.Popen[str]") -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):  # it may just have ended by itself
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # it has just ended by itself
     process.communicate()
 
 
