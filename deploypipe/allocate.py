@@ -85,7 +85,7 @@ def allocate_widths(
     Maximises the sum over groups of `values[group][kept]`, subject to `table.predict(...) <= budget`. The solver stops when the
     value given up (against keeping everything) is within `gap` of the least possible; the certificate's own `gap` is
     `(bound - value) / |value|`. The answer is deterministic as long as the time limit is not hit. Certificate.status is "whole"
-    (everything fits), "optimal", "relaxed" (large concats were priced too low in the proof, so the bound is valid but not tight),
+    (everything fits), "optimal", "relaxed" (large concats were priced too low in the proof: the bound is valid, not tight),
     "time limit" (the best answer so far) or "infeasible" (the terms do not fit, the table's own prediction does).
 
     Args:

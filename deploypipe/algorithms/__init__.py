@@ -1,0 +1,89 @@
+"""Pruning algorithms by name; importing this needs no torch."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from deploypipe.algorithms.options import Option, options_of, parse_options
+from deploypipe.plugins import known, resolve
+
+ENTRY_POINTS = "deploypipe.algorithms"
+
+ALGORITHMS: dict[str, str] = {
+    "l1": "deploypipe.algorithms.l1:L1",
+    "l2": "deploypipe.algorithms.l2:L2",
+    "random": "deploypipe.algorithms.random:Random",
+    "thinet": "deploypipe.algorithms.thinet:ThiNet",
+}
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a user should know before choosing an algorithm.
+
+    Attributes:
+        name: As on the command line.
+        paper: First author, title, venue, identifier.
+        year: Of the paper.
+        taxonomy: What is removed, when it is decided, and by what.
+        needs: "data" and "labels" if it needs them.
+        options: Its options with defaults and ranges.
+    """
+
+    name: str
+    paper: str
+    year: int
+    taxonomy: str
+    needs: tuple[str, ...] = ()
+    options: tuple[Option, ...] = ()
+
+
+_LI = "Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, arXiv:1608.08710"
+INFO: dict[str, Info] = {
+    "l1": Info(
+        "l1",
+        _LI,
+        2017,
+        "structured, static, from a trained model, magnitude",
+        (),
+        (Option("greedy", False, "leave out the input channels that earlier layers have lost, when ranking"),),
+    ),
+    "l2": Info("l2", _LI, 2017, "structured, static, from a trained model, magnitude"),
+    "random": Info(
+        "random",
+        "Li et al., Revisiting Random Channel Pruning for Neural Network Compression, CVPR 2022, arXiv:2205.05676",
+        2022,
+        "structured, static, baseline",
+    ),
+    "thinet": Info(
+        "thinet",
+        "Luo et al., ThiNet: A Filter Level Pruning Method for Deep Neural Network Compression, ICCV 2017, arXiv:1707.06342",
+        2017,
+        "structured, static, from a trained model, reconstruction",
+        ("data",),
+        (
+            Option("images", 2000, "selection images whose activations are read", 1),
+            Option("locations", 10, "random (filter, position) pairs read for each image and layer", 1),
+            Option("ridge", 1e-6, "ridge of the least squares, as a share of the mean squared contribution", 1e-9, 1),
+        ),
+    ),
+}
+
+
+def algorithms() -> dict[str, dict[str, Any]]:
+    """Return what is known about every algorithm, our own and installed ones, as plain values by name."""
+    own = {name: asdict(info) for name, info in INFO.items()}
+    return {name: own.get(name, {"name": name, "plugin": place}) for name, place in known(ALGORITHMS, ENTRY_POINTS).items()}
+
+
+def make(name: str, options: Mapping[str, object] | None = None) -> Any:
+    """Return the algorithm called `name` with these options, given as text or as values.
+
+    Raises:
+        UsageError: There is no such algorithm or option, or a value has another type or is out of range.
+
+    >>> make("l1", {"greedy": "yes"})
+    L1(greedy=True)
+    """
+    algorithm = resolve(name, ALGORITHMS, ENTRY_POINTS, what="algo")
+    return algorithm(**parse_options(name, options or {}, options_of(algorithm)))

@@ -1,0 +1,199 @@
+"""What an algorithm is: a problem in, a keep plan out; and the criterion, which only has to score channels."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from deploypipe.allocate import allocate_widths, plan_of, ranking
+from deploypipe.errors import NotApplicable
+from deploypipe.progress import Reporter, Silent
+from deploypipe.statistics import weights
+from deploypipe.types import CostTable, Graph, Group, KeepPlan, Member
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What an algorithm is asked: prune this model to this budget.
+
+    Attributes:
+        model: The trained model; an algorithm leaves it as it is.
+        graph: Its channel graph.
+        table: What widths cost.
+        budget: Upper limit of the cost, in the table's unit.
+        data: Selection data, (input, label) pairs from the training set; None for algorithms that need none.
+        seed: Of every random choice.
+        reporter: Hears how far it is.
+    """
+
+    model: nn.Module
+    graph: Graph
+    table: CostTable
+    budget: float
+    data: Dataset[Any] | None = None
+    seed: int = 0
+    reporter: Reporter = field(default_factory=Silent)
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """What a criterion may look at."""
+
+    problem: Problem
+
+    @cached_property
+    def weights(self) -> Mapping[str, Tensor]:
+        """Every parameter and buffer by name, detached."""
+        return weights(self.problem.model)
+
+    @property
+    def seed(self) -> int:
+        """Seed of every random choice."""
+        return self.problem.seed
+
+
+class Algorithm(Protocol):
+    """A pruning method. Its options are the fields of its frozen dataclass."""
+
+    name: ClassVar[str]
+
+    def plan(self, problem: Problem) -> KeepPlan:
+        """Return which channels stay; `problem.table.predict` of it is within the budget."""
+        ...
+
+
+class Repairer(Algorithm, Protocol):
+    """An algorithm that also corrects the weights after compaction."""
+
+    def repair(self, small: nn.Module, problem: Problem, plan: KeepPlan) -> nn.Module:
+        """Return a corrected copy of the compacted model `small`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """An algorithm that scores every channel by itself; the allocator decides how many stay in each group.
+
+    A subclass writes `score`. Which channels stay is the method's; how many is decided by `log_share` of its scores, counted
+    once for every layer that reads the group.
+    """
+
+    name: ClassVar[str]
+
+    def score(self, group: Group, stats: Statistics) -> Tensor:
+        """Return the (C,) scores of a group's channels, higher = keep.
+
+        Raises:
+            NotApplicable: The criterion cannot judge this group, which then stays whole.
+        """
+        raise NotImplementedError
+
+    def plan(self, problem: Problem) -> KeepPlan:
+        """Score every prunable group, then allocate.
+
+        Raises:
+            BudgetError: The budget cannot be reached.
+        """
+        stats = Statistics(problem)
+        orders, values, skipped = {}, {}, {}
+        for group in problem.graph.prunable:
+            try:
+                score = self.score(group, stats).double().cpu().numpy()
+            except NotApplicable as reason:
+                skipped[group.name] = str(reason)
+                continue
+            orders[group.name] = ranking(score)
+            values[group.name] = n_readers(group) * log_share(score[orders[group.name]])
+        return allocated(self, problem, orders, values, skipped)
+
+
+def allocated(
+    algorithm: Any,
+    problem: Problem,
+    orders: Mapping[str, ArrayLike],
+    values: Mapping[str, ArrayLike],
+    skipped: Mapping[str, str],
+) -> KeepPlan:
+    """Return the plan for the best widths under the budget, signed by the algorithm.
+
+    Args:
+        algorithm: A frozen dataclass with a `name`.
+        problem: What was asked.
+        orders: Group -> channels, the one to keep longest first.
+        values: Group -> (C + 1,) value of keeping the first w channels of the order.
+        skipped: Group -> why it was not judged and stays whole.
+    """
+    kept, certificate = allocate_widths(problem.graph, values, problem.table, problem.budget)
+    plan = plan_of(problem.graph, orders, kept, certificate)
+    return plan.replace(algorithm=algorithm.name, options=dataclasses.asdict(algorithm), skipped=dict(skipped))
+
+
+def log_share(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the value of keeping the first w channels: the logarithm of their share of the group's score.
+
+    Scores of different groups have different scales (fan-in, width), so only shares can be compared. Groups lie in series: what
+    passes the network is closer to the product of the shares than to their sum, and the logarithm turns that product into the
+    sum that the allocator maximises. Unlike a plain sum of shares it never empties a group because it is expensive: halving a
+    group always costs the same as halving what is left of it.
+
+    Args:
+        scores: (C,) from best to worst. Negative scores are shifted so that the worst one is zero.
+
+    Returns:
+        (C + 1,) values, rising to 0 at w = C; entry 0 is -inf.
+    """
+    shifted = scores - min(0.0, float(scores.min()))
+    if not shifted.sum() > 0:
+        shifted = np.ones_like(shifted)  # nothing tells the channels apart: every one is an equal share
+    with np.errstate(divide="ignore"):
+        return np.concatenate([[-np.inf], np.log(np.cumsum(shifted) / shifted.sum())])
+
+
+def rows(tensor: Tensor, member: Member) -> Tensor:
+    """Return what each channel owns of a parameter, as a (channels, K) matrix; K counts all its slots and all other axes.
+
+    >>> rows(conv.weight, group.members[0])  # doctest: +SKIP
+    """
+    slots = np.flatnonzero(member.owner >= 0)
+    slots = slots[np.argsort(member.owner[slots], kind="stable")]
+    moved = tensor.movedim(member.axis, 0)[torch.from_numpy(slots).to(tensor.device)]
+    return moved.reshape(int(member.owner.max()) + 1, -1)
+
+
+def n_readers(group: Group) -> int:
+    """Return how many weights read the group's channels, at least 1: a residual trunk damages every block that it feeds."""
+    return max(1, sum(member.role == "consumes" for member in group.members))
+
+
+def producers(group: Group, weights: Mapping[str, Tensor]) -> list[Member]:
+    """Return the members whose parameter makes the group's channels: weights, not biases.
+
+    Raises:
+        NotApplicable: There is none.
+    """
+    made = [member for member in group.members if member.role == "produces" and weights[member.param].dim() > 1]
+    if not made:
+        raise NotApplicable("no weight produces its channels")
+    return made
+
+
+def filter_norms(group: Group, weights: Mapping[str, Tensor], p: int) -> Tensor:
+    """Return the (C,) p-norms of the filters that make the group's channels, averaged over the layers that do.
+
+    Filters of different size are compared after dividing each layer's norms by their mean, so that no layer outweighs another.
+
+    Raises:
+        NotApplicable: No weight produces the channels.
+    """
+    filters = [rows(weights[member.param], member).double() for member in producers(group, weights)]
+    norms = [torch.linalg.vector_norm(each, p, dim=1) for each in filters]
+    if len({each.shape[1] for each in filters}) > 1:
+        norms = [norm / norm.mean().clamp_min(torch.finfo(norm.dtype).tiny) for norm in norms]
+    return torch.stack(norms).mean(0)

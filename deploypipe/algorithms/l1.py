@@ -1,0 +1,60 @@
+"""L1 norm of each filter.
+
+Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, arXiv:1608.08710, section 3.1; `greedy` is its section 3.3.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deploypipe.algorithms.base import Criterion, Problem, Statistics, filter_norms, producers
+from deploypipe.algorithms.options import option
+from deploypipe.allocate import ranking
+from deploypipe.types import Graph, Group, KeepPlan
+
+
+@dataclass(frozen=True)
+class L1(Criterion):
+    """Rank filters by the sum of their absolute weights; in coupled layers by the mean over the layers."""
+
+    name: ClassVar[str] = "l1"
+    greedy: bool = option(False, "leave out the input channels that earlier layers have lost, when ranking")
+
+    def score(self, group: Group, stats: Statistics) -> Tensor:
+        """Return the (C,) L1 norms, higher = keep."""
+        return filter_norms(group, stats.weights, 1)
+
+    def plan(self, problem: Problem) -> KeepPlan:
+        """Allocate by the norms of whole filters; if `greedy`, choose as many channels again in forward order."""
+        plan = super().plan(problem)
+        return plan.replace(keep=_greedy(problem.graph, plan, Statistics(problem).weights)) if self.greedy else plan
+
+
+def _greedy(graph: Graph, plan: KeepPlan, weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    chosen: dict[str, tuple[int, ...]] = {}
+    for group in graph.groups:
+        if group.name not in plan.keep:
+            continue
+        left = {m.param: _without_lost(graph, m.param, weights[m.param], chosen) for m in producers(group, weights)}
+        order = ranking(filter_norms(group, left | _others(group, weights, left), 1).cpu().numpy())
+        chosen[group.name] = tuple(sorted(order[: len(plan.keep[group.name])].tolist()))
+    return chosen
+
+
+def _others(group: Group, weights: Mapping[str, Tensor], left: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {member.param: weights[member.param] for member in group.members if member.param not in left}
+
+
+def _without_lost(graph: Graph, param: str, weight: Tensor, chosen: Mapping[str, tuple[int, ...]]) -> Tensor:
+    """Return a copy of a weight with zeros where its input channels are already gone."""
+    left = weight.clone()
+    for axis in range(weight.dim()):
+        for group, member in graph.cuts(param, axis):
+            if member.role == "consumes" and group.name in chosen:
+                lost = (member.owner >= 0) & ~np.isin(member.owner, chosen[group.name])
+                left.index_fill_(axis, torch.from_numpy(np.flatnonzero(lost)).to(left.device), 0.0)
+    return left
