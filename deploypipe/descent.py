@@ -42,8 +42,10 @@ class Descent:
         cost = _sum(self._terms, self._whole | kept)
         while cost > limit:
             steps = []
-            for name, width in self._steps(kept, -1):
-                saved = -self._change(kept, name, width)
+            for name, widths in self._widths.items():
+                below = reversed(widths[: widths.index(kept[name])])
+                savings = ((-self._change(kept, name, width), width) for width in below)
+                saved, width = next(((saved, width) for saved, width in savings if saved > 0), (0.0, 0))  # off the plateau
                 if saved > 0:
                     steps.append((self._gain(name, width, kept[name]) / saved, saved, name, width))
             if not steps:
