@@ -7,7 +7,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from deploypipe.errors import UsageError
@@ -36,36 +36,46 @@ def make_folder(folder: Path) -> None:
 
 
 def claim(folder: Path, reporter: Reporter) -> int:
-    """Lock the folder and return the descriptor that holds the lock.
+    """Make the folder if need be, lock it, and return the descriptor that holds the lock.
 
     The system drops the lock when its owner dies, however it dies, so a stale lock cannot exist.
 
     Raises:
-        UsageError: Another process holds the lock.
+        UsageError: Another process holds the lock, or the folder cannot be made.
     """
-    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     deadline = time.monotonic() + _GRACE_S
     while True:
+        make_folder(folder)
+        try:
+            descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:
+            continue  # the former owner has just removed the folder
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
         except BlockingIOError:
             owner = os.pread(descriptor, 256, 0).decode(errors="replace")
+            os.close(descriptor)
             if _alive(owner) or time.monotonic() > deadline:
-                os.close(descriptor)
                 raise _in_use(folder, owner) from None
             time.sleep(0.05)
+            continue
         except OSError as error:
             reporter.note(f"this file system cannot lock ({error.strerror}): use {folder} from one process at a time")
-            break
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    return descriptor
+        if _is_current(descriptor, folder / _LOCK):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            return descriptor
+        os.close(descriptor)  # the same, a moment later
 
 
-def release(descriptor: int) -> None:
-    """Drop the lock. The lock file stays: deleting it would race with the next owner."""
-    os.ftruncate(descriptor, 0)
+def release(descriptor: int, folder: Path, *, remove_if_empty: bool) -> None:
+    """Drop the lock; remove the folder if nothing but the lock is in it and `remove_if_empty` is set."""
+    if remove_if_empty and [entry.name for entry in folder.iterdir()] == [_LOCK]:
+        (folder / _LOCK).unlink()
+        with suppress(OSError):  # the next owner is already in it
+            folder.rmdir()
+    else:
+        os.ftruncate(descriptor, 0)
     os.close(descriptor)
 
 
@@ -99,6 +109,13 @@ def _in_use(folder: Path, owner: str) -> UsageError:
     who = f" ({owner})" if owner else ""
     fix = "wait until it has finished, end it, or choose another --out folder"
     return UsageError(f"another process works on this run folder{who}", at=str(folder), fix=fix)
+
+
+def _is_current(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _alive(owner: str) -> bool:

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from deploypipe.errors import UsageError
-from deploypipe.folder import claim, explained, make_folder, release
+from deploypipe.folder import claim, explained, release
 from deploypipe.progress import Reporter, Silent
 
 T = TypeVar("T")
@@ -80,23 +80,21 @@ class Store:
         self.root = Path(root).expanduser().absolute()
         self._reporter: Reporter = reporter or Silent()
         self._lock: int | None = None
+        self._made = False  # was the folder not there before? Then it goes again if nothing comes of it
 
     def __enter__(self) -> Self:
         with explained(self.root):
-            make_folder(self.root)
+            self._made = not self.root.exists()
             self._lock = claim(self.root, self._reporter)
-            try:
-                (self.root / _PARTIAL).mkdir(exist_ok=True)
-            except BaseException:
-                self._release()
-                raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         partial = self.root / _PARTIAL
         if partial.is_dir() and not any(partial.iterdir()):
             partial.rmdir()
-        self._release()
+        if self._lock is not None:
+            release(self._lock, self.root, remove_if_empty=self._made)
+            self._lock = None
 
     def keep(
         self, stage: str, key_parts: Sequence[object], compute: Callable[[Path], object], load: Callable[[Path], T]
@@ -193,11 +191,6 @@ class Store:
                 for name in record.files:
                     (self.root / name).unlink(missing_ok=True)
                 _key_file(self.root, other).unlink(missing_ok=True)
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            release(self._lock)
-            self._lock = None
 
 
 def finished(root: str | Path, stage: str) -> bool:

@@ -416,6 +416,41 @@ def test_workers_that_outlive_a_killed_owner_for_a_moment_do_not_block_it(tmp_pa
         pass
 
 
+def test_a_run_that_failed_before_its_first_result_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UsageError), Store(tmp_path / "new"):
+        raise UsageError("no such model")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "mine").mkdir()
+    with Store(tmp_path / "mine"):
+        pass
+    assert (tmp_path / "mine").exists()
+
+
+def test_two_processes_that_come_and_go_never_hold_the_lock_together(tmp_path: Path) -> None:
+    """Each removes the folder when it leaves; a lock on a removed file must not count."""
+
+    def work() -> None:
+        for _ in range(300):
+            try:
+                with Store(tmp_path / "run"):
+                    (tmp_path / "inside").mkdir()  # fails if another one is inside
+                    (tmp_path / "inside").rmdir()
+            except UsageError:
+                continue
+
+    children = []
+    for _ in range(3):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                work()
+                os._exit(0)
+            except BaseException:
+                os._exit(1)
+        children.append(pid)
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0, 0, 0]
+
+
 # --- folders that cannot be used -------------------------------------------------------------------------------------
 
 
