@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from platformdirs import user_cache_path
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from deploypipe.batches import Augment, CropFlip, Samples, count, labels_of, split, take
 from deploypipe.errors import UsageError, nearest
-from deploypipe.factory import call_factory, near_path
+from deploypipe.factory import find_factory, near_path
 from deploypipe.images import IMAGENET, SMALL, Images, Listing, Normalise, Size, list_images, load_images, native_size, resized
 from deploypipe.progress import Reporter, Silent
+from deploypipe.targets import cache_folder
 
 KINDS = ("demo", "imagefolder:DIR", "cifar10:DIR", "file.py:factory", "package.module:factory")
 DIGITS_NORMALISE: Normalise = ((0.31,), (0.32,))
@@ -91,9 +91,9 @@ def load_data(
         binary = _cifar_binary(root, spec) if kind == "cifar10" else None
         if binary is not None:
             return _cifar10(binary, wanted or (3, 32, 32), normalise or IMAGENET)
-        return _image_folder(root, wanted, normalise, cache or user_cache_path("deploypipe") / "images", reporter or Silent())
+        return _image_folder(root, wanted, normalise, cache or cache_folder() / "images", reporter or Silent())
     if place:
-        return _from_datasets(call_factory(spec, option="--data", error=UsageError), seed, spec)
+        return _from_datasets(find_factory(spec, option="--data", error=UsageError)(), seed, spec)
     raise UsageError(f"unknown data '{spec}'", at=f"--data {spec}", fix=nearest(spec, KINDS))
 
 

@@ -21,8 +21,10 @@ _STDLIB = Path(sysconfig.get_path("stdlib")).resolve()
 _HERE = Path(__file__).resolve().parent
 
 
-def call_factory(spec: str, *, option: str, error: type[DeployPipeError]) -> Any:
-    """Import the factory that `spec` names and return what it returns when called without arguments.
+def find_factory(spec: str, *, option: str, error: type[DeployPipeError]) -> Callable[[], Any]:
+    """Import the factory that `spec` names; calling what is returned calls it without arguments.
+
+    Two steps, because a file is imported only once: random numbers must be seeded between import and call.
 
     Args:
         spec: `file.py:factory` or `package.module:factory`.
@@ -37,14 +39,20 @@ def call_factory(spec: str, *, option: str, error: type[DeployPipeError]) -> Any
     at = f"{option} {spec}"
     if not source or not name:
         raise UsageError(f"'{spec}' names no factory", at=at, fix="write file.py:factory or package.module:factory")
-    path = source_file(spec)
-    with _importable(path.parent if path else Path.cwd()):
+    path = source_file(spec, at)
+    folder = path.parent if path else Path.cwd()
+    with _importable(folder):
         module = _import_file(path, at, error) if path else _import_package(source, at, error)
-        factory = _attribute(module, name, at)
-        return guarded(factory, f"factory '{name}' failed", at, error)
+    factory = _attribute(module, name, at)
+
+    def call() -> Any:
+        with _importable(folder):
+            return guarded(factory, f"factory '{name}' failed", at, error)
+
+    return call
 
 
-def source_file(spec: str) -> Path | None:
+def source_file(spec: str, at: str = "") -> Path | None:
     """Return the absolute path of the file in `file.py:factory`, or None if `spec` names a package module.
 
     Raises:
@@ -55,7 +63,7 @@ def source_file(spec: str) -> Path | None:
         return None
     path = Path(source).expanduser().resolve()
     if not path.is_file():
-        raise UsageError(f"there is no file '{source}'", at=spec, fix=near_path(path))
+        raise UsageError(f"there is no file '{source}'", at=at or spec, fix=near_path(path))
     return path
 
 

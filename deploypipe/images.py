@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,7 +175,8 @@ def _keep(path: Path, pixels: Tensor, reporter: Reporter) -> None:
         save_file({"pixels": pixels}, temporary)
         temporary.replace(path)
     except (OSError, SafetensorError) as failure:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         reporter.note(f"decoded images are not cached: {failure}")
 
 

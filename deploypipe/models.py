@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from deploypipe.checkpoint import state_digest
 from deploypipe.demo import WEIGHTS, demo_net
 from deploypipe.errors import ModelError, UsageError, nearest
-from deploypipe.factory import call_factory, guarded, source_file
+from deploypipe.factory import find_factory, guarded, source_file
 from deploypipe.images import IMAGENET, Normalise
 from deploypipe.weights import fit_weights, read_weights
 
 KINDS = ("demo", "torchvision:NAME", "timm:NAME", "file.py:factory", "package.module:factory")
+_SEED = 0
 DEFAULT_SHAPE = (1, 3, 224, 224)
 _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # of Inception and GoogLeNet: for training only, never exported
 
@@ -101,7 +102,7 @@ def rebuild(spec: str) -> nn.Module:
 def _build(spec: str) -> _Built:
     kind, _, name = spec.partition(":")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # an untrained model must be the same one in every run
+        torch.manual_seed(_SEED)  # an untrained model must be the same one in every run
         if spec == "demo":
             built = _described(demo_net(), spec)
         elif kind in _ZOOS:
@@ -119,7 +120,11 @@ def _build(spec: str) -> _Built:
 def _from_torchvision(name: str, spec: str) -> _Built:
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
-        raise UsageError(f"torchvision has no classifier '{name}'", at=f"--model {spec}", fix=_near(name, names))
+        raise UsageError(
+            f"torchvision has no classifier '{name}'",
+            at=f"--model {spec}",
+            fix=_near(name, names, "torchvision.models.list_models()"),
+        )
     # Auxiliary classifiers exist in training only: eval mode never runs them, so nothing could keep them in step with pruning.
     extra = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     model = torchvision.models.get_model(name, weights=None, **extra)
@@ -137,7 +142,7 @@ def _from_timm(name: str, spec: str) -> _Built:
 
     names = timm.list_models()
     if name.partition(".")[0] not in names:
-        raise UsageError(f"timm has no model '{name}'", at=f"--model {spec}", fix=_near(name, names))
+        raise UsageError(f"timm has no model '{name}'", at=f"--model {spec}", fix=_near(name, names, "timm.list_models()"))
     model = guarded(partial(timm.create_model, name, pretrained=False), f"timm cannot build '{name}'", spec, ModelError)
     config: Mapping[str, Any] = model.pretrained_cfg
     return _Built(model, (_example((1, *config["input_size"])),), (tuple(config["mean"]), tuple(config["std"])))
@@ -146,19 +151,16 @@ def _from_timm(name: str, spec: str) -> _Built:
 _ZOOS: dict[str, Callable[[str, str], _Built]] = {"torchvision": _from_torchvision, "timm": _from_timm}
 
 
-def _near(name: str, names: list[str]) -> str:
-    """Suggest from a long list without printing all of it."""
+def _near(name: str, names: list[str], command: str) -> str:
+    """Suggest from a list that is too long to print."""
     advice = nearest(name, names)
-    close = advice.partition(" (known")[0]
-    return (
-        close
-        if close != advice
-        else "known names begin with " + ", ".join(sorted({n.rstrip("0123456789_")[:8] for n in names})[:12])
-    )
+    return advice.partition(" (known")[0] if advice.startswith("did you mean") else f"{command} lists the names"
 
 
 def _from_factory(spec: str) -> _Built:
-    made = call_factory(spec, option="--model", error=ModelError)
+    factory = find_factory(spec, option="--model", error=ModelError)
+    torch.manual_seed(_SEED)  # the import may have drawn numbers, and happens only once
+    made = factory()
     if isinstance(made, nn.Module):
         return _described(made, spec)
     if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module):

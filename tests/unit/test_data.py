@@ -1,0 +1,309 @@
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, Subset, TensorDataset
+
+import deploypipe.images
+from deploypipe.batches import CropFlip, batches, n_batches, split, take
+from deploypipe.data import load_data
+from deploypipe.errors import UsageError
+from deploypipe.images import IMAGENET, Files, Images
+
+torch.set_num_threads(1)
+rng = np.random.default_rng(0)
+
+
+def write_image(path: Path, height=8, width=8, mode="RGB", suffix=".png"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = rng.integers(0, 256, (height, width, 3) if mode == "RGB" else (height, width), dtype=np.uint8)
+    Image.fromarray(array).save(path.with_suffix(suffix))
+    return array
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "pets"
+    for part, n in (("train", 5), ("test", 2)):
+        for name in ("cat", "dog"):
+            for i in range(n):
+                write_image(root / part / name / f"{i}.png")
+    return root
+
+
+def load(root, tmp_path, **options):
+    return load_data(f"imagefolder:{root}", cache=tmp_path / "cache", **options)
+
+
+def error_of(spec, **options) -> UsageError:
+    with pytest.raises(UsageError) as caught:
+        load_data(spec, **options)
+    assert caught.value.fix
+    return caught.value
+
+
+def test_image_folder_gives_normalised_pixels(folder, tmp_path):
+    data = load(folder, tmp_path)
+    assert (len(data.train), len(data.test), data.classes, data.input_shape) == (10, 4, ("cat", "dog"), (3, 8, 8))
+    image = np.asarray(Image.open(folder / "train" / "dog" / "0.png")).astype(np.float64) / 255
+    wanted = (image - IMAGENET[0]) / IMAGENET[1]
+    inputs, label = data.train[5]
+    np.testing.assert_allclose(inputs.permute(1, 2, 0).double().numpy(), wanted, atol=1e-6)
+    assert label == 1
+    assert "10 training and 4 test images of 2 classes, 3x8x8" in data.description
+
+
+def test_images_are_decoded_once(folder, tmp_path, monkeypatch):
+    first = load(folder, tmp_path)
+    monkeypatch.setattr(deploypipe.images, "decode", lambda *_: pytest.fail("decoded again"))
+    second = load(folder, tmp_path)
+    assert first.key == second.key
+    assert torch.equal(first.train.pixels, second.train.pixels)
+
+
+def test_a_changed_folder_is_decoded_again(folder, tmp_path):
+    first = load(folder, tmp_path)
+    time.sleep(0.01)
+    write_image(folder / "train" / "cat" / "0.png")
+    second = load(folder, tmp_path)
+    assert first.key != second.key
+    assert not torch.equal(first.train.pixels[0], second.train.pixels[0])
+    assert torch.equal(first.train.pixels[1:], second.train.pixels[1:])
+    assert len(list((tmp_path / "cache").iterdir())) == 2, "one file per folder: old ones go"
+
+
+@pytest.mark.parametrize("damage", ["garbage", "unwritable"])
+def test_a_damaged_or_forbidden_cache_is_no_obstacle(folder, tmp_path, damage):
+    wanted = load(folder, tmp_path).train.pixels
+    cache = tmp_path / "cache"
+    if damage == "garbage":
+        for file in cache.iterdir():
+            file.write_bytes(b"garbage")
+    else:
+        for file in cache.iterdir():
+            file.unlink()
+        cache.rmdir()
+        cache.write_text("a file where the folder should be")
+    assert torch.equal(load(folder, tmp_path).train.pixels, wanted)
+
+
+def test_large_images_stay_on_disk_and_read_the_same(folder, tmp_path, monkeypatch):
+    in_memory = load(folder, tmp_path, size=(3, 6, 6))
+    monkeypatch.setattr(deploypipe.images, "MEMORY_LIMIT_BYTES", 100)
+    lazy = load(folder, tmp_path, size=(3, 6, 6))
+    assert isinstance(lazy.train, Files)
+    assert isinstance(in_memory.train, Images)
+    assert lazy.key == in_memory.key
+    for one, other in zip(batches(lazy.train, 3, shuffle_seed=4), batches(in_memory.train, 3, shuffle_seed=4), strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
+
+
+def test_resizing_keeps_the_shape_of_things_and_the_centre(tmp_path):
+    array = np.zeros((40, 80, 3), dtype=np.uint8)
+    array[:, 20:60] = 255  # the central square is white
+    for part in ("train", "val"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        Image.fromarray(array).save(tmp_path / part / "a" / "0.png")
+    data = load(tmp_path, tmp_path, size=(20, 20), normalise=((0, 0, 0), (1, 1, 1)))
+    assert data.train[0][0][:, :, 1:-1].min() == 1
+    gray = load(tmp_path, tmp_path, size=(1, 10, 10))
+    assert gray.input_shape == (1, 10, 10)
+    photo = load(tmp_path, tmp_path, size=(3, 224, 224))
+    assert photo.input_shape == (3, 224, 224)
+
+
+def test_folder_errors(folder, tmp_path):
+    assert "'pets'" in error_of(f"imagefolder:{tmp_path / 'pet'}").fix
+    assert "not a folder" in error_of(f"imagefolder:{folder / 'train' / 'cat' / '0.png'}").message
+    assert "no folder is named" in error_of("imagefolder:").message
+    assert "train" in error_of(f"imagefolder:{folder / 'train'}").fix
+    (tmp_path / "a" / "train").mkdir(parents=True)
+    assert "no classes" in error_of(f"imagefolder:{tmp_path / 'a'}").message
+    write_image(tmp_path / "a" / "train" / "x" / "0.png")
+    assert "no test set" in error_of(f"imagefolder:{tmp_path / 'a'}").message
+    (tmp_path / "a" / "train" / "empty").mkdir()
+    (tmp_path / "a" / "train" / "empty" / "notes.txt").write_text("")
+    write_image(tmp_path / "a" / "val" / "x" / "0.png")
+    assert "class 'empty' holds no image" in error_of(f"imagefolder:{tmp_path / 'a'}").message
+    write_image(folder / "test" / "fish" / "0.png")
+    mismatch = error_of(f"imagefolder:{folder}")
+    assert "differ" in mismatch.message
+    assert "only in test/: fish" in mismatch.fix
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", None])
+def test_an_unreadable_image_is_named(folder, tmp_path, content):
+    path = folder / "train" / "dog" / "3.png"
+    path.write_bytes(path.read_bytes()[:60] if content is None else content)
+    with pytest.raises(UsageError, match=r"'3\.png' is not a readable image") as caught:
+        load(folder, tmp_path)
+    assert caught.value.at == str(path)
+
+
+def test_an_unlabelled_test_folder_gives_way_to_val(folder, tmp_path):
+    (folder / "test").rename(folder / "val")
+    (folder / "test").mkdir()
+    write_image(folder / "test" / "0.png")
+    assert "train + val" in load(folder, tmp_path).description
+
+
+def test_cifar10_binary(tmp_path):
+    root = tmp_path / "cifar-10-batches-bin"
+    root.mkdir()
+    records = rng.integers(0, 256, (6, 4, 3073), dtype=np.uint8)
+    records[:, :, 0] %= 10
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+    for name, part in zip(names, records, strict=True):
+        part.tofile(root / name)
+    for place in (root, tmp_path):
+        data = load_data(f"cifar10:{place}")
+        assert (len(data.train), len(data.test), data.classes[6]) == (20, 4, "frog")
+        assert torch.equal(data.train.labels, torch.tensor(records[:5, :, 0].reshape(-1)).long())
+        red_first_row = torch.tensor(records[2, 1, 1:33])
+        assert torch.equal(data.train.pixels[9, 0, 0], red_first_row)
+    (root / "data_batch_3.bin").write_bytes(b"x" * 3000)
+    assert "'data_batch_3.bin' is damaged" in error_of(f"cifar10:{tmp_path}").message
+    (root / "data_batch_3.bin").unlink()
+    assert "'data_batch_3.bin' is missing" in error_of(f"cifar10:{tmp_path}").message
+
+
+def test_cifar10_pickles_are_refused(tmp_path):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"")
+    assert "pickles" in error_of(f"cifar10:{tmp_path}").message
+    assert "binary version" in error_of(f"cifar10:{tmp_path / 'cifar-10-batches-py'}").fix
+
+
+def test_demo_fits_other_models():
+    assert load_data("demo", size=(3, 32, 32), normalise=IMAGENET).input_shape == (3, 32, 32)
+    assert load_data("demo").key != load_data("demo", size=(1, 8, 8)).key
+    exact = load_data("demo", size=(1, 8, 8)).train.pixels
+    assert exact.max() == 255, "at the native size the pixels are the published ones"
+
+
+def pairs(n=20, classes=4):
+    return TensorDataset(torch.arange(n * 3.0).view(n, 3), torch.arange(n) % classes)
+
+
+class Slow(Dataset):
+    def __init__(self, n=10, sample=lambda i: (torch.full((2,), float(i)), i % 3)):
+        self.n, self.sample = n, sample
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        return self.sample(index)
+
+
+def test_datasets_from_python():
+    data = load_data((pairs(), pairs(8)))
+    assert (len(data.train), len(data.test), data.classes, data.augment) == (20, 8, ("0", "1", "2", "3"), None)
+    whole = load_data(pairs(100), seed=1)
+    assert (len(whole.train), len(whole.test)) == (80, 20)
+    assert load_data(pairs(100), seed=1).key == whole.key
+    assert load_data(pairs(100), seed=2).key != whole.key
+    assert load_data(Slow()).classes == ("0", "1", "2")
+
+
+def test_data_factory(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import torch\nfrom torch.utils.data import TensorDataset\n"
+        "def make(n=30): return TensorDataset(torch.ones(n, 1, 4, 4), torch.arange(n) % 2)\n"
+        "def both(): return make(), make(10)\n"
+        "def wrong(): return 3\n"
+        "def fails(): raise ValueError('no disk')\n"
+    )
+    assert len(load_data(f"{path}:make").train) == 24
+    assert len(load_data(f"{path}:both").test) == 10
+    assert "data is int" in error_of(f"{path}:wrong").message
+    assert "ValueError: no disk" in error_of(f"{path}:fails").message
+    assert "'demo'" in error_of("dem").fix
+    assert "'make'" in error_of(f"{path}:mak").fix
+
+
+@pytest.mark.parametrize(
+    ("sample", "text"),
+    [
+        (lambda i: (torch.zeros(2, dtype=torch.uint8), 0), "not float"),
+        (lambda i: (torch.zeros(2), 0.5), "labels are"),
+        (lambda i: torch.zeros(2), "not a pair"),
+        (lambda i: (torch.zeros(i + 1), 0), "cannot be put into a batch"),
+        (lambda i: ("text", 0), "not a pair"),
+        (lambda i: {}["x"], "KeyError"),
+    ],
+)
+def test_samples_of_another_kind(sample, text):
+    with pytest.raises(UsageError, match=text):
+        list(batches(Slow(4, sample), 4))
+
+
+def test_batches_cover_every_sample_once_in_seeded_order():
+    for dataset in (pairs(), Slow(20), Subset(pairs(40), list(range(0, 40, 2)))):
+        wanted = sorted(take(dataset, torch.arange(20))[0][:, 0].tolist())
+        for seed in (None, 0, 7):
+            seen = [x[:, 0].tolist() for x, _ in batches(dataset, 6, shuffle_seed=seed)]
+            assert [len(part) for part in seen] == [6, 6, 6, 2]
+            assert sorted(value for part in seen for value in part) == wanted
+            assert seen == [x[:, 0].tolist() for x, _ in batches(dataset, 6, shuffle_seed=seed)]
+    assert n_batches(pairs(), 6) == 4
+    assert n_batches(pairs(), 6, drop_last=True) == 3 == len(list(batches(pairs(), 6, drop_last=True)))
+    assert n_batches(pairs(), 50, drop_last=True) == 1 == len(list(batches(pairs(), 50, drop_last=True)))
+
+
+def test_shards_are_disjoint_and_equally_long():
+    parts = [torch.cat([x[:, 0] for x, _ in batches(pairs(), 4, shuffle_seed=3, shard=(i, 3))]) for i in range(3)]
+    assert [len(part) for part in parts] == [6, 6, 6]
+    assert len(torch.cat(parts).unique()) == 18
+
+
+@pytest.mark.parametrize("fill", [None, (-1.0, -2.0)])
+@pytest.mark.parametrize("flip", [False, True])
+def test_crop_and_flip_yield_exactly_the_shifted_copies(fill, flip):
+    """Brute force: every output is one of the (2p+1)^2 crops of the padded image or its mirror, and all of them occur."""
+    image = torch.arange(2 * 5 * 6.0).view(1, 2, 5, 6)
+    padding = 2
+    if fill is None:
+        padded = torch.nn.functional.pad(image, [padding] * 4, mode="reflect")
+    else:
+        frame = torch.tensor(fill).view(1, 2, 1, 1)
+        padded = torch.nn.functional.pad(image - frame, [padding] * 4) + frame
+    crops = [padded[0, :, i : i + 5, j : j + 6] for i in range(5) for j in range(5)]
+    if flip:
+        crops += [crop.flip(2) for crop in crops]
+    augment = CropFlip(padding, flip, fill)
+    out = augment(image.expand(2000, -1, -1, -1), torch.Generator().manual_seed(0))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    matches = (out[:, None] == torch.stack(crops)[None]).flatten(2).all(2)
+    assert bool((matches.sum(1) >= 1).all())
+    counts = matches.sum(0)
+    assert counts.min() > 0.4 * 2000 / len(crops)
+    assert counts.max() < 2.0 * 2000 / len(crops)
+
+
+def test_split_is_stratified_disjoint_and_complete():
+    dataset = TensorDataset(torch.arange(100.0)[:, None], torch.tensor([0] * 80 + [1] * 20))
+    fit, held_out = split(dataset, 0.2, seed=0)
+    ours, theirs = (set(take(part, torch.arange(len(part)))[0][:, 0].tolist()) for part in (fit, held_out))
+    assert ours | theirs == set(range(100))
+    assert not ours & theirs
+    assert sum(i >= 80 for i in theirs) == 4
+    again = split(dataset, 0.2, seed=0)[1]
+    assert again.indices == held_out.indices
+    assert split(dataset, 0.2, seed=1)[1].indices != held_out.indices
+    for fraction in (0, 1, -0.1, 1.5, 0.001):
+        with pytest.raises(UsageError):
+            split(dataset, fraction, seed=0)
+
+
+def test_files_of_other_kinds_are_passed_over(folder, tmp_path):
+    (folder / "train" / "cat" / "Thumbs.db").write_bytes(b"x")
+    (folder / "train" / ".hidden").mkdir()
+    write_image(folder / "train" / "cat" / "deeper" / "9.png")
+    (folder / "train" / "cat" / "link.png").symlink_to(folder / "train" / "dog" / "0.png")
+    assert len(load(folder, tmp_path).train) == 12

@@ -1,0 +1,284 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from deploypipe.errors import DeployPipeError, ModelError, UsageError
+from deploypipe.models import load_model, rebuild
+
+torch.set_num_threads(1)
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RESNET = f"{EXAMPLES / 'cifar_resnet.py'}:resnet20"
+
+FACTORIES = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, width=4):
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3)
+        self.norm = nn.BatchNorm2d(width)
+    def forward(self, x):
+        return self.norm(self.conv(x)).mean((2, 3))
+
+def plain(): return Net()
+def sized():
+    net = Net(); net.input_size = (3, 20, 24); net.mean = (0.1, 0.2, 0.3); net.std = [1, 2, 3]; return net
+def square():
+    net = Net(); net.input_size = 16; return net
+def pair(): return Net(), torch.ones(2, 3, 9, 9)
+def declared():
+    net = Net(); net.example_inputs = (torch.zeros(1, 3, 7, 7),); return net
+def number(): return 7
+def triple(): return Net(), 1, 2
+def broken():
+    width = {"a": 1}
+    return Net(width["b"])
+def inside_torch(): return nn.Conv2d(3, 4, 3)(torch.zeros(1, 5, 9, 9))
+def quits(): raise SystemExit(3)
+def wrong_default(): return nn.Linear(5, 2)
+def negative_std():
+    net = Net(); net.mean = (0,); net.std = (0,); return net
+def odd_size():
+    net = Net(); net.input_size = "32"; return net
+instance = Net()
+"""
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> str:
+    path = tmp_path / "net.py"
+    path.write_text(FACTORIES)
+    return str(path)
+
+
+def error_of(spec: str, weights: Path | None = None) -> DeployPipeError:
+    with pytest.raises(DeployPipeError) as caught:
+        load_model(spec, weights)
+    assert caught.value.fix
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("plain", (1, 3, 224, 224)),
+        ("sized", (1, 3, 20, 24)),
+        ("square", (1, 3, 16, 16)),
+        ("pair", (2, 3, 9, 9)),
+        ("declared", (1, 3, 7, 7)),
+    ],
+)
+def test_example_comes_from_the_factory_or_the_module(net, name, shape):
+    loaded = load_model(f"{net}:{name}")
+    assert loaded.example[0].shape == shape
+    assert not any(module.training for module in loaded.model.modules())
+    assert loaded.normalise == (((0.1, 0.2, 0.3), (1.0, 2.0, 3.0)) if name == "sized" else None)
+    assert loaded.input_shape == shape[1:]
+
+
+def test_spec_is_absolute_so_that_rebuild_works_from_elsewhere(net, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loaded = load_model("net.py:sized")
+    monkeypatch.chdir("/")
+    again = rebuild(loaded.spec)
+    assert {n: t.shape for n, t in again.state_dict().items()} == {n: t.shape for n, t in loaded.model.state_dict().items()}
+
+
+def test_untrained_weights_and_key_are_the_same_in_every_call(net):
+    torch.manual_seed(5)
+    first = load_model(f"{net}:plain")
+    state = torch.get_rng_state()
+    second = load_model(f"{net}:plain")
+    assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers are left alone"
+    assert torch.equal(first.model.conv.weight, second.model.conv.weight)
+    assert first.key == second.key
+
+
+def test_key_follows_file_factory_weights_and_not_the_folder(net, tmp_path):
+    key = load_model(f"{net}:plain").key
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    (moved / "net.py").write_text(FACTORIES)
+    assert load_model(f"{moved / 'net.py'}:plain").key == key
+    (moved / "net.py").write_text(FACTORIES + "\n# changed\n")
+    assert load_model(f"{moved / 'net.py'}:plain").key != key
+    assert load_model(f"{net}:square").key != key
+    state = load_model(f"{net}:plain").model.state_dict()
+    state["conv.bias"] += 1
+    save_file(state, tmp_path / "w.safetensors")
+    assert load_model(f"{net}:plain", tmp_path / "w.safetensors").key != key
+
+
+def test_a_changed_file_is_imported_anew(net):
+    assert load_model(f"{net}:plain").model.conv.out_channels == 4
+    Path(net).write_text(FACTORIES.replace("width=4", "width=6"))
+    assert load_model(f"{net}:plain").model.conv.out_channels == 6
+
+
+def test_package_spec_and_neighbour_import(tmp_path, monkeypatch):
+    (tmp_path / "pkg_of_test").mkdir()
+    (tmp_path / "pkg_of_test" / "__init__.py").write_text("")
+    (tmp_path / "pkg_of_test" / "nets.py").write_text(FACTORIES)
+    (tmp_path / "user.py").write_text("from pkg_of_test.nets import pair\n")
+    monkeypatch.chdir(tmp_path)
+    paths = list(sys.path)
+    assert load_model("pkg_of_test.nets:pair").example[0].shape == (2, 3, 9, 9)
+    assert load_model("user.py:pair").example[0].shape == (2, 3, 9, 9)
+    assert sys.path == paths
+    assert "nets" in error_of("pkg_of_test.net:pair").message or "pkg_of_test.net" in error_of("pkg_of_test.net:pair").message
+
+
+@pytest.mark.parametrize("wrap", ["plain", "nested", "module.", "_orig_mod.module.", "nested module."])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_weights_files(net, tmp_path, wrap, suffix):
+    trained = {name: torch.full_like(tensor, 3) for name, tensor in load_model(f"{net}:plain").model.state_dict().items()}
+    prefix = wrap.rpartition(" ")[2] if wrap.endswith(".") else ""
+    state = {prefix + name: tensor for name, tensor in trained.items() if "num_batches" not in name}
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"epoch": 3, "state_dict": state} if "nested" in wrap else state, path)
+    model = load_model(f"{net}:plain", path).model
+    assert all(bool((parameter == 3).all()) for parameter in model.parameters())
+    assert bool((model.norm.running_var == 3).all())
+
+
+def test_weights_that_do_not_fit_name_the_tensors(net, tmp_path):
+    state = load_model(f"{net}:plain").model.state_dict()
+    del state["norm.weight"]
+    state["norm.bias"] = torch.zeros(9)
+    state["head.weight"] = torch.zeros(2)
+    save_file(state, tmp_path / "w.safetensors")
+    error = error_of(f"{net}:plain", tmp_path / "w.safetensors")
+    assert isinstance(error, ModelError)
+    for part in ("1 missing: norm.weight", "1 not in the model: head.weight", "norm.bias (9,) instead of (4,)"):
+        assert part in error.message
+
+
+def test_weights_that_cannot_be_used(net, tmp_path):
+    spec = f"{net}:plain"
+    (tmp_path / "garbage.safetensors").write_bytes(b"garbage")
+    (tmp_path / "garbage.pt").write_bytes(b"garbage")
+    torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
+    torch.save({"a": 1}, tmp_path / "numbers.pt")
+    state = load_model(spec).model.state_dict()
+    state["conv.bias"][0] = float("nan")
+    save_file(state, tmp_path / "nan.safetensors")
+    assert "damaged" in error_of(spec, tmp_path / "garbage.safetensors").message
+    assert "damaged" in error_of(spec, tmp_path / "garbage.pt").message
+    assert "its code is not run" in error_of(spec, tmp_path / "module.pt").message
+    assert "not tensors" in error_of(spec, tmp_path / "numbers.pt").message
+    assert "not finite: conv.bias" in error_of(spec, tmp_path / "nan.safetensors").message
+    missing = error_of(spec, tmp_path / "garbag.pt")
+    assert isinstance(missing, UsageError)
+    assert "'garbage.pt'" in missing.fix
+
+
+def test_a_pickle_in_a_weights_file_is_not_executed(net, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save({"a": Evil()}, tmp_path / "evil.pt")
+    error_of(f"{net}:plain", tmp_path / "evil.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_wrong_names_suggest_the_nearest(net):
+    assert "'net.py'" in error_of(f"{Path(net).with_name('nett.py')}:plain").fix
+    assert "'plain'" in error_of(f"{net}:plian").fix
+    assert "'resnet18'" in error_of("torchvision:resnet-18").fix
+    assert "'demo'" in error_of("dmo").fix
+    assert "elsewhere" in error_of(f"{Path(net).parent / 'elsewhere' / 'net.py'}:plain").fix
+    for spec in (
+        "dmo",
+        f"{net}:plian",
+        "torchvision:",
+        f"{net}:",
+        "no_such_package.nets:f",
+        "not a module:f",
+        f"{net}:instance",
+    ):
+        assert error_of(spec).exit_code == 2, spec
+
+
+def test_failing_factories_point_into_the_users_file(net):
+    line = FACTORIES.splitlines().index('    return Net(width["b"])') + 1
+    error = error_of(f"{net}:broken")
+    assert isinstance(error, ModelError)
+    assert "KeyError: 'b'" in error.message
+    assert error.at == f'{net}:{line}: return Net(width["b"])'
+    inside = error_of(f"{net}:inside_torch")
+    assert inside.at.startswith(f"{net}:"), "the frame in the user's file, not the one in torch"
+    assert "SystemExit" in error_of(f"{net}:quits").message
+
+
+def test_broken_files(tmp_path):
+    (tmp_path / "syntax.py").write_text("def f(:\n")
+    (tmp_path / "imports.py").write_text("import torch\nimport no_such_thing\ndef f(): ...\n")
+    syntax = error_of(f"{tmp_path / 'syntax.py'}:f")
+    assert "SyntaxError" in syntax.message
+    assert f"{tmp_path / 'syntax.py'}:1" in syntax.at
+    imports = error_of(f"{tmp_path / 'imports.py'}:f")
+    assert "no_such_thing" in imports.message
+    assert f"{tmp_path / 'imports.py'}:2" in imports.at
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("number", "returned a int"),
+        ("triple", "returned (Net, int, int)"),
+        ("negative_std", "do not fit together"),
+        ("odd_size", "input_size '32'"),
+        ("wrong_default", "cannot be run on an input of 1x3x224x224"),
+    ],
+)
+def test_unusable_models(net, name, text):
+    error = error_of(f"{net}:{name}")
+    assert isinstance(error, ModelError)
+    assert text in error.message
+    assert name != "wrong_default" or "only the default" in error.fix
+
+
+def test_torchvision_declares_its_own_input():
+    loaded = load_model("torchvision:mobilenet_v3_small")
+    assert loaded.example[0].shape == (1, 3, 224, 224)
+    assert loaded.normalise == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert "random weights" in loaded.notes[0]
+
+
+def test_timm_without_timm(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'deploypipe[timm]'" in error_of("timm:resnet18").fix
+
+
+def resnet_module():
+    model = rebuild(RESNET)
+    return sys.modules[type(model).__module__]
+
+
+def test_cifar_resnet_select_equals_slice_and_pad():
+    module = resnet_module()
+    select, literal = rebuild(RESNET).train(), rebuild(RESNET + "_sliced").train()
+    assert list(select.state_dict()) == list(literal.state_dict()), "the fixed weight is not part of the state dict"
+    literal.load_state_dict(select.state_dict())
+    x = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(select(x), literal(x), rtol=0, atol=1e-6)
+    z = torch.randn(2, 16, 8, 10)
+    assert torch.equal(module.SelectShortcut(16, 32)(z), module.SliceShortcut(16, 32)(z))
+
+
+@pytest.mark.parametrize(("name", "n_parameters"), [("resnet20", 269_722), ("resnet32", 464_154), ("resnet56", 853_018)])
+def test_cifar_resnets_have_the_published_sizes(name, n_parameters):
+    model = rebuild(RESNET.replace("resnet20", name))
+    assert sum(parameter.numel() for parameter in model.parameters()) == n_parameters
+    names = set(model.state_dict())
+    assert {"conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "layer3.2.bn2.bias", "linear.bias"} <= names
