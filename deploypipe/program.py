@@ -95,7 +95,7 @@ class Program:
             time_limit_s: Seconds after which it returns the best it has.
         """
         if not self.groups:
-            return Solution(None, 0.0, "infeasible")
+            return Solution({}, self.constant, "optimal") if losses is None else Solution(None, 0.0, "infeasible")
         cost = np.zeros(self._n)
         for columns, prices in self._costs:
             np.add.at(cost, columns, prices)
