@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
+from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -58,7 +60,7 @@ class Simplified:
 def export_onnx(model: nn.Module, example: Any, path: str | Path, opset: int = 20) -> Exported:
     """Write `model` in evaluation mode as one self-contained ONNX file with a fixed batch size.
 
-    Weights keep their torch parameter names as initializer names. Inputs are called `input` (or `input_0`, `input_1`,
+    Weights keep their torch parameter names as initializer names, also where ONNX needs them transposed. Inputs are called `input` (or `input_0`, `input_1`,
     ...), outputs `output` (or `output_0`, ... in the order in which the model's result flattens).
 
     Args:
@@ -84,6 +86,8 @@ def export_onnx(model: nn.Module, example: Any, path: str | Path, opset: int = 2
         inputs = _numbered("input", _n_tensors(args))
         _export(model, args, temporary, opset, inputs, outputs)
         written = _read_back(temporary, opset)
+        if _name_weights(written, dict(model.named_parameters())):
+            onnx.save(written, str(temporary))
         temporary.replace(path)
     graph = written.graph
     return Exported(path, opset, tuple(i.name for i in graph.input), tuple(o.name for o in graph.output), len(graph.node))
@@ -104,7 +108,8 @@ def simplify_onnx(src: str | Path, dst: str | Path) -> Simplified:
     except Exception as error:  # noqa: BLE001, RUF100 - the simplifier is optional: whatever stops it is reported, not raised
         shutil.copyfile(src, temporary)
         temporary.replace(dst)
-        return Simplified(dst, False, _last_lines(str(error)) or type(error).__name__, before, before)
+        reason = error.message if isinstance(error, ModelError) else _last_lines(str(error)) or type(error).__name__
+        return Simplified(dst, False, reason, before, before)
     onnx.save(simplified, str(temporary))
     temporary.replace(dst)
     return Simplified(dst, True, "", before, len(simplified.graph.node))
@@ -167,6 +172,34 @@ def _read_back(path: Path, opset: int) -> onnx.ModelProto:
             fix=f"set opset = {written} in the target, or use another torch version",
         )
     return model
+
+
+def _name_weights(model: onnx.ModelProto, parameters: dict[str, Tensor]) -> int:
+    """Give transposed weights of matrix products their parameters' names back; return how many there were.
+
+    The exporter folds the transposition of a linear layer on more than two axes into a nameless constant.
+    """
+    nameless = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name not in parameters}
+    used = {tensor.name for tensor in model.graph.initializer} - set(nameless)
+    renamed: dict[str, str] = {}
+    for node in model.graph.node:
+        tensor = nameless.get(node.input[1]) if node.op_type == "MatMul" else None
+        if tensor is None or tensor.name in renamed or len(tensor.dims) != 2:
+            continue
+        free = {
+            name: value for name, value in parameters.items() if name not in used and value.shape == tuple(tensor.dims)[::-1]
+        }
+        value = numpy_helper.to_array(tensor).T
+        found = next((name for name, weight in free.items() if np.array_equal(weight.detach().cpu().numpy(), value)), None)
+        if found:
+            renamed[tensor.name] = found
+            used.add(found)
+    for tensor in model.graph.initializer:
+        tensor.name = renamed.get(tensor.name, tensor.name)
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = renamed.get(name, name)
+    return len(renamed)
 
 
 def _n_tensors(value: Any) -> int:

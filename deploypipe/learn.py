@@ -10,6 +10,7 @@ Measure = Callable[[Sequence[Probe]], Mapping[Probe, Entry]]
 
 _BASES = (64, 48)  # widths around which a step must show at both
 _DOWN = (1, 2, 4, 8, 16, 32)  # channels fewer
+_OFF = (1, 2, 4, 8)  # channels fewer, to see which of them leave the fast path
 _GAIN = 0.5  # a step is real if it gains at least half of what its share of the channels promises
 _SLOWER = 1.08  # off alignment if it costs more than the larger whole step, by more than noise
 _SMALLER = 0.9  # a width below one step is worth having if it saves a tenth
@@ -31,7 +32,7 @@ def learn_steps(measure: Measure) -> dict[str, Steps]:
         tied = shape.tied
         outs = sorted({base - down for base in _BASES for down in (0, *_DOWN)})
         probes = [Probe(shape, width if tied else _BASES[0], width) for width in outs]
-        odd = [Probe(shape, _BASES[0] - down, _BASES[0] - down) for down in (1, 2, 4)]
+        odd = [Probe(shape, _BASES[0] - down, _BASES[0] - down) for down in _OFF]
         small = [] if tied else [Probe(shape, width, _BASES[0], relay=shape.rows == 0) for width in (2, 4, 8, 16, 32)]
         # The lower end of the spread: what the kernel takes when nothing disturbs it.
         measured = measure(list(dict.fromkeys([*probes, *odd, *small])))
@@ -53,7 +54,7 @@ def step_of(by_width: Mapping[int, float]) -> int:
 
 
 def alignment(whole: float, fewer: Mapping[int, float], step: int) -> tuple[int, float]:
-    """Return the alignment and what missing it costs, from the time at a whole step and at one, two, four channels fewer."""
+    """Return the alignment and what missing it costs, from the time at a whole step and at some channels fewer."""
     slow = [down for down in sorted(fewer) if down < step and fewer[down] > _SLOWER * whole]
     if not slow:
         return 1, 1.0

@@ -41,8 +41,9 @@ def steps_of(layer: Layer, steps: AllSteps) -> Steps:
 def legal_widths(graph: Graph, steps: AllSteps) -> dict[str, tuple[int, ...]]:
     """Return for every prunable group the channel counts that put all its layers on whole steps, ascending.
 
-    The full count is always among them; at most 14 are returned, evenly spread. Groups of a few steps also get the counts
-    below one step that gain. In a layer fed by several groups each group lands on whole steps by itself.
+    The full count is always among them; at most 14 are evenly spread. Groups of a few steps also get the counts below one
+    step with which some layer gains and none leaves its fast path. In a layer fed by several groups each group lands on whole
+    steps by itself.
     """
     return {group.name: _legal(group, _uses(graph, group), steps) for group in graph.prunable}
 
@@ -65,8 +66,9 @@ def _legal(group: Group, uses: list[tuple[Layer, int]], steps: AllSteps) -> tupl
     chosen = {*_spread(unit, group.size), group.size}
     plain = all(slots == 1 for _, slots in uses)
     if plain and group.size <= 4 * unit:
-        offered = [set(steps_of(layer, steps).small) for layer, _ in uses if steps_of(layer, steps).step > 1]
-        chosen |= {width for width in set.intersection(*offered) if width < group.size} if offered else set()
+        kinds = [steps_of(layer, steps) for layer, _ in uses]
+        gaining = {width for kind in kinds for width in kind.small if width < group.size}
+        chosen |= {width for width in gaining if all(width % kind.align == 0 for kind in kinds)}
     return tuple(sorted(chosen))
 
 

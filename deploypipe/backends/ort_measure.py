@@ -210,8 +210,8 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     values = [opened.run(None, {name: array[i] for name, array in inputs.items()}) for i in range(n)]
     names = [value.name for value in opened.get_outputs()]
     columns = zip(names, zip(*values, strict=True), strict=True)
-    outputs: dict[str, Any] = {name: np.stack(column) for name, column in columns}
-    np.savez(request["outputs"], allow_pickle=False, **outputs)
+    outputs: Any = {name: np.stack(column) for name, column in columns}
+    np.savez(request["outputs"], **outputs)
     return {"outputs": names}
 
 

@@ -1,0 +1,196 @@
+from dataclasses import replace
+
+import pytest
+
+from deploypipe.errors import TargetError
+from deploypipe.latency import Context, Entry, LatencyTable, Shape, structure_of
+from deploypipe.latency_file import Overhead
+from deploypipe.types import Graph, Group, KeepPlan, Layer, Width
+from deploypipe.widths import Steps
+
+STEPS = {"conv": Steps(8, 4, 1.5, (4,)), "depthwise": Steps(8, 4, 7.0), "linear": Steps()}
+SQUARE = ((3, 3), (1, 1), (1, 1), (1, 1))
+
+
+def one(name, slots=1, const=0):
+    return Width(const, ((name, slots),))
+
+
+def conv(name, n_in, n_out, **changes):
+    plain = Layer(name, "conv", f"{name}.weight", "", *SQUARE, 1, (8, 8), (8, 8), 1, 64, n_in, n_out, Width(1))
+    return replace(plain, **changes)
+
+
+A, B, D = conv("a", Width(3), one("a")), conv("b", one("a"), one("b")), one("a")
+WISE = conv("d", D, D, kind="depthwise", groups=32, n_groups=D)
+HEAD = Layer("fc", "linear", "fc.weight", "", (), (), (), (), 1, (), (), 1, 1, one("b"), Width(10), Width(1))
+CAT = conv("cat", Width(0, (("a", 1), ("b", 1))), one("c"))
+
+
+def graph(*layers, a=32, b=16, c=24):
+    groups = tuple(Group(name, size, ()) for name, size in (("a", a), ("b", b), ("c", c)))
+    return Graph(layers, groups, (), {}, {}, ())
+
+
+def us(n_in, n_out):
+    """A made-up bilinear price."""
+    return 1.0 + 0.5 * n_in + 0.25 * n_out + 0.125 * n_in * n_out
+
+
+def entries(layer, ins, outs):
+    return [Entry(Shape.of(layer), n_in, n_out, us(n_in, n_out), 1.0, 2.0, 30) for n_in in ins for n_out in outs]
+
+
+def context(net, *overhead, scale=None, factor=1.0):
+    return Context(structure_of(net), scale or {}, overhead, 100.0, factor, 1.0, 0.0, 100)
+
+
+@pytest.fixture
+def net():
+    return graph(A, B, WISE, HEAD)
+
+
+@pytest.fixture
+def kernels():
+    wise = [Entry(Shape.of(WISE), n, n, 10.0 * n, 1, 1, 30) for n in (8, 16, 32)]
+    grids = (A, [3], [4, 8, 16, 32]), (B, [4, 8, 32], [4, 8, 16]), (HEAD, [4, 16], [10])
+    return (*wise, *(entry for grid in grids for entry in entries(*grid)))
+
+
+def plan(**kept):
+    return KeepPlan({name: tuple(range(n)) for name, n in kept.items()})
+
+
+def test_a_model_costs_the_sum_of_its_layers(net, kernels):
+    table = LatencyTable({}, STEPS, kernels, (context(net),))
+    for kept in ({}, {"a": 8}, {"a": 16, "b": 8}):
+        a, b = kept.get("a", 32), kept.get("b", 16)
+        wanted = us(3, a) + us(a, b) + 10 * a + us(b, 10)
+        assert table.predict(net, plan(**kept)) == pytest.approx(wanted)
+
+
+def test_terms_add_up_to_the_prediction(net, kernels):
+    relu = Overhead("relu", "Relu", 6.0, ("a", "b"), 48)
+    table = LatencyTable({"node_us": 0.5}, STEPS, kernels, (context(net, relu, scale={"b": 1.5}, factor=1.1),))
+    for chosen in (plan(), plan(a=8), plan(a=16, b=4)):
+        kept = net.kept(chosen)
+        total = sum(term.price(term.n_in.at(kept), term.n_out.at(kept)) for term in table.terms(net))
+        assert table.predict(net, chosen) == pytest.approx(total)
+
+
+def test_other_kernels_follow_the_widths_that_feed_them(net, kernels):
+    relu, session = Overhead("relu", "Relu", 6.5, ("a", "b"), 48), Overhead("session", "run", 3.0, (), 0)
+    bare = LatencyTable({}, STEPS, kernels, (context(net),))
+    full = LatencyTable({"node_us": 0.5}, STEPS, kernels, (context(net, relu, session),))
+    assert full.predict(net) - bare.predict(net) == pytest.approx(9.5)
+    half = plan(a=16, b=8)
+    assert full.predict(net, half) - bare.predict(net, half) == pytest.approx(3.0 + 0.5 + 6.0 / 2)
+    only_a = plan(a=8)
+    assert full.predict(net, only_a) - bare.predict(net, only_a) == pytest.approx(3.0 + 0.5 + 6.0 * 24 / 48)
+
+
+def test_context_scales_layers_and_the_factor_everything(net, kernels):
+    plain = LatencyTable({}, STEPS, kernels, (context(net),))
+    scaled = LatencyTable({}, STEPS, kernels, (context(net, scale={"b": 2.0}, factor=1.25),))
+    assert scaled.predict(net) == pytest.approx(1.25 * (plain.predict(net) + us(32, 16)))
+
+
+@pytest.mark.parametrize(("n_in", "n_out", "same"), [(20, 16, (24, 16)), (8, 12, (8, 16)), (1, 8, None), (30, 16, None)])
+def test_between_steps_a_width_costs_the_next_step_and_off_alignment_more(net, kernels, n_in, n_out, same):
+    table = LatencyTable({}, STEPS, kernels, (context(net),))
+    if same:
+        assert table.kernel_us(B, n_in, n_out) == pytest.approx(us(*same))
+    else:
+        aligned = us(8 if n_in == 1 else 32, n_out)
+        assert table.kernel_us(B, n_in, n_out) == pytest.approx(1.5 * aligned)
+
+
+def test_small_widths_that_were_measured_count_as_themselves(net, kernels):
+    table = LatencyTable({}, STEPS, kernels, (context(net),))
+    assert table.kernel_us(B, 4, 8) == us(4, 8)
+
+
+def test_rows_measured_at_this_width_come_before_interpolated_ones(net):
+    # Another model left a coarse row between: its middle must not stand in for what was measured.
+    coarse = [Entry(Shape.of(B), 16, n, 1000.0, 1, 1, 30) for n in (8, 32)]
+    fine = entries(B, [8, 32], [16])
+    table = LatencyTable({}, STEPS, (*coarse, *fine), (context(net),))
+    assert table.kernel_us(B, 24, 16) == pytest.approx(us(24, 16))
+
+
+def test_a_missing_kernel_or_model_is_an_error_with_the_command(net, kernels):
+    def fails(table, of, message):
+        with pytest.raises(TargetError, match=message) as caught:
+            table.predict(of)
+        assert "deploypipe profile --model MODEL --target box" in str(caught.value)
+        assert caught.value.exit_code == 4
+
+    facts = {"target": "box"}
+    fails(LatencyTable(facts, STEPS, kernels), net, "has not been profiled as a whole")
+    fails(LatencyTable(facts, STEPS, kernels[:3], (context(net),)), net, "no measurement for conv 3x3")
+    wider = graph(A, B, WISE, HEAD, a=64)
+    fails(LatencyTable(facts, STEPS, kernels, (context(wider),)), wider, "with 3 input and 64 output channels")
+
+
+def test_a_pruned_model_is_still_the_profiled_one(net, kernels):
+    relu = Overhead("relu", "Relu", 6.0, ("a",), 32)
+    table = LatencyTable({}, STEPS, kernels, (context(net, relu),))
+    small = replace_widths(net, a=16, b=8)
+    assert structure_of(small) == structure_of(net)
+    assert table.predict(small) == pytest.approx(table.predict(net, plan(a=16, b=8)))
+
+
+def replace_widths(net, a, b):
+    return Graph(net.layers, (Group("a", a, ()), Group("b", b, ()), net.groups[2]), (), {}, {}, ())
+
+
+def test_structure_tells_input_sizes_apart(net):
+    larger = graph(A, conv("b", one("a"), one("b"), in_size=(16, 16)), WISE, HEAD)
+    assert structure_of(larger) != structure_of(net)
+
+
+def test_concatenated_inputs_are_priced_by_their_sum():
+    net = graph(CAT)
+    table = LatencyTable({}, STEPS, tuple(entries(CAT, [8, 48], [8, 16, 24])), (context(net),))
+    assert table.predict(net, plan(a=16, b=8, c=8)) == pytest.approx(us(24, 8))
+
+
+def test_saving_and_loading_is_the_identity(net, kernels, tmp_path):
+    relu = Overhead("relu", "Relu", 6.0, ("a",), 32)
+    table = LatencyTable({"runtime": "r", "threads": 1}, STEPS, kernels, (context(net, relu, scale={"a": 1.25}),))
+    table.save(tmp_path)
+    loaded = LatencyTable.load(tmp_path)
+    assert (loaded.facts, loaded.steps, loaded.contexts) == (table.facts, table.steps, table.contexts)
+    assert set(loaded.kernels) == set(table.kernels)
+    assert loaded.predict(net, plan(a=8)) == table.predict(net, plan(a=8))
+    before = {path.name: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    loaded.save(tmp_path)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("device.json", '"schema": 1', '"schema": 9', "schema 9, this version reads 1"),
+        ("device.json", "{", "", "damaged"),
+        ("device.json", '"steps"', '"stops"', "malformed"),
+        ("kernels.csv", "n_in", "inputs", "other columns"),
+        ("kernels.csv", "conv,3x3", "conv,3y3", "kernels.csv:2"),
+        ("kernels.csv", ",2.750,", ",0,", "latency is 0"),
+        ("kernels.csv", ",2.750,", ",nan,", "latency is nan"),
+    ],
+)
+def test_damaged_tables_are_refused(net, tmp_path, file, old, new, message):
+    kernel = Entry(Shape.of(B), 8, 8, 2.75, 1.0, 3.0, 30)
+    LatencyTable({}, STEPS, (kernel,), (context(net),)).save(tmp_path)
+    path = tmp_path / file
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(TargetError, match=message):
+        LatencyTable.load(tmp_path)
+
+
+def test_there_is_no_table_in_an_empty_folder(tmp_path):
+    with pytest.raises(TargetError, match="cannot read latency table"):
+        LatencyTable.load(tmp_path)

@@ -1,0 +1,143 @@
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from deploypipe import profiler
+from deploypipe.compact import compact
+from deploypipe.errors import BackendError
+from deploypipe.graph import trace
+from deploypipe.latency_file import write_device
+from deploypipe.profiler import device_key, needed, profile
+from deploypipe.progress import Recorder
+from deploypipe.runners.local import Local
+from deploypipe.targets import load_target
+from deploypipe.types import KeepPlan
+from deploypipe.widths import Steps
+
+STEPS = {"conv": Steps(16, 4, 1.4, (8,)), "depthwise": Steps(16, 4, 7.0), "linear": Steps(8)}
+EXAMPLE = torch.randn(1, 3, 16, 16)
+
+
+class Net(nn.Module):
+    """A stem, a residual block, a pool, a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.a = nn.Conv2d(32, 32, 3, padding=1)
+        self.b = nn.Conv2d(32, 32, 3, padding=1)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.b(torch.relu(self.a(x))))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture(scope="module")
+def graph(net):
+    return trace(net, EXAMPLE)
+
+
+def prepared(cache, monkeypatch):
+    """A cache that knows the device already: learning it is the work of test_learn, and takes seconds."""
+    target = load_target("cpu")
+    with profiler._bench(profiler.load_backend(target), profiler.load_runner(target), target) as bench:
+        facts = bench.facts()
+    write_device(cache / device_key(facts), {**facts, "timer_us": 1.4, "node_us": 0.2, "session_us": 3.0}, STEPS)
+    monkeypatch.setattr(profiler, "_RUNS", 10)
+    return target.replace(runs=30)
+
+
+class Counting(Local):
+    jobs: ClassVar[list[str]] = []
+    fail_at = 10**9
+
+    def run(self, job, into):
+        Counting.jobs.append(job.push["request.json"].decode().split('"task": "')[1].split('"')[0])
+        if len(Counting.jobs) > Counting.fail_at:
+            raise BackendError("unplugged")
+        return super().run(job, into)
+
+
+@pytest.fixture
+def counting(monkeypatch):
+    Counting.jobs, Counting.fail_at = [], 10**9
+    monkeypatch.setattr(profiler, "load_runner", lambda target: Counting(target.reach))
+    return Counting
+
+
+def test_a_profile_prices_every_term_and_reproduces_the_dense_model(net, graph, tmp_path, monkeypatch):
+    target = prepared(tmp_path, monkeypatch)
+    table = profile(net, EXAMPLE, target, graph=graph, cache_dir=tmp_path)
+    context = table.context(graph)
+    assert table.predict(graph) == pytest.approx(context.whole_us)
+    assert 0.5 < context.factor < 2.0
+    assert set(context.scale) == {"stem", "a", "b", "head"}
+    kept = {name: widths[0] for name, widths in table.candidates(graph).items()}
+    assert kept == {"stem": 8, "a": 8}
+    for term in table.terms(graph):
+        least = {**graph.kept(), **kept}
+        assert term.price(term.n_in.at(least), term.n_out.at(least)) >= 0
+    assert table.predict(graph, KeepPlan({name: tuple(range(n)) for name, n in kept.items()})) < 0.8 * table.predict(graph)
+
+
+def test_a_second_profile_measures_nothing(net, graph, tmp_path, monkeypatch, counting):
+    target = prepared(tmp_path, monkeypatch)
+    first = profile(net, EXAMPLE, target, graph=graph, cache_dir=tmp_path)
+    assert counting.jobs[-2:] == ["bench", "profile"]
+    counting.jobs.clear()
+    told = Recorder()
+    again = profile(net, EXAMPLE, target, graph=graph, cache_dir=tmp_path, reporter=told)
+    assert counting.jobs == ["describe"]
+    assert told.was_reused == ["profile kernels", "profile model"]
+    assert again.predict(graph) == first.predict(graph)
+    # A pruned form of the model is the same model: nothing to measure for it but kernels at widths of its own.
+    small = compact(net, graph, KeepPlan({"a": tuple(range(16))}))
+    counting.jobs.clear()
+    profile(small, EXAMPLE, target, cache_dir=tmp_path)
+    assert counting.jobs.count("profile") == 0
+
+
+def test_what_was_measured_survives_an_interruption(net, graph, tmp_path, monkeypatch, counting):
+    target = prepared(tmp_path, monkeypatch)
+    monkeypatch.setattr(profiler, "_PER_JOB", 10)
+    total = len(needed(graph, STEPS))
+    counting.jobs.clear()
+    counting.fail_at = 2  # the description and one job of kernels
+    with pytest.raises(BackendError, match="unplugged"):
+        profile(net, EXAMPLE, target, graph=graph, cache_dir=tmp_path)
+    stored = next(tmp_path.rglob("kernels.csv")).read_text().splitlines()[1:]
+    assert 0 < len(stored) <= 10
+    counting.jobs.clear()
+    counting.fail_at = 10**9
+    profile(net, EXAMPLE, target, graph=graph, cache_dir=tmp_path)
+    after = next(tmp_path.rglob("kernels.csv")).read_text().splitlines()[1:]
+    assert set(stored) < set(after), "not measured again"
+    assert len(after) == total
+
+
+def test_threads_and_versions_never_share_measurements():
+    facts = {"runtime": "r", "version": "1", "arch": "a", "threads": 1, "precision": "fp32"}
+    facts |= {"cpu": "c", "cpu_flags": ["avx2"], "governor": ""}
+    changes = {"version": "2", "threads": 2, "precision": "int8", "cpu": "d", "cpu_flags": ["avx512f"], "governor": "powersave"}
+    keys = {device_key({**facts, name: value}) for name, value in changes.items()} | {device_key(facts)}
+    assert len(keys) == len(changes) + 1
+
+
+def test_needed_kernels_cover_the_candidates_of_every_layer(graph):
+    probes = needed(graph, STEPS)
+    widths = {(probe.shape.kind, probe.n_in, probe.n_out) for probe in probes}
+    assert {("conv", 3, n) for n in (8, 16, 32)} <= widths
+    assert {("conv", n, m) for n in (8, 16, 32) for m in (8, 16, 32)} <= widths
+    assert {("linear", n, 5) for n in (8, 16, 32)} <= widths
+    assert len(set(probes)) == len(probes)
+    assert {probe.n_in for probe in probes if probe.relay} == {8}
