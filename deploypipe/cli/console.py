@@ -115,9 +115,10 @@ class Lines:
         self._write(f"note: {text}")
 
     def close(self) -> None:
-        """The last stage has ended."""
-        if self._name:
-            self._write(f"{self._name} done in {self._clock() - self._started:.1f} s")
+        """The last stage has ended; only one that took a while is worth a line."""
+        seconds = self._clock() - self._started
+        if self._name and seconds >= 1:
+            self._write(f"{self._name} done in {seconds:.1f} s")
         self._name = ""
 
     def _write(self, text: str) -> None:

@@ -148,10 +148,7 @@ def test_build_answers_on_stdout_and_reports_progress_on_stderr(
     golden("cli_build.txt", out)
     assert "runs/x/report.md" in out
     assert "runs/x/model.ort.onnx" in out
-    assert [re.sub(r"[\d.]+ s", "0 s", line) for line in err.splitlines()] == [
-        "trace ...", "trace done in 0 s", "profile reused",
-        "finetune ...", "note: the machine was busy", "finetune done in 0 s",
-    ]  # fmt: skip
+    assert err.splitlines() == ["trace ...", "profile reused", "finetune ...", "note: the machine was busy"]
     assert pipeline.got
 
 
@@ -462,7 +459,6 @@ def test_plain_progress_tells_the_time_left() -> None:
         "finetune 20 of 40, 20 s left  loss 0.5",
         "finetune done in 25.0 s",
         "export ...",
-        "export done in 0.0 s",
     ]
 
 
