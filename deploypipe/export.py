@@ -60,8 +60,9 @@ class Simplified:
 def export_onnx(model: nn.Module, example: Any, path: str | Path, opset: int = 20) -> Exported:
     """Write `model` in evaluation mode as one self-contained ONNX file with a fixed batch size.
 
-    Weights keep their torch parameter names as initializer names, also where ONNX needs them transposed. Inputs are called `input` (or `input_0`, `input_1`,
-    ...), outputs `output` (or `output_0`, ... in the order in which the model's result flattens).
+    Weights keep their torch parameter names as initializer names, also where ONNX needs them transposed. Inputs are called
+    `input` (or `input_0`, `input_1`, ...), outputs `output` (or `output_0`, ... in the order in which the model's result
+    flattens).
 
     Args:
         model: Its mode and parameters are left as they were.

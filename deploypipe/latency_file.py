@@ -106,7 +106,7 @@ class Context:
         overhead: All other kernels.
         whole_us: The dense model, measured as a whole without profiling.
         factor: `whole_us` over the sum of layers and overhead.
-        additivity: Sum of the profiled kernels, with what profiling adds, over `whole_us`.
+        additivity: Sum of the profiled kernels, less what profiling adds to an empty one, over `whole_us`.
         foreign_load: Of the measurement of the whole; None if unknown.
         runs: Of the measurement of the whole.
     """

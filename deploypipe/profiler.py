@@ -1,9 +1,7 @@
 """Measure a model's latency table on its target; whatever has been measured before is reused."""
 
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,29 +10,25 @@ from torch import nn
 
 from deploypipe import latency_file
 from deploypipe.backends import load_backend
-from deploypipe.backends.base import Backend, Facts, Profile, Timing
-from deploypipe.errors import BackendError
+from deploypipe.backends.base import Facts, Profile
+from deploypipe.bench import HEAVY_MACS, Bench, opened
 from deploypipe.export import export_onnx, simplify_onnx
 from deploypipe.graph import trace
-from deploypipe.latency import Context, Entry, LatencyTable, Shape, structure_of, width_of
+from deploypipe.latency import Context, LatencyTable, Shape, structure_of, width_of
 from deploypipe.latency_file import Overhead
 from deploypipe.learn import flat, learn_steps
-from deploypipe.probe import Probe, chain
+from deploypipe.probe import Probe
 from deploypipe.progress import Reporter, Silent
 from deploypipe.runners import load_runner
-from deploypipe.runners.base import Runner
 from deploypipe.targets import Target, cache_folder, load_target
 from deploypipe.types import Graph, Layer
 from deploypipe.widths import AllSteps, legal_widths, reachable, steps_of
 
 _OUT, _IN = 14, 4  # most output and input widths measured per kernel shape: time is near linear in the inputs only
 _PER_JOB = 48  # kernels timed in turns by one process
-_RUNS, _FEW_RUNS, _WARMUP = 30, 10, 3  # of one kernel; few if it is long
-_HEAVY = 5_000_000  # multiply-adds of a long kernel
-_LEAST_US = 0.05  # a kernel is never free, whatever noise says
 _UNSURE_US = 1.0  # a profile counts whole microseconds
 _MOST_TIMER = 2.5  # what profiling adds to a kernel inside a model, at most, over what it adds in a chain of empty kernels
-_SHORT, _LONG = 10, 110  # lengths of the chains of empty kernels
+_TRUSTED = (0.85, 1.2)  # the dense model over the sum of its kernels
 
 
 def profile(
@@ -70,7 +64,7 @@ def profile(
     example = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
     graph = graph or trace(model, example)
     backend, runner = load_backend(chosen), load_runner(chosen)
-    with _bench(backend, runner, chosen) as bench:
+    with opened(backend, runner, chosen) as bench:
         store = _Store(Path(cache_dir) if cache_dir else cache_folder() / "profiles", bench, tell)
         table = store.table
         missing = _missing(table, graph)
@@ -87,13 +81,6 @@ def profile(
         return store.keep(_in_context(store.bench, model, example, graph, table, tell))
 
 
-def dense_latency(model: nn.Module, example_inputs: Any, target: Target, folder: Path) -> Timing:
-    """Export `model` into `folder` and time it as a whole, without profiling."""
-    path = _exported(model, example_inputs, target, folder)
-    with _bench(load_backend(target), load_runner(target), target) as bench:
-        return bench.whole({"model": path})["model"]
-
-
 def needed(graph: Graph, steps: AllSteps) -> list[Probe]:
     """Return every kernel to measure for `graph`: each distinct shape at a grid of legal widths."""
     legal, dense = legal_widths(graph, steps), graph.kept()
@@ -106,8 +93,11 @@ def _grid(layer: Layer, legal: Mapping[str, tuple[int, ...]], dense: Mapping[str
     if shape.tied:
         first, second = shape.per_group
         return [Probe(shape, out // second * first, out) for out in outs]
-    ins = reachable(layer.n_in, legal, dense, _IN)
-    return [Probe(shape, n_in, n_out, relay=n_in in steps_of(layer, steps).small) for n_in in ins for n_out in outs]
+    small = steps_of(layer, steps).small
+    ins = reachable(layer.n_in, legal, dense, _OUT)
+    if not set(small) & set(ins):  # small widths are run in another way than the rest: nothing may be interpolated there
+        ins = reachable(layer.n_in, legal, dense, _IN)
+    return [Probe(shape, n_in, n_out, relay=n_in in small) for n_in in ins for n_out in outs]
 
 
 def _missing(table: LatencyTable, graph: Graph) -> list[Probe]:
@@ -116,73 +106,10 @@ def _missing(table: LatencyTable, graph: Graph) -> list[Probe]:
     return [probe for probe in probes if (probe.shape, (0 if probe.shape.tied else probe.n_in, probe.n_out)) not in known]
 
 
-@dataclass(frozen=True)
-class _Bench:
-    """Carries out a backend's jobs; `timer_us` is what profiling adds to a kernel, taken off every one."""
-
-    backend: Backend
-    runner: Runner
-    target: Target
-    folder: Path
-    timer_us: float = 0.0
-
-    def facts(self) -> Facts:
-        answer = self.runner.run(self.backend.describe_job(self.target), self.folder)
-        return {**self.backend.read_description(answer), "precision": self.target.build.precision, "target": self.target.name}
-
-    def whole(self, models: Mapping[str, Path | bytes], target: Target | None = None) -> dict[str, Timing]:
-        return self.backend.read_bench(self.runner.run(self.backend.bench_job(models, target or self.target), self.folder))
-
-    def profiles(self, models: Mapping[str, Path | bytes], target: Target) -> dict[str, Profile]:
-        result = self.runner.run(self.backend.profile_job(models, target), self.folder)
-        return self.backend.read_profile(result, models)
-
-    def cost_of_measuring(self) -> tuple[float, float, float]:
-        """Return what profiling adds to a kernel, what a kernel without work costs, what a run costs besides (microseconds)."""
-        whole = self.whole({str(length): chain(length) for length in (_SHORT, _LONG)})
-        short, long = whole[str(_SHORT)].quiet_us, whole[str(_LONG)].quiet_us
-        node = max(0.0, (long - short) / (_LONG - _SHORT))
-        profiled = self.profiles({"chain": chain(_LONG)}, self.target)["chain"]
-        timer = max(0.0, profiled.sum_us / max(1, len(profiled.kernels)) - node)
-        return timer, node, max(0.0, short - node * _SHORT)
-
-    def kernels(self, probes: Sequence[Probe]) -> dict[Probe, Entry]:
-        """Time kernels in turns."""
-        models = {(probe, index): model for probe in probes for index, model in enumerate(probe.models())}
-        names = {key: str(number) for number, key in enumerate(models)}
-        heavy = max(probe.macs for probe in probes) > _HEAVY
-        target = self.target.replace(runs=_FEW_RUNS if heavy else _RUNS, warmup=_WARMUP)
-        found = self.whole({names[key]: model for key, model in models.items()}, target)
-        return {probe: _entry(probe, [found[names[probe, index]] for index in range(len(probe.models()))]) for probe in probes}
-
-    def net(self, us: float) -> float:
-        return max(us - self.timer_us, _LEAST_US)
-
-
-def _entry(probe: Probe, found: Sequence[Timing]) -> Entry:
-    """Take the kernel's time from its pairs of models."""
-    short, long = found[0], found[1]
-    us = (long.quiet_us - short.quiet_us) / probe.repeats
-    if len(found) > 2:
-        us -= (found[3].quiet_us - found[2].quiet_us) / probe.repeats
-    us = max(us, _LEAST_US)
-    below, above = (abs(long.median_us - edge) / (1 + probe.repeats) for edge in (long.p10_us, long.p90_us))
-    return Entry(probe.shape, probe.n_in, probe.n_out, us, max(us - below, _LEAST_US), us + above, long.runs)
-
-
-@contextmanager
-def _bench(backend: Backend, runner: Runner, target: Target) -> Iterator[_Bench]:
-    ready, missing = backend.available()
-    if not ready:
-        raise BackendError(f"backend {backend.name} is not installed", at=f"target {target.name}", fix=missing)
-    with tempfile.TemporaryDirectory(prefix="deploypipe-profile-") as folder:
-        yield _Bench(backend, runner, target, Path(folder))
-
-
 class _Store:
     """The measurements of one runtime on one device, on disk."""
 
-    def __init__(self, root: Path, bench: _Bench, reporter: Reporter) -> None:
+    def __init__(self, root: Path, bench: Bench, reporter: Reporter) -> None:
         facts = bench.facts()
         self.folder, self.reporter = root / device_key(facts), reporter
         if not (self.folder / "device.json").is_file():
@@ -219,7 +146,7 @@ def _parts(probes: Sequence[Probe]) -> list[list[Probe]]:
     """Cut the work into jobs; long kernels are kept apart from short ones, which deserve more runs."""
     parts: list[list[Probe]] = []
     for heavy in (False, True):
-        chosen = [probe for probe in probes if (probe.macs > _HEAVY) == heavy]
+        chosen = [probe for probe in probes if (probe.macs > HEAVY_MACS) == heavy]
         parts += [chosen[start : start + _PER_JOB] for start in range(0, len(chosen), _PER_JOB)]
     return parts
 
@@ -236,9 +163,7 @@ def _exported(model: nn.Module, example: Any, target: Target, folder: Path) -> P
     return simplify_onnx(path, folder / "simple.onnx").path if target.build.simplify else path
 
 
-def _in_context(
-    bench: _Bench, model: nn.Module, example: Any, graph: Graph, table: LatencyTable, reporter: Reporter
-) -> Context:
+def _in_context(bench: Bench, model: nn.Module, example: Any, graph: Graph, table: LatencyTable, reporter: Reporter) -> Context:
     """Time the dense model as a whole and kernel by kernel."""
     path = _exported(model, example, bench.target, bench.folder)
     whole = bench.whole({"model": path})["model"]
@@ -251,9 +176,9 @@ def _in_context(
     profiled = bench.profiles({"model": path}, bench.target)["model"]
     reporter.advance(2)
     session = float(table.facts["session_us"])
-    spent = profiled.sum_us - (whole.quiet_us - session)
+    spent, n_kernels = profiled.sum_us - (whole.quiet_us - session), len(profiled.kernels)
     # Profiling adds more to a kernel between others than in a chain of empty ones; by how much, the whole model tells.
-    timer = min(max(spent / len(profiled.kernels), bench.timer_us), _MOST_TIMER * bench.timer_us)
+    timer = min(max(spent / n_kernels, bench.timer_us), _MOST_TIMER * bench.timer_us)
     scale, overhead = _split(replace(bench, timer_us=timer), profiled, graph, table)
     overhead = (*overhead, Overhead("session", "run", session, (), 0))
     dense = graph.kept()
@@ -262,15 +187,29 @@ def _in_context(
         for layer in graph.layers
     )
     total = sum(layers) + sum(kernel.us for kernel in overhead)
-    return Context(
-        structure_of(graph), scale, overhead, whole.quiet_us, whole.quiet_us / total, profiled.sum_us / whole.quiet_us,
-        whole.foreign_load, whole.runs,
-    )  # fmt: skip
+    additivity = (profiled.sum_us - n_kernels * bench.timer_us + session) / whole.quiet_us
+    found = Context(
+        structure_of(graph), scale, overhead, whole.quiet_us, whole.quiet_us / total, additivity, whole.foreign_load, whole.runs
+    )
+    _judge(found, graph, reporter)
+    return found
 
 
-def _split(
-    bench: _Bench, profiled: Profile, graph: Graph, table: LatencyTable
-) -> tuple[dict[str, float], tuple[Overhead, ...]]:
+def _judge(context: Context, graph: Graph, reporter: Reporter) -> None:
+    """Tell the user what makes the table less trustworthy."""
+    if not _TRUSTED[0] <= context.factor <= _TRUSTED[1]:
+        reporter.note(
+            f"the dense model takes {context.factor:.2f} times the sum of its kernels: predictions are less certain than usual"
+        )
+    unseen = [layer.name for layer in graph.layers if layer.name not in context.scale]
+    if unseen:
+        names = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
+        reporter.note(
+            f"{len(unseen)} layers have no kernel of their own in the runtime's profile and are priced alone: {names}"
+        )
+
+
+def _split(bench: Bench, profiled: Profile, graph: Graph, table: LatencyTable) -> tuple[dict[str, float], tuple[Overhead, ...]]:
     """Tell layers from other kernels: what each layer takes in context over alone, and what the others cost."""
     dense = graph.kept()
     calls: dict[str, list[Layer]] = {}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from deploypipe import profiler
+from deploypipe import bench, profiler
 from deploypipe.compact import compact
 from deploypipe.errors import BackendError
 from deploypipe.graph import trace
@@ -50,10 +50,10 @@ def graph(net):
 def prepared(cache, monkeypatch):
     """A cache that knows the device already: learning it is the work of test_learn, and takes seconds."""
     target = load_target("cpu")
-    with profiler._bench(profiler.load_backend(target), profiler.load_runner(target), target) as bench:
-        facts = bench.facts()
+    with profiler.opened(profiler.load_backend(target), profiler.load_runner(target), target) as at:
+        facts = at.facts()
     write_device(cache / device_key(facts), {**facts, "timer_us": 1.4, "node_us": 0.2, "session_us": 3.0}, STEPS)
-    monkeypatch.setattr(profiler, "_RUNS", 10)
+    monkeypatch.setattr(bench, "_RUNS", 10)
     return target.replace(runs=30)
 
 

@@ -1,0 +1,91 @@
+"""Carry out a backend's measuring jobs on a target, and take off what measuring adds."""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploypipe.backends.base import Backend, Facts, Profile, Timing
+from deploypipe.errors import BackendError
+from deploypipe.latency_file import Entry
+from deploypipe.probe import Probe, chain
+from deploypipe.runners.base import Runner
+from deploypipe.targets import Target
+
+_RUNS, _FEW_RUNS, _WARMUP = 30, 10, 3  # of one kernel; few if it is long
+HEAVY_MACS = 5_000_000  # multiply-adds of a long kernel
+_LEAST_US = 0.05  # a kernel is never free, whatever noise says
+_SHORT, _LONG = 10, 110  # lengths of the chains of empty kernels
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Carries out a backend's jobs; `timer_us` is what profiling adds to a kernel, taken off every one."""
+
+    backend: Backend
+    runner: Runner
+    target: Target
+    folder: Path
+    timer_us: float = 0.0
+
+    def facts(self) -> Facts:
+        """Return what identifies the runtime and the device."""
+        answer = self.runner.run(self.backend.describe_job(self.target), self.folder)
+        return {**self.backend.read_description(answer), "precision": self.target.build.precision, "target": self.target.name}
+
+    def whole(self, models: Mapping[str, Path | bytes], target: Target | None = None) -> dict[str, Timing]:
+        """Time whole models in turns, without profiling."""
+        return self.backend.read_bench(self.runner.run(self.backend.bench_job(models, target or self.target), self.folder))
+
+    def profiles(self, models: Mapping[str, Path | bytes], target: Target) -> dict[str, Profile]:
+        """Time the kernels of models."""
+        result = self.runner.run(self.backend.profile_job(models, target), self.folder)
+        return self.backend.read_profile(result, models)
+
+    def cost_of_measuring(self) -> tuple[float, float, float]:
+        """Return what profiling adds to a kernel, what a kernel without work costs, what a run costs besides (microseconds)."""
+        whole = self.whole({str(length): chain(length) for length in (_SHORT, _LONG)})
+        short, long = whole[str(_SHORT)].quiet_us, whole[str(_LONG)].quiet_us
+        node = max(0.0, (long - short) / (_LONG - _SHORT))
+        profiled = self.profiles({"chain": chain(_LONG)}, self.target)["chain"]
+        timer = max(0.0, profiled.sum_us / max(1, len(profiled.kernels)) - node)
+        return timer, node, max(0.0, short - node * _SHORT)
+
+    def kernels(self, probes: Sequence[Probe]) -> dict[Probe, Entry]:
+        """Time kernels in turns."""
+        models = {(probe, index): model for probe in probes for index, model in enumerate(probe.models())}
+        names = {key: str(number) for number, key in enumerate(models)}
+        heavy = max(probe.macs for probe in probes) > HEAVY_MACS
+        target = self.target.replace(runs=_FEW_RUNS if heavy else _RUNS, warmup=_WARMUP)
+        found = self.whole({names[key]: model for key, model in models.items()}, target)
+        return {probe: entry(probe, [found[names[probe, index]] for index in range(len(probe.models()))]) for probe in probes}
+
+    def net(self, us: float) -> float:
+        """Take off what profiling adds to a kernel."""
+        return max(us - self.timer_us, _LEAST_US)
+
+
+def entry(probe: Probe, found: Sequence[Timing]) -> Entry:
+    """Take the kernel's time from its pairs of models."""
+    short, long = found[0], found[1]
+    us = (long.quiet_us - short.quiet_us) / probe.repeats
+    if len(found) > 2:
+        us -= (found[3].quiet_us - found[2].quiet_us) / probe.repeats
+    us = max(us, _LEAST_US)
+    below, above = (abs(long.median_us - edge) / (1 + probe.repeats) for edge in (long.p10_us, long.p90_us))
+    return Entry(probe.shape, probe.n_in, probe.n_out, us, max(us - below, _LEAST_US), us + above, long.runs)
+
+
+@contextmanager
+def opened(backend: Backend, runner: Runner, target: Target) -> Iterator[Bench]:
+    """Give a bench with a temporary folder.
+
+    Raises:
+        BackendError: The backend is not installed here.
+    """
+    ready, missing = backend.available()
+    if not ready:
+        raise BackendError(f"backend {backend.name} is not installed", at=f"target {target.name}", fix=missing)
+    with tempfile.TemporaryDirectory(prefix="deploypipe-profile-") as folder:
+        yield Bench(backend, runner, target, Path(folder))
