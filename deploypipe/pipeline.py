@@ -5,7 +5,6 @@ exactly what depends on it.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -88,6 +87,7 @@ class _Run:
             seed=request.seed,
             reporter=reporter,
         )
+        self.inputs = stages.real_inputs(self.data, self.loaded.example)  # finds data of another shape before anything slow
         self.graph: Graph = trace(self.loaded.model, self.loaded.example).keeping(request.keep, KEPT_BY_USER)
         self.dense_key = [self.loaded.key, self.graph.fingerprint]
 
@@ -128,7 +128,6 @@ class _Run:
         algorithm = make(request.algo, request.options)
 
         def choose(folder: Path) -> None:
-            self.reporter.stage(f"plan ({request.algo})")
             plan = algorithm.plan(self.problem).replace(fingerprint=self.graph.fingerprint)
             plan.check(self.graph)
             plan.save(folder / saved.PLAN)
@@ -179,8 +178,13 @@ class _Run:
         key = [1, self.compacted, settings, torch.get_num_threads()]
         return self.store.keep("finetune", key, tune, lambda root: self._small(root / saved.WEIGHTS))
 
-    def artifact(self, side: str) -> Kept[Path]:
-        """Export, simplify and build the dense or the pruned model; return the stage of the built file."""
+    @cached_property
+    def artifacts(self) -> dict[str, Kept[Path]]:
+        """The built files of the dense and of the pruned model."""
+        return {side: self._built(side) for side in ("dense", "pruned")}
+
+    def _built(self, side: str) -> Kept[Path]:
+        """Export, simplify and build one model; return the stage of the built file."""
         spec, example = self.target.build, self.loaded.example
         model, origin = (self.loaded.model, self.dense_key) if side == "dense" else (self.tuned.value, self.tuned)
 
@@ -209,7 +213,7 @@ class _Run:
     @cached_property
     def checks(self) -> Kept[list[Check]]:
         """Each stage's outputs against those of the stage before."""
-        artifact = self.artifact("pruned")
+        artifact = self.artifacts["pruned"]
         files = {"onnx": "pruned.onnx", "simplified": "pruned-simplified.onnx", "built": artifact.value.name}
 
         def compare(folder: Path) -> None:
@@ -226,7 +230,7 @@ class _Run:
     @cached_property
     def latencies(self) -> Kept[dict[str, Any]]:
         """Dense and pruned artifact measured in turns."""
-        files = {side: self.artifact(side) for side in ("dense", "pruned")}
+        files = self.artifacts
 
         def bench(folder: Path) -> None:
             _write_json(folder / "latency.json", self.device.bench({side: file.value for side, file in files.items()}))
@@ -247,18 +251,13 @@ class _Run:
 
     # ---- what the stages share -------------------------------------------------------------------------------------
 
-    @cached_property
-    def inputs(self) -> Sequence[tuple[torch.Tensor, ...]]:
-        """Real inputs for the verification."""
-        return stages.real_inputs(self.data, self.loaded.example)
-
     def _small(self, weights: Path) -> nn.Module:
         return saved.restore(self.loaded.model, self.graph, self.plan.value, weights)
 
     def report(self) -> Report:
         """Run every stage and put the findings together."""
         order: list[Kept[Any]] = [self.plan, self.compacted, self.tuned]
-        order += [self.artifact("dense"), self.artifact("pruned"), self.checks, self.latencies, self.accuracies]
+        order += [*self.artifacts.values(), self.checks, self.latencies, self.accuracies]
         if self.request.metric == "latency":
             order.insert(0, self.table)
         notes = [json.loads(file.read_text()) for file in sorted(self.store.root.glob("*-simplified.json"))]
@@ -271,7 +270,7 @@ class _Run:
             checks=self.checks.value,
             latencies=self.latencies.value,
             accuracies=self.accuracies.value,
-            files={side: self.artifact(side).value for side in ("dense", "pruned")},
+            files={side: kept.value for side, kept in self.artifacts.items()},
             seconds={stage.stage: stage.seconds for stage in order},
             facts=self.device.facts,
             notes=tuple(note for note in (*self.loaded.notes, *self.graph.notes, *notes) if note),

@@ -214,7 +214,10 @@ class Graph:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What the solver proved about a plan's widths. Costs are in the unit of the cost table (us, MACs or parameters)."""
+    """What the solver proved about a plan's widths. Costs are in the unit of the cost table (us, MACs or parameters).
+
+    `seconds` is the solver's time; it is not written to disk, so that equal requests give equal files, and is None when read.
+    """
 
     value: float
     bound: float
@@ -223,9 +226,9 @@ class Certificate:
     predicted: float
     budget: float
     unit: str
-    seconds: float
     n_variables: int
     status: str
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -293,7 +296,7 @@ class KeepPlan:
             "fingerprint": self.fingerprint,
             "algorithm": self.algorithm,
             "options": dict(self.options),
-            "certificate": vars(self.certificate) if self.certificate else None,
+            "certificate": {k: v for k, v in vars(self.certificate).items() if k != "seconds"} if self.certificate else None,
             "skipped": dict(self.skipped),
             "keep": {name: list(channels) for name, channels in self.keep.items()},
         }

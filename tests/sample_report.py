@@ -24,7 +24,7 @@ REPORT = Report(
         GroupOutcome("head", 10, 10, ("head.weight[0] produces",), (), "the network's output"),
     ),
     checks=(Check("compacted", "masked", 2.1e-7, 1e-5, 8), Check("onnx", "compacted", 4.0e-6, 1e-4, 8)),
-    certificate=Certificate(12.5, 12.51, 0.0008, 60.0, 60.0, 60.2, "us", 0.21, 310, "optimal"),
+    certificate=Certificate(12.5, 12.51, 0.0008, 60.0, 60.0, 60.2, "us", 310, "optimal", 0.21),
     threads=1,
     table="measured",
     table_error=0.021,

@@ -1,0 +1,27 @@
+"""Facts that stand on top of every result file: machine, versions, command, date."""
+
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from deploypipe.doctor import versions
+
+
+def describe(more: Mapping[str, object] | None = None) -> dict[str, object]:
+    """Return the facts, with `more` of them at the end."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+    return {
+        "command": "python -m " + " ".join([f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": " ".join(f"{name}=={version}" for name, version in versions().items()),
+        **(more or {}),
+    }

@@ -1,0 +1,126 @@
+"""What tracing costs: `dp.trace` against one forward pass and against Torch-Pruning's dependency graph.
+
+    python -m benchmarks.tracing [MODEL ...]        (torchvision names; default: one of every family)
+
+One thread, 224x224, batch 1. For each model the three are run in turns, and medians are compared within the run, so a busy
+machine disturbs all alike. Writes benchmarks/results/tracing.csv. Needs torch-pruning (`pip install torch-pruning`).
+"""
+
+import csv
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch_pruning
+import torchvision
+from torch import nn
+
+from benchmarks.machine import describe
+from deploypipe.graph import trace
+
+FAMILIES = [
+    "alexnet",
+    "convnext_tiny",
+    "densenet121",
+    "densenet201",
+    "efficientnet_b0",
+    "efficientnet_v2_s",
+    "googlenet",
+    "inception_v3",
+    "maxvit_t",
+    "mnasnet1_0",
+    "mobilenet_v2",
+    "mobilenet_v3_large",
+    "mobilenet_v3_small",
+    "regnet_x_400mf",
+    "regnet_y_400mf",
+    "resnet18",
+    "resnet50",
+    "resnext50_32x4d",
+    "shufflenet_v2_x1_0",
+    "squeezenet1_0",
+    "swin_t",
+    "vgg16_bn",
+    "vit_b_16",
+    "wide_resnet50_2",
+]
+COLUMNS = ("model", "forward_s", "trace_s", "torch_pruning_s", "trace_over_torch_pruning", "limit_s", "within_limit", "note")
+TURNS = 5
+RESULT = Path(__file__).parent / "results" / "tracing.csv"
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def measure(name: str) -> dict[str, object]:
+    torch.manual_seed(0)
+    extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    model: nn.Module = torchvision.models.get_model(name, weights=None, **extra).eval()
+    example = torch.randn(1, 3, 224, 224)
+
+    def forward() -> None:
+        with torch.inference_mode():
+            model(example)
+
+    def peer() -> None:
+        torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example)
+
+    calls: dict[str, Callable[[], object]] = {
+        "forward_s": forward,
+        "trace_s": lambda: trace(model, example),
+        "torch_pruning_s": peer,
+    }
+    note, times = "", {key: [] for key in calls}
+    for turn in range(TURNS + 1):  # the first turn warms up and is not counted
+        for key, call in list(calls.items()):
+            try:
+                took = seconds(call)
+            except Exception as error:
+                note = f"{key}: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
+                del calls[key]
+                continue
+            if turn:
+                times[key].append(took)
+    row: dict[str, object] = {key: round(statistics.median(values), 4) if values else "" for key, values in times.items()}
+    forward_s, trace_s = float(row["forward_s"]), float(row["trace_s"])
+    limit = 1.5 * forward_s + 0.2
+    ratio = round(trace_s / float(row["torch_pruning_s"]), 3) if row["torch_pruning_s"] else ""
+    return {
+        "model": name,
+        **row,
+        "trace_over_torch_pruning": ratio,
+        "limit_s": round(limit, 4),
+        "within_limit": trace_s <= limit,
+        "note": note,
+    }
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    rows = []
+    for name in sys.argv[1:] or FAMILIES:
+        rows.append(measure(name))
+        print("  ".join(f"{rows[-1][column]}" for column in COLUMNS), flush=True)
+    ratios = [float(row["trace_over_torch_pruning"]) for row in rows if row["trace_over_torch_pruning"] != ""]
+    within = sum(bool(row["within_limit"]) for row in rows)
+    print(f"within 1.5 forward passes + 0.2 s: {within} of {len(rows)}")
+    print(f"median of trace / Torch-Pruning: {statistics.median(ratios):.2f}")
+    facts = describe({"threads": 1, "torch_pruning": torch_pruning.__version__})
+    with RESULT.open("w", newline="") as file:
+        for key, value in facts.items():
+            file.write(f"# {key}: {value}\n")
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""`deploypipe build`, for real: what it leaves, that it resumes after any kill, and what a changed option recomputes."""
+
+import json
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from command_line import Start, arguments
+
+import deploypipe as dp
+from deploypipe.count import macs, params
+from deploypipe.graph import trace
+from deploypipe.models import load_model
+from deploypipe.store import finished
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+STAGES = ["profile", "plan", "compact", "finetune"]
+STAGES += [f"{step}-{side}" for side in ("dense", "pruned") for step in ("export", "simplify", "build")]
+STAGES += ["verify", "bench", "accuracy"]
+
+
+def test_report_tells_the_truth(reference: Path) -> None:
+    report = json.loads((reference / "report.json").read_text())
+    small, dense = dp.load(reference), load_model(report["model"]).model
+    graph, plan = trace(dense, torch.zeros(1, 2, 12, 12)), dp.KeepPlan.load(reference / "plan.json")
+    assert report["pruned"]["n_parameters"] == sum(p.numel() for p in small.parameters()) == params(graph, plan)
+    assert report["dense"]["n_parameters"] == sum(p.numel() for p in dense.parameters())
+    assert report["pruned"]["n_macs"] == macs(graph, plan) < report["dense"]["n_macs"]
+    assert report["budget"]["predicted"] <= report["budget"]["limit"] * (1 + 1e-9)
+    assert report["pruned"]["accuracy"] > 0.9, "two epochs learn stripes"
+    assert 0 < report["pruned"]["latency"]["p10_us"] <= report["pruned"]["latency"]["median_us"]
+    assert [c["stage"] for c in report["checks"]] == ["compacted", "onnx", "simplified", "built"]
+    assert all(c["error"] <= c["tolerance"] for c in report["checks"])
+    assert {g["name"]: g["fixed"] for g in report["groups"]}["head"] == "output of the model"
+    assert report["threads"] == 1
+    assert report["pruned"]["artifact_bytes"] == (reference / report["artifacts"]["artifact"]).stat().st_size
+    assert "deploypipe build" in (reference / "report.md").read_text()
+
+
+def test_artifact_computes_what_the_loaded_model_computes(reference: Path) -> None:
+    small = dp.load(reference)
+    x = torch.randn(1, 2, 12, 12)
+    with torch.inference_mode():
+        expected = small(x)
+    for name in ("pruned.onnx", "pruned-simplified.onnx", "pruned-built.onnx"):
+        session = onnxruntime.InferenceSession(str(reference / name), providers=["CPUExecutionProvider"])
+        found = torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
+        assert torch.allclose(found, expected, atol=1e-4)
+    kinds = {node.op_type for node in onnx.load(str(reference / "pruned.onnx")).graph.node}
+    assert not kinds & {"Where", "Gather", "GatherND", "ScatterND"}, "no mask and no index survives in the graph"
+
+
+def done(out: Path) -> list[str]:
+    return [stage for stage in STAGES if finished(out, stage)] if out.is_dir() else []
+
+
+def test_killed_at_every_stage_it_ends_as_if_it_had_not_been(reference: Path, start: Start, tmp_path: Path) -> None:
+    out, kills, seen = tmp_path / "run", 0, 0
+    while True:
+        command = start(*arguments(out))
+        while command.running() and len(done(out)) <= seen:
+            time.sleep(0.005)
+        if not command.running():
+            break
+        time.sleep(0.05 * (kills % 4))  # somewhere inside the next stage
+        command.signal(signal.SIGKILL)
+        command.wait()
+        kills, seen = kills + 1, len(done(out))
+        assert kills < 40, "no progress"
+    finished_run = command.wait()
+    assert finished_run.code == 0, finished_run.err
+    assert kills >= 6
+    assert "reused" in finished_run.err
+    for name in ("plan.json", "tuned.safetensors", "compact.safetensors", "pruned.onnx", "accuracy.json"):
+        assert (out / name).read_bytes() == (reference / name).read_bytes(), name
+    assert not (out / ".partial").exists()
+    ours, theirs = (json.loads((folder / "report.json").read_text()) for folder in (out, reference))
+    assert ours["pruned"]["accuracy"] == theirs["pruned"]["accuracy"]
+    assert ours["groups"] == theirs["groups"]
+
+
+def stages_of(stderr: str) -> tuple[set[str], set[str]]:
+    """Return which stages were computed and which were reused."""
+    computed = set(re.findall(r"^(\S+) done in", stderr, re.MULTILINE)) & set(STAGES)
+    return computed, set(re.findall(r"^(\S+) reused", stderr, re.MULTILINE)) & set(STAGES)
+
+
+def again(start: Start, out: Path, **changes: object) -> tuple[set[str], set[str]]:
+    finished_run = start(*arguments(out, **changes)).wait()
+    assert finished_run.code == 0, finished_run.err
+    return stages_of(finished_run.err)
+
+
+def test_the_same_command_computes_nothing_and_a_changed_option_what_depends_on_it(
+    reference: Path, start: Start, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(reference), str(out)], check=True)
+    computed, reused = again(start, out)
+    assert computed == set()
+    assert reused == set(STAGES)
+    computed, reused = again(start, out, epochs=1)
+    assert reused == {"profile", "plan", "compact", "export-dense", "simplify-dense", "build-dense"}
+    assert computed == set(STAGES) - reused
+
+
+def test_interrupt_says_how_to_go_on(start: Start, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = start(*arguments(out, epochs=200))
+    while command.running() and "compact" not in done(out):
+        time.sleep(0.02)
+    time.sleep(0.2)
+    command.signal(signal.SIGINT)
+    stopped = command.wait()
+    assert stopped.code == 130, stopped.err
+    assert "same command" in stopped.err
+    assert "Traceback" not in stopped.err
+    assert {"profile", "plan", "compact"} <= set(done(out))

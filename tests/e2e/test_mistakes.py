@@ -1,0 +1,93 @@
+"""What users do wrong: each gets an exit code by class and a message in three parts, never a traceback."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import FACTORY, arguments
+from safetensors.torch import save_file
+
+from deploypipe.cli.main import run
+
+pytestmark = pytest.mark.e2e
+
+
+def fails(capsys: pytest.CaptureFixture[str], argv: list[str], code: int, *words: str) -> None:
+    found = run(argv)
+    streams = capsys.readouterr()
+    assert found == code, streams.err
+    assert "Traceback" not in streams.err
+    text = streams.err[streams.err.index("error:") :]
+    lines = text.splitlines()
+    assert any(line.startswith("   at: ") for line in lines), text
+    assert any(line.startswith("  fix: ") for line in lines), text
+    for word in words:
+        assert word in text, text
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "words"),
+    [
+        ({"model": f"{FACTORY.parent}/factry.py:net"}, 2, ("factory.py",)),
+        ({"model": f"{FACTORY}:nett"}, 2, ("nett", "net")),
+        ({"model": f"{FACTORY}:raises"}, 3, ("factory.py",)),
+        ({"model": f"{FACTORY}:data"}, 3, ()),
+        ({"model": "torchvision:resnet81"}, 2, ("resnet18",)),
+        ({"model": "resnet18"}, 2, ("torchvision:",)),
+        ({"data": "imagefolder:/nowhere/at/all"}, 2, ("/nowhere/at/all",)),
+        ({"data": "mnist"}, 2, ()),
+        ({"target": "gpu"}, 4, ("cpu",)),
+        ({"algo": "thinnet"}, 2, ("did you mean 'thinet'",)),
+        ({"budget": "0%"}, 2, ("50%",)),
+        ({"budget": "150%"}, 2, ("50%",)),
+        ({"budget": "-3ms"}, 2, ("3ms",)),
+        ({"budget": "abc"}, 2, ("50%",)),
+        ({"budget": "3ms", "metric": "macs"}, 2, ()),
+        ({"metric": "energy"}, 2, ("latency",)),
+        ({"set": "imagse=3"}, 2, ("images",)),
+        ({"set": "nonsense"}, 2, ("KEY=VALUE",)),
+        ({"lr": "-1"}, 2, ()),
+        ({"keep": "blok"}, 3, ("block",)),
+    ],
+)
+def test_wrong_arguments(
+    changes: dict[str, object], code: int, words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fails(capsys, arguments(tmp_path / "run", **changes), code, *words)
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"stem.0.weight": torch.zeros(48, 3, 3, 3), "other": torch.zeros(1)}, tmp_path / "w.safetensors")
+    fails(capsys, arguments(tmp_path / "run", weights=tmp_path / "w.safetensors"), 3, "stem.0.weight", "other")
+
+
+def test_folder_without_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in ("train", "test"):
+        (tmp_path / "images" / part).mkdir(parents=True)
+    fails(capsys, arguments(tmp_path / "run", data=f"imagefolder:{tmp_path / 'images'}"), 2, "class")
+
+
+def test_data_of_another_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fails(capsys, arguments(tmp_path / "run", model="demo", metric="macs"), 3, "shape")
+
+
+def test_budget_out_of_reach_names_the_smallest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fails(capsys, arguments(tmp_path / "run", budget="100", metric="macs", algo="l1"), 6, "smallest")
+
+
+def test_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").write_text("mine")
+    fails(capsys, arguments(tmp_path / "run"), 2, str(tmp_path / "run"))
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_accuracy_floor_fails_after_the_report_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = arguments(tmp_path / "run", accuracy_floor=1.0, epochs=0, algo="random", metric="macs", budget="30%")
+    fails(capsys, argv, 6, "floor")
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["pruned"]["accuracy"] < 1.0
+
+
+def test_report_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fails(capsys, ["report", str(tmp_path)], 2)
+    fails(capsys, ["bench", str(tmp_path / "none.onnx")], 2, "none.onnx")
