@@ -20,7 +20,7 @@ def resolve(
     *,
     what: str,
     error: type[DeployPipeError] = UsageError,
-) -> Any:  # noqa: ANN401 - a plug-in is whatever its table says
+) -> Any:
     """Import the plug-in called `name`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A model and data small enough to run the real command line in a test: 3 classes of stripes (rows, rows elsewhere, columns) in 12x12 images."""
+"""A model and data small enough to run the real command line in a test: stripes in one channel, in the other, or none."""
 
 import torch
 from torch import Tensor, nn
