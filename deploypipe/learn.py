@@ -10,6 +10,7 @@ Measure = Callable[[Sequence[Probe]], Mapping[Probe, Entry]]
 
 _BASES = (64, 48)  # widths around which a step must show at both
 _DOWN = (1, 2, 4, 8, 16, 32)  # channels fewer
+_ROUNDS = 3
 _OFF = (1, 2, 4, 8)  # channels fewer, to see which of them leave the fast path
 _GAIN = 0.5  # a step is real if it gains at least half of what its share of the channels promises
 _SLOWER = 1.08  # off alignment if it costs more than the larger whole step, by more than noise
@@ -27,22 +28,39 @@ def probe_shapes() -> dict[str, Shape]:
 
 def learn_steps(measure: Measure) -> dict[str, Steps]:
     """Measure around a few widths and return the steps of each kind of kernel."""
-    steps = {}
-    for kind, shape in probe_shapes().items():
-        tied = shape.tied
-        outs = sorted({base - down for base in _BASES for down in (0, *_DOWN)})
-        probes = [Probe(shape, width if tied else _BASES[0], width) for width in outs]
-        odd = [Probe(shape, _BASES[0] - down, _BASES[0] - down) for down in _OFF]
-        small = [] if tied else [Probe(shape, width, _BASES[0], relay=shape.rows == 0) for width in (2, 4, 8, 16, 32)]
-        # The lower end of the spread: what the kernel takes when nothing disturbs it.
-        measured = measure(list(dict.fromkeys([*probes, *odd, *small])))
-        us = {probe: entry.p10_us for probe, entry in measured.items()}
-        by_out = {probe.n_out: us[probe] for probe in probes}
-        step = step_of(by_out)
-        align, penalty = alignment(us[probes[outs.index(_BASES[0])]], {_BASES[0] - p.n_out: us[p] for p in odd}, step)
-        below = {probe.n_in: us[probe] for probe in small if probe.n_in <= step and probe.n_in % align == 0}
-        steps[kind] = Steps(step, align, penalty, smaller(below, step))
-    return steps
+    shapes = probe_shapes()
+    probes = flat(_probes(shape) for shape in shapes.values())
+    # Learned once and used for long, so a disturbance must not pass for a step: the quickest of several rounds counts.
+    rounds = [measure(probes) for _ in range(_ROUNDS)]
+    us = {probe: min(found[probe].median_us for found in rounds) for probe in probes}
+    return {kind: _steps(shape, us) for kind, shape in shapes.items()}
+
+
+def _probes(shape: Shape) -> list[Probe]:
+    outs = [_alone(shape, base - down) for base in _BASES for down in (0, *_DOWN)]
+    return [*outs, *_off(shape).values(), *_narrow(shape).values()]
+
+
+def _alone(shape: Shape, n_out: int) -> Probe:
+    return Probe(shape, n_out if shape.tied else _BASES[0], n_out)
+
+
+def _off(shape: Shape) -> dict[int, Probe]:
+    return {down: Probe(shape, _BASES[0] - down, _BASES[0] - down) for down in _OFF}
+
+
+def _narrow(shape: Shape) -> dict[int, Probe]:
+    if shape.tied:
+        return {}
+    return {width: Probe(shape, width, _BASES[0], relay=shape.rows == 0) for width in _DOWN[1:]}
+
+
+def _steps(shape: Shape, us: Mapping[Probe, float]) -> Steps:
+    step = step_of({base - down: us[_alone(shape, base - down)] for base in _BASES for down in (0, *_DOWN)})
+    whole = us[_alone(shape, _BASES[0])]
+    align, penalty = alignment(whole, {down: us[probe] for down, probe in _off(shape).items()}, step)
+    below = {width: us[probe] for width, probe in _narrow(shape).items() if width <= step and width % align == 0}
+    return Steps(step, align, penalty, smaller(below, step))
 
 
 def step_of(by_width: Mapping[int, float]) -> int:

@@ -29,8 +29,8 @@ Start = Callable[..., Started]
 
 
 def arguments(out: Path, **changes: object) -> list[str]:
-    """Return a build command; `epochs=2` changes an option, `budget=None` leaves it out."""
-    options: dict[str, object] = {"model": f"{FACTORY}:net", "data": f"{FACTORY}:data", "budget": "70%", "epochs": 2}
+    """Return a build command; `epochs=1` changes an option, `budget=None` leaves it out."""
+    options: dict[str, object] = {"model": f"{FACTORY}:net", "data": f"{FACTORY}:data", "budget": "70%", "epochs": 5}
     options |= {"batch_size": 16, "out": out}
     pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in (options | changes).items() if value is not None]
     return ["build", "--no-distill", *(part for pair in pairs for part in pair)]

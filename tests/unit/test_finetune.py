@@ -425,3 +425,42 @@ def test_models_and_data_that_do_not_fit(data):
         evaluate(nn.Conv2d(1, 4, 3), data.test)
     with pytest.raises(ModelError, match="label 9 is out of range: the model has 5 outputs"):
         evaluate(nn.Sequential(nn.Flatten(), nn.Linear(256, 5)), data.test)
+
+
+DEVICES = """
+import sys
+from pathlib import Path
+import torch
+from lightning_fabric import Fabric
+from torch.utils.data import TensorDataset
+from deploypipe.data import Data
+from deploypipe.finetune import TrainSettings, finetune
+
+torch.set_num_threads(1)
+n = int(sys.argv[1])
+fabric = Fabric(accelerator="cpu", devices=n, strategy="ddp" if n > 1 else "auto")
+fabric.launch()
+g = torch.Generator().manual_seed(0)
+train = TensorDataset(torch.randn(64, 3, 8, 8, generator=g), torch.randint(0, 4, (64,), generator=g))
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 4))
+settings = TrainSettings(epochs=3, lr=0.1, batch_size=32)
+data = Data(train, train, tuple("abcd"), "key", None, "")
+tuned = finetune(net, data, settings, teacher=net, fabric=fabric, checkpoint=Path(sys.argv[2] + ".checkpoint"))
+if fabric.is_global_zero:
+    torch.save(tuned.state_dict(), sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_two_devices_train_like_one(tmp_path):
+    """Without batch norm, whose statistics are per device, the same samples make the same steps however they are shared out."""
+    script = tmp_path / "train.py"
+    script.write_text(DEVICES)
+    states = []
+    for n in ("1", "2"):
+        path = tmp_path / f"{n}.pt"
+        subprocess.run([sys.executable, str(script), n, str(path)], capture_output=True, check=True, timeout=120)
+        states.append(torch.load(path, weights_only=True))
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-5, atol=1e-6)
