@@ -1,6 +1,6 @@
 """What tracing costs: `dp.trace` against one forward pass and against Torch-Pruning's dependency graph.
 
-    python -m benchmarks.tracing [MODEL ...]        (torchvision names; default: one of every family)
+    python benchmarks/tracing.py [MODEL ...]        (torchvision names; default: one of every family)
 
 One thread, 224x224, batch 1. For each model the three are run in turns, and medians are compared within the run, so a busy
 machine disturbs all alike. Writes benchmarks/results/tracing.csv. Needs torch-pruning (`pip install torch-pruning`).
@@ -19,7 +19,7 @@ import torch_pruning
 import torchvision
 from torch import nn
 
-from benchmarks.machine import describe
+from machine import describe
 from deploypipe.graph import trace
 
 FAMILIES = [

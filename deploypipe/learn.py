@@ -1,6 +1,7 @@
 """What a runtime on a device is like before any model is measured: the cost of measuring, and the steps of widths."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import median
 
 from deploypipe.latency_file import Entry, Shape
 from deploypipe.probe import Probe
@@ -10,7 +11,7 @@ Measure = Callable[[Sequence[Probe]], Mapping[Probe, Entry]]
 
 _BASES = (64, 48)  # widths around which a step must show at both
 _DOWN = (1, 2, 4, 8, 16, 32)  # channels fewer
-_ROUNDS = 3
+_ROUNDS = 3  # of learning
 _OFF = (1, 2, 4, 8)  # channels fewer, to see which of them leave the fast path
 _GAIN = 0.5  # a step is real if it gains at least half of what its share of the channels promises
 _SLOWER = 1.08  # off alignment if it costs more than the larger whole step, by more than noise
@@ -30,9 +31,10 @@ def learn_steps(measure: Measure) -> dict[str, Steps]:
     """Measure around a few widths and return the steps of each kind of kernel."""
     shapes = probe_shapes()
     probes = flat(_probes(shape) for shape in shapes.values())
-    # Learned once and used for long, so a disturbance must not pass for a step: the quickest of several rounds counts.
+    # Learned once and used for long, so a disturbance must not pass for a step: several rounds, the middle one counts.
+    # (Not the quickest: a time is a difference, too low when the shorter model was the disturbed one.)
     rounds = [measure(probes) for _ in range(_ROUNDS)]
-    us = {probe: min(found[probe].median_us for found in rounds) for probe in probes}
+    us = {probe: median(found[probe].median_us for found in rounds) for probe in probes}
     return {kind: _steps(shape, us) for kind, shape in shapes.items()}
 
 
