@@ -22,7 +22,7 @@ def probe_shapes() -> dict[str, Shape]:
     """Return one shape for each kind of kernel whose steps are learned: typical, and large enough to time."""
     two, one = (3, 3), (1, 1)
     conv = Shape("conv", two, one, one, one, (0, 0), (28, 28), (28, 28), 1, 0)
-    depthwise = Shape("depthwise", two, one, one, one, (1, 1), (56, 56), (56, 56), 1, 0)
+    depthwise = Shape("depthwise", two, one, one, one, (1, 1), (28, 28), (28, 28), 1, 0)
     linear = Shape("linear", (), (), (), (), (0, 0), (), (), 0, 128)
     return {"conv": conv, "depthwise": depthwise, "linear": linear}
 

@@ -18,7 +18,7 @@ from deploypipe.latency_file import Shape
 
 _OPSET, _IR = 20, 10
 _IN = 3  # channels of a probe's input; the tensor that the kernel reads is computed from it
-_WORTH = 1_500_000  # multiply-adds that the copies should add up to: enough to stand out of the clock's noise ...
+_WORTH = 3_000_000  # multiply-adds that the copies should add up to: enough to stand out of the clock's noise ...
 _MOST = 8  # ... with no more copies than this
 
 

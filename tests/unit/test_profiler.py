@@ -8,7 +8,8 @@ from deploypipe import bench, profiler
 from deploypipe.compact import compact
 from deploypipe.errors import BackendError
 from deploypipe.graph import trace
-from deploypipe.latency_file import write_device
+from deploypipe.latency_file import Entry, write_device
+from deploypipe.probe import Probe
 from deploypipe.profiler import device_key, needed, profile
 from deploypipe.progress import Recorder
 from deploypipe.runners.local import Local
@@ -141,3 +142,27 @@ def test_needed_kernels_cover_the_candidates_of_every_layer(graph):
     assert {("linear", n, 5) for n in (8, 16, 32)} <= widths
     assert len(set(probes)) == len(probes)
     assert {probe.n_in for probe in probes if probe.relay} == {8}
+
+
+def probes_of(*widths):
+    shape = needed(trace(Net().eval(), EXAMPLE), STEPS)[0].shape
+    return [Probe(shape, n_in, n_out) for n_in, n_out in widths]
+
+
+def test_times_that_contradict_each_other_are_found():
+    small, large, wide = probes_of((16, 16), (32, 16), (16, 32))
+    assert bench.contradictions({small: 10.0, large: 20.0, wide: 9.9}) == []
+    assert bench.contradictions({small: 10.0, large: 9.0, wide: 15.0}) == [small, large]
+    assert bench.contradictions({small: 5.0, large: 9.0, wide: 1.0}) == [small, wide]
+
+
+def test_a_disturbed_kernel_is_timed_again_and_the_middle_counts(monkeypatch):
+    small, large = probes_of((16, 16), (32, 16))
+    times = {small: iter([50.0, 5.0, 6.0]), large: iter([10.0, 10.0, 11.0])}
+
+    def round_(self, probes):
+        return {p: Entry(p.shape, p.n_in, p.n_out, next(times[p]), 1, 1, 30) for p in probes}
+
+    monkeypatch.setattr(bench.Bench, "_round", round_)
+    found = bench.Bench(None, None, None, None).kernels([small, large])
+    assert (found[small].median_us, found[large].median_us) == (6.0, 10.0)
