@@ -1,49 +1,19 @@
 """What a backend is: it describes jobs and reads what they answered; a runner carries them out."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deploypipe.job import Job, JobResult
 from deploypipe.targets import Target
 
 MAX_FOREIGN = 0.05  # share of our cores' time that others may take before a measurement counts as disturbed
-PYTHON = "{python}"  # in argv: the interpreter of the machine that runs the job
 Facts = dict[str, Any]  # plain JSON values: versions, CPU, threads
 Arrays = dict[str, NDArray[np.generic]]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One program to run in an empty folder on the target.
-
-    Attributes:
-        argv: Program and arguments, never a shell line. `{python}` stands for the machine's interpreter.
-        push: File name in the folder -> a local file, or the content itself.
-        pull: File names to fetch when the program has ended.
-        env: Added to the environment.
-        timeout_s: The program is ended after this time.
-    """
-
-    argv: tuple[str, ...]
-    push: Mapping[str, Path | bytes] = field(default_factory=dict)
-    pull: tuple[str, ...] = ()
-    env: Mapping[str, str] = field(default_factory=dict)
-    timeout_s: float = 600.0
-
-
-@dataclass(frozen=True)
-class JobResult:
-    """What a finished job left: its output and the local paths of the fetched files."""
-
-    exit_code: int
-    stdout: str
-    stderr: str
-    pulled: Mapping[str, Path]
-    seconds: float
 
 
 @dataclass(frozen=True)

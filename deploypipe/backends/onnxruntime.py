@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx
 
-from deploypipe.backends.base import MAX_FOREIGN, PYTHON, Arrays, Facts, Job, JobResult, KernelTime, Profile, Timing
+from deploypipe.backends.base import MAX_FOREIGN, Arrays, Facts, KernelTime, Profile, Timing
 from deploypipe.backends.ort_origin import Origins
 from deploypipe.errors import BackendError, TargetError, nearest
+from deploypipe.job import PYTHON, Job, JobResult
 from deploypipe.targets import Target
 
 _SCRIPT = Path(__file__).with_name("ort_measure.py")

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Protocol
 
-from deploypipe.backends.base import Job, JobResult
+from deploypipe.job import Job, JobResult
 
 
 class Runner(Protocol):

@@ -10,8 +10,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from deploypipe.backends.base import PYTHON, Job, JobResult
 from deploypipe.errors import BackendError
+from deploypipe.job import PYTHON, Job, JobResult
 from deploypipe.targets import Reach
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploypipe.backends.base import PYTHON, Job
 from deploypipe.errors import BackendError
+from deploypipe.job import PYTHON, Job
 from deploypipe.runners.local import Local
 from deploypipe.targets import Reach
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from deploypipe.backends.base import JobResult, Timing
+from deploypipe.backends.base import Timing
 from deploypipe.backends.onnxruntime import OnnxRuntime
 from deploypipe.errors import BackendError, TargetError
 from deploypipe.export import export_onnx
+from deploypipe.job import JobResult
 from deploypipe.runners.local import Local
 from deploypipe.targets import Reach, load_target
 
