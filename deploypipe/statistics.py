@@ -19,6 +19,7 @@ from deploypipe.errors import NotApplicable, UsageError
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 BATCH = 128
+BATCH_VALUES = 1 << 22  # input values in one batch, so that large images do not fill the memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +55,12 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def batch_size(example: Sequence[Any]) -> int:
+    """Return how many inputs like the traced example go into one batch: at most 128, fewer if they are large."""
+    values = prod(example[0].shape[1:]) if example and isinstance(example[0], Tensor) else 1
+    return max(1, min(BATCH, BATCH_VALUES // max(values, 1)))
 
 
 def images(data: Dataset[Any] | None, n_images: int, seed: int, batch: int = BATCH) -> Iterator[Tensor]:

@@ -4,13 +4,14 @@ Luo et al., ThiNet: A Filter Level Pruning Method for Deep Neural Network Compre
 objective is its equation 6, the greedy choice algorithm 1, the rescaling equation 7.
 
 Deviations: all groups are judged on the trained model at once and their widths decided together by the allocator, which is
-handed the measured error of every width (the paper fixes one ratio for all layers and fine-tunes between layers). Channels
-that several layers read are judged by the mean of those layers' relative errors; residual trunks are pruned too. The greedy
-steps work on the Gram matrix of the contributions, which gives the running sums exactly.
+handed the measured error of every width after rescaling (the paper fixes one ratio for all layers and fine-tunes between
+layers). Where several layers read a group, their relative errors are added; residual trunks are pruned too. The greedy steps
+work on the Gram matrix of the contributions, which gives the running sums exactly. The rescaling is done for all layers after
+compaction, in forward order, on what the corrected layers before deliver, so that later layers make up for earlier ones.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,11 +25,11 @@ from deploypipe.algorithms.base import Problem, allocated
 from deploypipe.algorithms.options import option
 from deploypipe.errors import NotApplicable
 from deploypipe.progress import counted
-from deploypipe.statistics import BATCH, FeatureTap, images, readable, rebase_norms, weights
+from deploypipe.statistics import BATCH, FeatureTap, batch_size, images, readable, rebase_norms, weights
 from deploypipe.types import Graph, KeepPlan, Member
 
 Matrix = NDArray[np.float64]
-REPAIR_IMAGES = 500  # every layer has its own forward passes, so fewer images and more locations in each
+REPAIR_IMAGES = 500  # every layer has its own forward passes: fewer images, more locations in each; 64 if they are large
 
 
 @dataclass(frozen=True)
@@ -66,23 +67,24 @@ class ThiNet:
         """
         fixed = copy.deepcopy(small)
         cuts = _pruned_layers(problem, plan)
-        n_images = min(self.images, REPAIR_IMAGES)
+        n_images = min(self.images, REPAIR_IMAGES if batch_size(problem.graph.example) == BATCH else 64)
         locations = -(-self.images * self.locations // n_images)
         filters = {cut.weight: torch.from_numpy(cut.kept_out) for cut in cuts}
         dense = FeatureTap(problem.model, list(filters), locations, problem.seed, filters)
         targets: dict[str, list[Tensor]] = {weight: [] for weight in filters}
-        for read in dense.samples(images(problem.data, n_images, problem.seed)):
+        for read in dense.samples(_inputs(problem, n_images)):
             for weight, samples in read.items():
                 targets[weight] += [sample.y for sample in samples]
         with counted(problem.reporter, "repair", len(cuts)) as reporter:
             for done, cut in enumerate(cuts, 1):
                 tap = FeatureTap(fixed, [cut.weight], locations, problem.seed)
-                met = tap.samples(images(problem.data, n_images, problem.seed), stop_after=cut.n_calls)
-                x = torch.cat([_summed(sample.x, cut.column) for read in met for sample in read[cut.weight]])
-                scale = rescale(x.cpu().numpy(), torch.cat(targets[cut.weight]).cpu().numpy(), self.ridge)
+                met = tap.samples(_inputs(problem, n_images), stop_after=cut.n_calls)
+                samples = [sample for each in met for sample in each[cut.weight]]
+                x, y = torch.cat([_summed(sample.x, cut.column) for sample in samples]), torch.cat(targets[cut.weight])
+                scale = rescale((x.T @ x).cpu().numpy(), (x.T @ y).cpu().numpy(), self.ridge)
                 _multiply(weights(fixed)[cut.weight], cut.axis, scale[cut.column])
                 reporter.advance(done, cut.weight)
-        rebase_norms(fixed, images(problem.data, self.images, problem.seed))
+        rebase_norms(fixed, _inputs(problem, n_images))
         return fixed
 
     def _grams(self, problem: Problem, readers: Mapping[str, Sequence[Member]]) -> dict[str, list[Matrix]]:
@@ -97,15 +99,15 @@ class ThiNet:
         grams: dict[tuple[str, str], Tensor] = {}
         power = dict.fromkeys(of_weight, 0.0)
         tap = FeatureTap(problem.model, list(of_weight), self.locations, problem.seed)
-        total = -(-self.images // BATCH)
+        total = -(-self.images // batch_size(problem.graph.example))  # fewer if there are not as many images
         with counted(problem.reporter, "read activations", total) as reporter:
-            for done, read in enumerate(tap.samples(images(problem.data, self.images, problem.seed)), 1):
+            for done, read in enumerate(tap.samples(_inputs(problem, self.images)), 1):
                 for weight, sample in ((weight, sample) for weight, samples in read.items() for sample in samples):
                     power[weight] += float(sample.y @ sample.y)
                     for name, member in of_weight[weight]:
                         x = _summed(sample.x, member.owner)
                         grams[name, weight] = grams.get((name, weight), 0.0) + x.T @ x
-                reporter.advance(min(done, total))
+                reporter.advance(done)
         return {
             name: [grams[name, m.param].cpu().numpy() / power[m.param] for m in members if power[m.param] > 0]
             for name, members in readers.items()
@@ -150,18 +152,17 @@ def errors(gram: Matrix, order: NDArray[np.int64], ridge: float) -> NDArray[np.f
     return np.maximum(left, 0.0)
 
 
-def rescale(x: Matrix, y: Matrix, ridge: float) -> NDArray[np.float64]:
-    """Return the (C,) factors w that minimise `|y - x w|^2`, with a ridge; ones if x is zero.
+def rescale(gram: Matrix, products: NDArray[np.float64], ridge: float) -> NDArray[np.float64]:
+    """Return the (C,) factors w that minimise `|y - X w|^2`, with a ridge; ones if X is zero.
 
     Args:
-        x: (m, C) contributions of the channels that are left.
-        y: (m,) outputs to give.
-        ridge: Share of the mean squared contribution that is added to the diagonal.
+        gram: (C, C) X^T X, for the contributions X of the channels that are left.
+        products: (C,) X^T y, for the outputs y to give.
+        ridge: Share of the mean diagonal that is added to the diagonal.
     """
-    gram = x.T @ x
     if not np.trace(gram) > 0:
-        return np.ones(x.shape[1])
-    factors: NDArray[np.float64] = cho_solve(cho_factor(gram + _ridge(gram, ridge)), x.T @ y)
+        return np.ones(len(gram))
+    factors: NDArray[np.float64] = cho_solve(cho_factor(gram + _ridge(gram, ridge)), products)
     return factors
 
 
@@ -169,6 +170,10 @@ def _ridge(gram: Matrix, share: float) -> Matrix:
     # The smallest normal number keeps a matrix of zeros positive definite.
     ridge: Matrix = np.eye(len(gram)) * max(share * float(np.trace(gram)) / len(gram), np.finfo(np.float64).tiny)
     return ridge
+
+
+def _inputs(problem: Problem, n_images: int) -> Iterator[Tensor]:
+    return images(problem.data, n_images, problem.seed, batch_size(problem.graph.example))
 
 
 def _readers(problem: Problem) -> tuple[dict[str, list[Member]], dict[str, str]]:

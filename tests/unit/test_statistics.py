@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from deploypipe.errors import NotApplicable, UsageError
-from deploypipe.statistics import FeatureTap, evaluating, generator, images, readable, rebase_norms, sample, weights
+from deploypipe.statistics import FeatureTap, batch_size, evaluating, generator, images, readable, rebase_norms, sample, weights
 
 LAYERS = {
     "conv": (nn.Conv2d(4, 6, 3, padding=1), (5, 4, 7, 6)),
@@ -127,6 +127,13 @@ def test_images_are_distinct_seeded_and_no_more_than_asked_for() -> None:
     assert sum(len(batch) for batch in images(data, 1000, seed=0)) == 50
     with pytest.raises(UsageError, match="needs data"):
         next(images(None, 20, seed=0))
+
+
+def test_large_images_come_in_small_batches() -> None:
+    assert batch_size((torch.zeros(1, 3, 32, 32),)) == 128
+    assert batch_size((torch.zeros(1, 3, 512, 512),)) == 5
+    assert batch_size((torch.zeros(1, 3, 4096, 4096),)) == 1
+    assert batch_size(()) == 128
 
 
 def test_rebasing_norms_keeps_the_function_and_finds_the_statistics() -> None:

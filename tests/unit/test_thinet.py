@@ -108,7 +108,7 @@ def test_least_squares_lowers_the_error_and_its_residual_is_orthogonal() -> None
         x = rng.normal(size=(300, 5)) @ rng.normal(size=(5, 8)) + 0.3 * rng.normal(size=(300, 8))
         kept = np.sort(removal_order(x.T @ x)[4:])
         y, left = x.sum(1), x[:, kept]
-        factors = rescale(left, y, 1e-9)
+        factors = rescale(left.T @ left, left.T @ y, 1e-9)
         before, residual = ((y - left.sum(1)) ** 2).sum(), y - left @ factors
         ratios.append((residual**2).sum() / before)
         assert np.abs(left.T @ residual).max() < 1e-4 * np.linalg.norm(left) * np.linalg.norm(y)
@@ -136,7 +136,7 @@ def test_a_duplicate_goes_without_error_and_the_other_doubles() -> None:
     order = removal_order(x.T @ x)[::-1]
     keep = [c for c in order if c != 3]
     assert errors(x.T @ x, np.array([*keep, 3]), 1e-9)[3] < 1e-6 * (x.sum(1) ** 2).sum()
-    assert rescale(x[:, :3], x.sum(1), 1e-9) == pytest.approx([2.0, 1.0, 1.0], abs=1e-5)
+    assert rescale(x[:, :3].T @ x[:, :3], x[:, :3].T @ x.sum(1), 1e-9) == pytest.approx([2.0, 1.0, 1.0], abs=1e-5)
 
 
 def test_a_duplicated_filter_costs_nothing_after_repair() -> None:
