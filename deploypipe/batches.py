@@ -1,4 +1,4 @@
-"""Batches of any Dataset: sliced from tensors where they lie in memory, with seeded order and augmentation."""
+"""A data set and its batches: sliced from tensors where they lie in memory, with seeded order and augmentation."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -109,6 +109,32 @@ def _checked(batch: Any, dataset: Samples) -> tuple[Tensor, Tensor]:
         fix = "return the index of the class as a plain integer"
         raise UsageError(f"labels are {labels.dtype} of shape {shape}, not integers", at=at, fix=fix)
     return inputs, labels.long()
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """A labelled data set.
+
+    Attributes:
+        train: Dataset of (float tensor, integer label); whatever is selected or tuned uses only this.
+        test: The same, for the final accuracy.
+        classes: Class names, in the order of the labels.
+        key: Hash of what the data is, for stages that depend on it.
+        augment: What training does to a batch; None for data that is passed in as Datasets.
+        description: One line for the report.
+    """
+
+    train: Samples
+    test: Samples
+    classes: tuple[str, ...]
+    key: str
+    augment: Augment | None
+    description: str
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input, without the batch axis."""
+        return tuple(take(self.train, torch.tensor([0]))[0].shape[1:])
 
 
 def n_batches(dataset: Samples, batch_size: int, *, drop_last: bool = False, n_shards: int = 1) -> int:

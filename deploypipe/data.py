@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,45 +11,31 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from deploypipe.batches import Augment, CropFlip, Samples, count, labels_of, split, take
+from deploypipe.batches import Augment, CropFlip, Data, Samples, count, labels_of, split, take
 from deploypipe.errors import UsageError, nearest
 from deploypipe.factory import find_factory, near_path
-from deploypipe.images import IMAGENET, SMALL, Images, Listing, Normalise, Size, list_images, load_images, native_size, resized
+from deploypipe.images import (
+    DIGITS_NORMALISE,
+    DIGITS_SIZE,
+    IMAGENET,
+    SMALL,
+    Images,
+    Listing,
+    Normalise,
+    Size,
+    list_images,
+    load_images,
+    native_size,
+    resized,
+)
 from deploypipe.progress import Reporter, Silent
 from deploypipe.targets import cache_folder
 
 KINDS = ("demo", "imagefolder:DIR", "cifar10:DIR", "file.py:factory", "package.module:factory")
-DIGITS_NORMALISE: Normalise = ((0.31,), (0.32,))
-DIGITS_SIZE: Size = (1, 16, 16)
+__all__ = ["KINDS", "Data", "load_data"]
 _TEST_FOLDERS = ("test", "val", "valid", "validation")
 _SCANNED = 2000  # samples looked at to learn the classes of a Dataset that does not name them
 _CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
-
-@dataclass(frozen=True, eq=False)
-class Data:
-    """A labelled data set.
-
-    Attributes:
-        train: Dataset of (float tensor, integer label); whatever is selected or tuned uses only this.
-        test: The same, for the final accuracy.
-        classes: Class names, in the order of the labels.
-        key: Hash of what the data is, for stages that depend on it.
-        augment: What training does to a batch; None for data that is passed in as Datasets.
-        description: One line for the report.
-    """
-
-    train: Samples
-    test: Samples
-    classes: tuple[str, ...]
-    key: str
-    augment: Augment | None
-    description: str
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input, without the batch axis."""
-        return tuple(take(self.train, torch.tensor([0]))[0].shape[1:])
 
 
 def load_data(

@@ -1,23 +1,19 @@
-"""The embedded demo model: a small residual CNN for scikit-learn's handwritten digits, and the command that trains it.
+"""The embedded demo model: a small residual CNN for scikit-learn's handwritten digits.
 
-`python -m deploypipe.demo [FILE]` trains it from scratch (seeded, two threads) and writes `demo.safetensors`, which
+`python -m deploypipe.train_demo [FILE]` trains it from scratch (seeded, two threads) and writes `demo.safetensors`, which
 is shipped beside this file: 99.15 % of the test digits (352 of 355).
 """
 
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from deploypipe.data import DIGITS_NORMALISE, DIGITS_SIZE, load_data
-from deploypipe.finetune import Accuracy, TrainSettings, evaluate, finetune
+from deploypipe.images import DIGITS_NORMALISE, DIGITS_SIZE
 
 N_RIGHT, N_TEST = 352, 355  # of the shipped weights
 WEIGHTS = Path(__file__).with_name("demo.safetensors")
-SETTINGS = TrainSettings(epochs=12, lr=0.1, batch_size=64, label_smoothing=0.1, warmup=0.1)
 
 
 def conv_norm(n_in: int, n_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -92,18 +88,3 @@ class DemoNet(nn.Module):
 def demo_net() -> DemoNet:
     """Return the model with untrained weights."""
     return DemoNet()
-
-
-def train_demo(path: Path = WEIGHTS) -> Accuracy:
-    """Train the demo model from scratch, write its weights to `path` and return its test accuracy."""
-    torch.manual_seed(0)
-    data = load_data("demo")
-    model = finetune(demo_net(), data, SETTINGS)
-    save_file(model.state_dict(), path)
-    return evaluate(model, data.test)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(2)  # sums are ordered by thread: with another number the last bits differ
-    accuracy = train_demo(Path(sys.argv[1]) if len(sys.argv) > 1 else WEIGHTS)
-    sys.stdout.write(f"{WEIGHTS.name}: {accuracy.top1:.2%} of {accuracy.n} test digits\n")

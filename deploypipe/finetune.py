@@ -14,9 +14,8 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from deploypipe.batches import batches, n_batches
+from deploypipe.batches import Data, batches, n_batches
 from deploypipe.checkpoint import Checkpoint, run_key
-from deploypipe.data import Data
 from deploypipe.errors import DeployPipeError, ModelError, UsageError
 from deploypipe.evaluate import Accuracy, evaluate, logits, recalibrate
 from deploypipe.progress import Reporter, Silent

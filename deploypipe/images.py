@@ -25,6 +25,8 @@ Normalise = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard dev
 Size = tuple[int, int, int]  # channels, height, width
 
 IMAGENET: Normalise = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+DIGITS_NORMALISE: Normalise = ((0.31,), (0.32,))
+DIGITS_SIZE: Size = (1, 16, 16)
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MEMORY_LIMIT_BYTES = 2**30
 SMALL = 64  # pixels: below, an image is an icon that is used whole; above, a photograph with a margin around its subject

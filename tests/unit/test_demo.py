@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from deploypipe.data import load_data
-from deploypipe.demo import N_RIGHT, N_TEST, SETTINGS, WEIGHTS, demo_net, train_demo
+from deploypipe.demo import N_RIGHT, N_TEST, WEIGHTS, demo_net
 from deploypipe.evaluate import evaluate
 from deploypipe.models import load_model
+from deploypipe.train_demo import SETTINGS, train_demo
 
 torch.set_num_threads(1)
 
@@ -41,7 +42,7 @@ def test_demo_data_is_real_stratified_and_disjoint():
 @pytest.mark.slow
 def test_training_command_is_reproducible(tmp_path, monkeypatch):
     """One epoch is enough to see that the command trains, and that it does so twice alike."""
-    monkeypatch.setattr("deploypipe.demo.SETTINGS", replace(SETTINGS, epochs=1))
+    monkeypatch.setattr("deploypipe.train_demo.SETTINGS", replace(SETTINGS, epochs=1))
     first, second = (train_demo(tmp_path / name) for name in ("a", "b"))
     assert first == second
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
