@@ -5,6 +5,7 @@ exactly what depends on it.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -59,9 +60,7 @@ def build(request: Request | None = None, reporter: Reporter | None = None, **ch
     reporter = reporter or Silent()
     request.check()
     with Store(request.folder, reporter) as store:
-        run = _Run(request, store, reporter)
-        report = run.report()
-        render.write(report, store.root)
+        report = _Run(request, store, reporter).report()
     floor, reached = request.accuracy_floor, report.pruned.accuracy
     if floor is not None and reached is not None and reached < floor:
         raise BudgetError(
@@ -256,10 +255,20 @@ class _Run:
 
     def report(self) -> Report:
         """Run every stage and put the findings together."""
+        order = self._stages()
+        request = self.request
+        asked = [str(request.model), str(request.target), request.budget, request.metric, request.command]
+        key = [1, *order, asked, self.data.description]
+        return self.store.keep("report", key, lambda folder: render.write(self._assembled(order), folder), Report.load).value
+
+    def _stages(self) -> list[Kept[Any]]:
         order: list[Kept[Any]] = [self.plan, self.compacted, self.tuned]
         order += [*self.artifacts.values(), self.checks, self.latencies, self.accuracies]
         if self.request.metric == "latency":
             order.insert(0, self.table)
+        return order
+
+    def _assembled(self, order: Sequence[Kept[Any]]) -> Report:
         notes = [json.loads(file.read_text()) for file in sorted(self.store.root.glob("*-simplified.json"))]
         found = Findings(
             graph=self.graph,

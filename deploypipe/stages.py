@@ -1,6 +1,5 @@
 """What single stages of the pipeline do, apart from where their results are kept."""
 
-import copy
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -134,7 +133,7 @@ def check_files(
 
 def ready(small: nn.Module, data: Data, settings: TrainSettings) -> nn.Module:
     """Return the compacted model with renewed batch norm statistics: where training starts, or with 0 epochs ends."""
-    return recalibrate(copy.deepcopy(small), data.train, seed=settings.seed, batch_size=settings.batch_size)
+    return recalibrate(small, data.train, seed=settings.seed, batch_size=settings.batch_size, augment=data.augment)
 
 
 def accuracies(models: Mapping[str, nn.Module], data: Data, reporter: Reporter) -> dict[str, Any]:
