@@ -53,10 +53,10 @@ class Bench:
         timer = max(0.0, profiled.sum_us / max(1, len(profiled.kernels)) - node)
         return timer, node, max(0.0, short - node * _SHORT)
 
-    def kernels(self, probes: Sequence[Probe]) -> dict[Probe, Entry]:
-        """Time kernels in turns; those whose times contradict each other are timed again, and the middle time counts."""
+    def kernels(self, probes: Sequence[Probe], again: int = _AGAIN) -> dict[Probe, Entry]:
+        """Time kernels in turns; those whose times contradict each other are timed `again`, and the middle time counts."""
         rounds = {probe: [entry] for probe, entry in self._round(probes).items()}
-        for _ in range(_AGAIN):
+        for _ in range(again):
             doubtful = contradictions({probe: _middle(entries).median_us for probe, entries in rounds.items()})
             if not doubtful:
                 break

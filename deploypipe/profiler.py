@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ class _Store:
             bench = replace(bench, timer_us=timer)
             facts = {**facts, "timer_us": timer, "node_us": node, "session_us": session}
             facts["date"] = datetime.now(UTC).isoformat(timespec="seconds")
-            latency_file.write_device(self.folder, facts, learn_steps(bench.kernels))
+            latency_file.write_device(self.folder, facts, learn_steps(partial(bench.kernels, again=0)))
         self.table = LatencyTable.load(self.folder)
         self.bench = replace(bench, timer_us=float(self.table.facts["timer_us"]))
 

@@ -25,8 +25,11 @@ NUMBERS = {"tensor(float)": "f4", "tensor(double)": "f8", "tensor(float16)": "f2
 def session(model: str, request: dict[str, Any], **options: Any) -> Any:
     """Open `model` with the threads and provider that the request states, and make sure that it got that provider."""
     settings = ort.SessionOptions()
-    settings.intra_op_num_threads = request["threads"]
-    settings.inter_op_num_threads = 1
+    if request["threads"] > 1 and request.get("shared_threads"):
+        settings.use_per_session_threads = False
+    else:
+        settings.intra_op_num_threads = request["threads"]
+        settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
     if request.get("built"):  # an artefact is optimised already
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -240,6 +243,10 @@ TASKS = {"bench": bench, "profile": profile, "build": build, "run": run, "descri
 def main() -> None:
     """Read the request, do its task, write the answer."""
     request = json.loads(Path(sys.argv[1]).read_text())
+    if request["threads"] > 1 and hasattr(ort, "set_global_thread_pool_sizes"):
+        # One pool for all sessions: the idle threads of a hundred pools would spin and disturb the one that is measured.
+        ort.set_global_thread_pool_sizes(request["threads"], 1)
+        request["shared_threads"] = True
     answer = TASKS[request["task"]](request)
     Path("answer.json").write_text(json.dumps(answer))
 
