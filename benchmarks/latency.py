@@ -33,12 +33,13 @@ from deploypipe.backends.base import Timing
 from deploypipe.compact import compact
 from deploypipe.export import export_onnx, simplify_onnx
 from deploypipe.graph import trace
-from deploypipe.latency import LatencyTable
-from deploypipe.models import load_model
-from deploypipe.profiler import profile
+from deploypipe.latency.table import LatencyTable
+from deploypipe.models.load import load_model
+from deploypipe.plan import KeepPlan
+from deploypipe.profiler.measure import profile
 from deploypipe.runners import load_runner
 from deploypipe.targets import Target, load_target
-from deploypipe.types import Graph, KeepPlan
+from deploypipe.types import Graph
 
 RESULTS = Path(__file__).with_name("results") / "latency.csv"
 Row = dict[str, Any]

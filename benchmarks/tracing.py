@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 import torch_pruning
 import torchvision
+from machine import describe
 from torch import nn
 
-from machine import describe
 from deploypipe.graph import trace
 
 FAMILIES = [

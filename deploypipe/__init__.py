@@ -16,21 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deploypipe.algorithms import algorithms as algorithms
-    from deploypipe.allocate import allocate as allocate
+    from deploypipe.allocate.solve import allocate as allocate
     from deploypipe.compact import compact as compact
     from deploypipe.errors import DeployPipeError as DeployPipeError
     from deploypipe.graph import trace as trace
-    from deploypipe.latency import LatencyTable as LatencyTable
+    from deploypipe.latency.table import LatencyTable as LatencyTable
     from deploypipe.pipeline import build as build
-    from deploypipe.profiler import profile as profile
-    from deploypipe.prune import prune as prune
+    from deploypipe.pipeline.prune import prune as prune
+    from deploypipe.plan import KeepPlan as KeepPlan
+    from deploypipe.profiler.measure import profile as profile
     from deploypipe.report import Report as Report
     from deploypipe.saved import load as load
     from deploypipe.targets import Target as Target
     from deploypipe.targets import load_target as load_target
     from deploypipe.types import Graph as Graph
     from deploypipe.types import Group as Group
-    from deploypipe.types import KeepPlan as KeepPlan
     from deploypipe.types import Member as Member
 
 __version__ = "0.1.0"
@@ -39,19 +39,19 @@ _EXPORTS = {  # name -> module, imported on first use: `import deploypipe` alone
     "DeployPipeError": "deploypipe.errors",
     "Graph": "deploypipe.types",
     "Group": "deploypipe.types",
-    "KeepPlan": "deploypipe.types",
-    "LatencyTable": "deploypipe.latency",
+    "KeepPlan": "deploypipe.plan",
+    "LatencyTable": "deploypipe.latency.table",
     "Member": "deploypipe.types",
     "Report": "deploypipe.report",
     "Target": "deploypipe.targets",
     "algorithms": "deploypipe.algorithms",
-    "allocate": "deploypipe.allocate",
+    "allocate": "deploypipe.allocate.solve",
     "build": "deploypipe.pipeline",
     "compact": "deploypipe.compact",
     "load": "deploypipe.saved",
     "load_target": "deploypipe.targets",
-    "profile": "deploypipe.profiler",
-    "prune": "deploypipe.prune",
+    "profile": "deploypipe.profiler.measure",
+    "prune": "deploypipe.pipeline.prune",
     "trace": "deploypipe.graph",
 }
 

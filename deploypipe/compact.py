@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deploypipe.errors import ModelError
-from deploypipe.types import Graph, KeepPlan
+from deploypipe.plan import KeepPlan
+from deploypipe.types import Graph
 
 CHECK_TOLERANCE = 1e-3  # far above rounding, far below what a wrongly cut channel does
 

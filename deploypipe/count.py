@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from deploypipe.types import CostTerm, Graph, KeepPlan, Kept, Layer, Width
+from deploypipe.cost import CostTerm
+from deploypipe.plan import KeepPlan
+from deploypipe.types import Graph, Kept, Layer, Width
 
 N_CANDIDATES = 16
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deploypipe.errors import UsageError
-from deploypipe.types import Certificate
+from deploypipe.plan import Certificate
 
 REPORT_SCHEMA = 1
 JSON_NAME, MARKDOWN_NAME = "report.json", "report.md"

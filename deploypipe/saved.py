@@ -13,8 +13,9 @@ from torch import nn
 from deploypipe.compact import compact
 from deploypipe.errors import ModelError, UsageError
 from deploypipe.graph import trace
-from deploypipe.models import load_model
-from deploypipe.types import Graph, KeepPlan
+from deploypipe.models.load import load_model
+from deploypipe.plan import KeepPlan
+from deploypipe.types import Graph
 
 PLAN, MODEL, WEIGHTS = "plan.json", "model.json", "tuned.safetensors"
 MODEL_SCHEMA = 1

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 
-from deploypipe.batches import count, take
+from deploypipe.data.batches import count, take
 from deploypipe.errors import NotApplicable, UsageError
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d

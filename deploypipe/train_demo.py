@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from deploypipe.data import load_data
-from deploypipe.demo import WEIGHTS, demo_net
-from deploypipe.finetune import Accuracy, TrainSettings, evaluate, finetune
+from deploypipe.data.load import load_data
+from deploypipe.models.demo import WEIGHTS, demo_net
+from deploypipe.training.finetune import Accuracy, TrainSettings, evaluate, finetune
 
 SETTINGS = TrainSettings(epochs=12, lr=0.1, batch_size=64, label_smoothing=0.1, warmup=0.1)
 

@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
@@ -15,7 +14,6 @@ from deploypipe.errors import ModelError, nearest
 
 Role = Literal["produces", "carries", "consumes"]
 Kept = Mapping[str, int]  # group name -> number of channels that stay
-PLAN_SCHEMA = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +126,15 @@ class Attribute:
     owners: Mapping[str, NDArray[np.int64]]
 
 
+class HasKeep(Protocol):
+    """Anything that says which channels stay: a `KeepPlan`."""
+
+    @property
+    def keep(self) -> Mapping[str, tuple[int, ...]]:
+        """Return group name -> channels that stay."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Graph:
     """Layers and groups of coupled channels of one model, traced for one example input."""
@@ -206,170 +213,7 @@ class Graph:
         groups = tuple(replace(g, fixed=g.fixed or reason) if g.name in chosen else g for g in self.groups)
         return Graph(self.layers, groups, self.attributes, self.shapes, self.ops, self.notes, self.example, self.buffers)
 
-    def kept(self, plan: "KeepPlan | None" = None) -> dict[str, int]:
+    def kept(self, plan: "HasKeep | None" = None) -> dict[str, int]:
         """Return the number of channels that stay in every group under `plan` (all of them without a plan)."""
         named = plan.keep if plan else {}
         return {g.name: len(named[g.name]) if g.name in named else g.size for g in self.groups}
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What the solver proved about a plan's widths. Costs are in the unit of the cost table (us, MACs or parameters).
-
-    `seconds` is the solver's time; it is not written to disk, so that equal requests give equal files, and is None when read.
-    """
-
-    value: float
-    bound: float
-    gap: float
-    predicted_us: float | None
-    predicted: float
-    budget: float
-    unit: str
-    n_variables: int
-    status: str
-    seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class KeepPlan:
-    """Which channels stay, per group. Groups that are not named stay whole.
-
-    Attributes:
-        keep: Group name -> ascending channel indices that stay; at least one.
-        fingerprint: Of the graph that the plan was made for; empty if unknown.
-        algorithm: Name of the algorithm that made it.
-        options: The algorithm's options.
-        skipped: Group name -> why the algorithm left it whole.
-        certificate: What the allocator proved; None for plans made by hand.
-    """
-
-    keep: Mapping[str, tuple[int, ...]]
-    fingerprint: str = ""
-    algorithm: str = ""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    skipped: Mapping[str, str] = field(default_factory=dict)
-    certificate: Certificate | None = None
-
-    def __post_init__(self) -> None:
-        keep = {name: tuple(int(i) for i in channels) for name, channels in self.keep.items()}
-        for name, channels in keep.items():
-            if not channels:
-                raise ModelError(f"plan keeps no channel of group '{name}'", at="keep plan", fix="keep at least one channel")
-            if list(channels) != sorted(set(channels)) or channels[0] < 0:
-                raise ModelError(
-                    f"channels of group '{name}' must be ascending, distinct and not negative",
-                    at=f"keep plan: {str(channels)[:60]}",
-                    fix="sort the indices and drop repetitions",
-                )
-        object.__setattr__(self, "keep", MappingProxyType(keep))
-
-    def check(self, graph: Graph) -> None:
-        """Raise ModelError unless the plan fits `graph` (names, index ranges, fixed groups, fingerprint)."""
-        if self.fingerprint and self.fingerprint != graph.fingerprint:
-            raise ModelError(
-                f"the plan was made for another graph ({self.fingerprint}, this one is {graph.fingerprint})",
-                at="keep plan",
-                fix="use the model, factory arguments and input size that the plan was made with, or plan again",
-            )
-        for name, channels in self.keep.items():
-            group = graph.group(name)
-            if channels[-1] >= group.size:
-                raise ModelError(
-                    f"channel {channels[-1]} is out of range for group '{name}' of size {group.size}",
-                    at="keep plan",
-                    fix=f"use indices from 0 to {group.size - 1}",
-                )
-            if group.fixed and len(channels) < group.size:
-                raise ModelError(
-                    f"group '{name}' cannot be pruned: {group.fixed}", at="keep plan", fix="leave it out of the plan"
-                )
-
-    def replace(self, **changes: Any) -> "KeepPlan":
-        """Return a copy with some fields changed."""
-        return replace(self, **changes)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the plan as plain JSON values."""
-        return {
-            "schema": PLAN_SCHEMA,
-            "fingerprint": self.fingerprint,
-            "algorithm": self.algorithm,
-            "options": dict(self.options),
-            "certificate": {k: v for k, v in vars(self.certificate).items() if k != "seconds"} if self.certificate else None,
-            "skipped": dict(self.skipped),
-            "keep": {name: list(channels) for name, channels in self.keep.items()},
-        }
-
-    @classmethod
-    def from_json(cls, state: Mapping[str, Any], at: str = "keep plan") -> "KeepPlan":
-        """Read what `to_json` wrote.
-
-        Raises:
-            ModelError: The schema is unknown or a field is missing or malformed.
-        """
-        if state.get("schema") != PLAN_SCHEMA:
-            raise ModelError(
-                f"plan has schema {state.get('schema')!r}, this version reads {PLAN_SCHEMA}", at=at, fix="make the plan again"
-            )
-        try:
-            certificate = Certificate(**state["certificate"]) if state["certificate"] else None
-            keep = {name: tuple(channels) for name, channels in state["keep"].items()}
-            return cls(keep, state["fingerprint"], state["algorithm"], state["options"], state["skipped"], certificate)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ModelError(f"plan is malformed: {error}", at=at, fix="make the plan again") from error
-
-    def save(self, path: str | Path) -> None:
-        """Write the plan as JSON; a half-written file never appears under `path`."""
-        path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(self.to_json(), indent=1) + "\n")
-        temporary.replace(path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "KeepPlan":
-        """Read a plan that `save` wrote.
-
-        Raises:
-            ModelError: The file is missing, is no JSON, or is no plan.
-        """
-        try:
-            state = json.loads(Path(path).read_text())
-        except OSError as error:
-            raise ModelError(f"cannot read plan: {error.strerror}", at=str(path), fix="check the path") from error
-        except ValueError as error:
-            raise ModelError(f"plan is not JSON: {error}", at=str(path), fix="make the plan again") from error
-        if not isinstance(state, dict):
-            raise ModelError("plan is not a JSON object", at=str(path), fix="make the plan again")
-        return cls.from_json(state, at=str(path))
-
-
-@dataclass(frozen=True)
-class CostTerm:
-    """One additive price of a model: `price(n_in, n_out)` of two widths, in the table's unit."""
-
-    name: str
-    n_in: Width
-    n_out: Width
-    price: Callable[[int, int], float]
-
-
-class CostTable(Protocol):
-    """What a model costs as a sum over its layers: latency, MACs or parameters."""
-
-    @property
-    def unit(self) -> str:
-        """Return "us", "MACs" or "params"."""
-        ...
-
-    def terms(self, graph: Graph) -> tuple[CostTerm, ...]:
-        """Return the additive terms; a term that cannot be priced raises TargetError."""
-        ...
-
-    def candidates(self, graph: Graph) -> Mapping[str, tuple[int, ...]]:
-        """Return for every prunable group the numbers of kept channels worth choosing from, ascending."""
-        ...
-
-    def predict(self, graph: Graph, plan: KeepPlan | None = None) -> float:
-        """Return the cost under `plan` (of the whole model without a plan)."""
-        ...

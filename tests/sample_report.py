@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
+from deploypipe.plan import Certificate
 from deploypipe.report import BudgetOutcome, Check, GroupOutcome, Latency, Report, Side
-from deploypipe.types import Certificate
 
 REPORT = Report(
     model="demo",

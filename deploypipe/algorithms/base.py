@@ -12,11 +12,13 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from deploypipe.allocate import allocate_widths, plan_of, ranking
+from deploypipe.allocate.solve import allocate_widths, plan_of, ranking
+from deploypipe.cost import CostTable
 from deploypipe.errors import NotApplicable
+from deploypipe.plan import KeepPlan
 from deploypipe.progress import Reporter, Silent
 from deploypipe.statistics import weights
-from deploypipe.types import CostTable, Graph, Group, KeepPlan, Member
+from deploypipe.types import Graph, Group, Member
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from deploypipe.algorithms.base import Problem, allocated
 from deploypipe.algorithms.options import option
 from deploypipe.errors import NotApplicable
+from deploypipe.plan import KeepPlan
 from deploypipe.progress import counted
 from deploypipe.statistics import BATCH, FeatureTap, batch_size, images, readable, rebase_norms, weights
-from deploypipe.types import Graph, KeepPlan, Member
+from deploypipe.types import Graph, Member
 
 Matrix = NDArray[np.float64]
 REPAIR_IMAGES = 500  # every layer has its own forward passes: fewer images, more locations in each; 64 if they are large

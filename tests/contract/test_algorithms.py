@@ -23,7 +23,7 @@ from deploypipe.count import MacTable, ParamTable, macs, params
 from deploypipe.errors import BudgetError, UsageError
 from deploypipe.export import export_onnx
 from deploypipe.graph import trace
-from deploypipe.types import KeepPlan
+from deploypipe.plan import KeepPlan
 from tests.toys import TOYS
 
 NETS = ["plain", "residual", "depthwise", "concat"]

@@ -16,7 +16,7 @@ from command_line import Start, arguments
 import deploypipe as dp
 from deploypipe.count import macs, params
 from deploypipe.graph import trace
-from deploypipe.models import load_model
+from deploypipe.models.load import load_model
 from deploypipe.store import finished
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]

@@ -8,7 +8,8 @@ from toys import EXACT, TOYS
 
 from deploypipe.compact import compact, difference, mask, run
 from deploypipe.graph import trace
-from deploypipe.types import Graph, KeepPlan
+from deploypipe.plan import KeepPlan
+from deploypipe.types import Graph
 
 MADE = {name: make() for name, make in TOYS.items()}
 TRACED = {name: (model, example, trace(model, example)) for name, (model, example) in MADE.items()}

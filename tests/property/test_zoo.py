@@ -13,9 +13,18 @@ from torchvision.models import detection, list_models, segmentation
 
 from deploypipe.compact import compact, difference, mask, run
 from deploypipe.graph import trace
-from deploypipe.types import Graph, KeepPlan
+from deploypipe.plan import KeepPlan
+from deploypipe.types import Graph
 
-QUICK = ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "regnet_y_400mf", "efficientnet_b0", "alexnet"]
+QUICK = [
+    "resnet18",
+    "mobilenet_v3_small",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_1",
+    "regnet_y_400mf",
+    "efficientnet_b0",
+    "alexnet",
+]
 CLASSIFIERS = [name for name in list_models(module=torchvision.models) if name not in QUICK]
 SEGMENTATION, DETECTION = list_models(module=segmentation), list_models(module=detection)
 

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from deploypipe.allocate import allocate, allocate_widths
+from deploypipe.allocate.solve import allocate, allocate_widths
+from deploypipe.cost import CostTerm
 from deploypipe.errors import BudgetError, ModelError, UsageError
-from deploypipe.types import CostTerm, Graph, Group, KeepPlan, Width
+from deploypipe.plan import KeepPlan
+from deploypipe.types import Graph, Group, Width
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from toys import TOYS, Fn, cbr, head, image
 from deploypipe.compact import compact, mask
 from deploypipe.errors import ModelError
 from deploypipe.graph import trace
-from deploypipe.types import KeepPlan
+from deploypipe.plan import KeepPlan
 
 
 def test_parameters_are_slices_and_attributes_follow() -> None:

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from deploypipe.compact import compact
 from deploypipe.count import MacTable, ParamTable, even_widths, macs, params
 from deploypipe.graph import trace
-from deploypipe.types import Graph, KeepPlan
+from deploypipe.plan import KeepPlan
+from deploypipe.types import Graph
 from tests.toys import TOYS
 
 COUNTED = [

@@ -7,11 +7,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-import deploypipe.images
-from deploypipe.batches import CropFlip, batches, n_batches, split, take
-from deploypipe.data import load_data
+import deploypipe.data.images
+from deploypipe.data.batches import CropFlip, batches, n_batches, split, take
+from deploypipe.data.images import IMAGENET, Files, Images
+from deploypipe.data.load import load_data
 from deploypipe.errors import UsageError
-from deploypipe.images import IMAGENET, Files, Images
 
 torch.set_num_threads(1)
 rng = np.random.default_rng(0)
@@ -58,7 +58,7 @@ def test_image_folder_gives_normalised_pixels(folder, tmp_path):
 
 def test_images_are_decoded_once(folder, tmp_path, monkeypatch):
     first = load(folder, tmp_path)
-    monkeypatch.setattr(deploypipe.images, "decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(deploypipe.data.images, "decode", lambda *_: pytest.fail("decoded again"))
     second = load(folder, tmp_path)
     assert first.key == second.key
     assert torch.equal(first.train.pixels, second.train.pixels)
@@ -92,7 +92,7 @@ def test_a_damaged_or_forbidden_cache_is_no_obstacle(folder, tmp_path, damage):
 
 def test_large_images_stay_on_disk_and_read_the_same(folder, tmp_path, monkeypatch):
     in_memory = load(folder, tmp_path, size=(3, 6, 6))
-    monkeypatch.setattr(deploypipe.images, "MEMORY_LIMIT_BYTES", 100)
+    monkeypatch.setattr(deploypipe.data.images, "MEMORY_LIMIT_BYTES", 100)
     lazy = load(folder, tmp_path, size=(3, 6, 6))
     assert isinstance(lazy.train, Files)
     assert isinstance(in_memory.train, Images)

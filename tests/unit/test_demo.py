@@ -3,11 +3,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from deploypipe.data import load_data
-from deploypipe.demo import N_RIGHT, N_TEST, WEIGHTS, demo_net
-from deploypipe.evaluate import evaluate
-from deploypipe.models import load_model
+from deploypipe.data.load import load_data
+from deploypipe.models.demo import N_RIGHT, N_TEST, WEIGHTS, demo_net
+from deploypipe.models.load import load_model
 from deploypipe.train_demo import SETTINGS, train_demo
+from deploypipe.training.evaluate import evaluate
 
 torch.set_num_threads(1)
 

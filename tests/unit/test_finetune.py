@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from deploypipe.batches import CropFlip
-from deploypipe.checkpoint import state_digest
-from deploypipe.data import Data, load_data
+from deploypipe.data.batches import CropFlip
+from deploypipe.data.load import Data, load_data
 from deploypipe.errors import ModelError, UsageError
-from deploypipe.evaluate import logits
-from deploypipe.finetune import TrainHook, TrainSettings, distillation_loss, evaluate, finetune, recalibrate
 from deploypipe.progress import Silent
+from deploypipe.training.checkpoint import state_digest
+from deploypipe.training.evaluate import logits
+from deploypipe.training.finetune import TrainHook, TrainSettings, distillation_loss, evaluate, finetune, recalibrate
 
 torch.set_num_threads(1)
 SETTINGS = TrainSettings(epochs=3, lr=0.05, batch_size=32, seed=3)
@@ -433,8 +433,8 @@ from pathlib import Path
 import torch
 from lightning_fabric import Fabric
 from torch.utils.data import TensorDataset
-from deploypipe.data import Data
-from deploypipe.finetune import TrainSettings, finetune
+from deploypipe.data.load import Data
+from deploypipe.training.finetune import TrainSettings, finetune
 
 torch.set_num_threads(1)
 n = int(sys.argv[1])

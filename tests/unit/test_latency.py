@@ -3,10 +3,11 @@ from dataclasses import replace
 import pytest
 
 from deploypipe.errors import TargetError
-from deploypipe.latency import Context, Entry, LatencyTable, Shape, structure_of
-from deploypipe.latency_file import Overhead
-from deploypipe.types import Graph, Group, KeepPlan, Layer, Width
-from deploypipe.widths import Steps
+from deploypipe.latency.files import Overhead
+from deploypipe.latency.table import Context, Entry, LatencyTable, Shape, structure_of
+from deploypipe.latency.widths import Steps
+from deploypipe.plan import KeepPlan
+from deploypipe.types import Graph, Group, Layer, Width
 
 STEPS = {"conv": Steps(8, 4, 1.5, (4,)), "depthwise": Steps(8, 4, 7.0), "linear": Steps()}
 SQUARE = ((3, 3), (1, 1), (1, 1), (1, 1))

@@ -1,7 +1,7 @@
 import pytest
 
-from deploypipe.latency_file import Entry
-from deploypipe.learn import alignment, learn_steps, smaller, step_of
+from deploypipe.latency.files import Entry
+from deploypipe.profiler.learn import alignment, learn_steps, smaller, step_of
 
 
 def machine(block, align, narrow):

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from deploypipe.errors import DeployPipeError, ModelError, UsageError
-from deploypipe.models import load_model, rebuild
+from deploypipe.models.load import load_model, rebuild
 
 torch.set_num_threads(1)
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -3,8 +3,8 @@ import onnx
 import onnxruntime
 import pytest
 
-from deploypipe.latency_file import Shape
-from deploypipe.probe import Probe, chain
+from deploypipe.latency.files import Shape
+from deploypipe.profiler.probe import Probe, chain
 
 ONE, THREE = (1, 1), (3, 3)
 CONV = Shape("conv", THREE, ONE, ONE, ONE, (0, 0), (8, 8), (8, 8), 1, 0)

@@ -4,18 +4,19 @@ import pytest
 import torch
 from torch import nn
 
-from deploypipe import bench, profiler
 from deploypipe.compact import compact
 from deploypipe.errors import BackendError
 from deploypipe.graph import trace
-from deploypipe.latency_file import Entry, write_device
-from deploypipe.probe import Probe
-from deploypipe.profiler import device_key, needed, profile
+from deploypipe.latency.files import Entry, write_device
+from deploypipe.latency.widths import Steps
+from deploypipe.plan import KeepPlan
+from deploypipe.profiler import bench
+from deploypipe.profiler import measure as profiler
+from deploypipe.profiler.measure import device_key, needed, profile
+from deploypipe.profiler.probe import Probe
 from deploypipe.progress import Recorder
 from deploypipe.runners.local import Local
 from deploypipe.targets import load_target
-from deploypipe.types import KeepPlan
-from deploypipe.widths import Steps
 
 STEPS = {"conv": Steps(16, 4, 1.4, (8,)), "depthwise": Steps(16, 4, 7.0), "linear": Steps(8)}
 EXAMPLE = torch.randn(1, 3, 16, 16)

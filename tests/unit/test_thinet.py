@@ -15,8 +15,8 @@ from deploypipe.compact import compact
 from deploypipe.count import MacTable
 from deploypipe.errors import UsageError
 from deploypipe.graph import trace
+from deploypipe.plan import KeepPlan
 from deploypipe.statistics import FeatureTap, images
-from deploypipe.types import KeepPlan
 from tests.toys import TOYS
 
 

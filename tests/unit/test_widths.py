@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deploypipe.latency.widths import MAX_CANDIDATES, Steps, legal_widths, reachable
 from deploypipe.types import Graph, Group, Layer, Width
-from deploypipe.widths import MAX_CANDIDATES, Steps, legal_widths, reachable
 
 BLOCKS = {"conv": Steps(16, 4, 1.5, (8, 4)), "depthwise": Steps(8, 4, 7.0), "linear": Steps(4)}
 

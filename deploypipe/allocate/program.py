@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csc_array
 
-from deploypipe.types import CostTerm, Width
+from deploypipe.cost import CostTerm
+from deploypipe.types import Width
 
 Key = tuple[tuple[str, int], ...]  # groups with their slots per channel: what a total is made of
 Floats = NDArray[np.float64]

@@ -14,12 +14,12 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from deploypipe.batches import Data, batches, n_batches
-from deploypipe.checkpoint import Checkpoint, run_key
+from deploypipe.data.batches import Data, batches, n_batches
 from deploypipe.errors import DeployPipeError, ModelError, UsageError
-from deploypipe.evaluate import Accuracy, evaluate, logits, recalibrate
 from deploypipe.progress import Reporter, Silent
-from deploypipe.training import TrainHook, TrainSettings
+from deploypipe.training.checkpoint import Checkpoint, run_key
+from deploypipe.training.evaluate import Accuracy, evaluate, logits, recalibrate
+from deploypipe.training.settings import TrainHook, TrainSettings
 
 __all__ = ["Accuracy", "TrainHook", "TrainSettings", "evaluate", "finetune", "recalibrate"]
 

@@ -9,21 +9,21 @@ from typing import Any
 
 from torch import nn
 
-from deploypipe import latency_file
 from deploypipe.backends import load_backend
 from deploypipe.backends.base import Facts, Profile
-from deploypipe.bench import HEAVY_MACS, Bench, opened
 from deploypipe.export import export_onnx, simplify_onnx
 from deploypipe.graph import trace
-from deploypipe.latency import Context, LatencyTable, Shape, structure_of, width_of
-from deploypipe.latency_file import Overhead
-from deploypipe.learn import flat, learn_steps
-from deploypipe.probe import Probe
+from deploypipe.latency import files as latency_file
+from deploypipe.latency.files import Overhead
+from deploypipe.latency.table import Context, LatencyTable, Shape, structure_of, width_of
+from deploypipe.latency.widths import AllSteps, legal_widths, reachable, steps_of
+from deploypipe.profiler.bench import HEAVY_MACS, Bench, opened
+from deploypipe.profiler.learn import flat, learn_steps
+from deploypipe.profiler.probe import Probe
 from deploypipe.progress import Reporter, Silent
 from deploypipe.runners import load_runner
 from deploypipe.targets import Target, cache_folder, load_target
 from deploypipe.types import Graph, Layer
-from deploypipe.widths import AllSteps, legal_widths, reachable, steps_of
 
 _OUT, _IN = 14, 4  # most output and input widths measured per kernel shape: time is near linear in the inputs only
 _PER_JOB = 48  # kernels timed in turns by one process

@@ -13,17 +13,18 @@ from torch import Tensor, nn
 
 from deploypipe.backends import load_backend
 from deploypipe.backends.base import Arrays, Facts
-from deploypipe.batches import count, take
 from deploypipe.compact import mask
-from deploypipe.data import Data
+from deploypipe.data.batches import count, take
+from deploypipe.data.load import Data
 from deploypipe.errors import ModelError
-from deploypipe.evaluate import evaluate, recalibrate
+from deploypipe.plan import KeepPlan
 from deploypipe.progress import Reporter
 from deploypipe.report import Check
 from deploypipe.runners import load_runner
 from deploypipe.targets import Target
-from deploypipe.training import TrainSettings
-from deploypipe.types import Graph, KeepPlan
+from deploypipe.training.evaluate import evaluate, recalibrate
+from deploypipe.training.settings import TrainSettings
+from deploypipe.types import Graph
 from deploypipe.verify import check, outputs_of, require
 
 N_INPUTS = 8  # real inputs that every verification runs on

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from deploypipe.algorithms import make
-from deploypipe.budget import parse_budget
+from deploypipe.allocate.budget import parse_budget
 from deploypipe.errors import UsageError, nearest
 from deploypipe.targets import Target, load_target
-from deploypipe.training import TrainSettings
+from deploypipe.training.settings import TrainSettings
 
 METRICS = ("latency", "macs", "params")
 

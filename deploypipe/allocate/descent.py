@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from deploypipe.types import CostTerm
+from deploypipe.cost import CostTerm
 
 Choice = dict[str, int]  # group -> number of channels that stay
 

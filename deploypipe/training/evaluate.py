@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Subset
 
-from deploypipe.batches import Augment, Samples, batches, count
+from deploypipe.data.batches import Augment, Samples, batches, count
 from deploypipe.errors import ModelError
 from deploypipe.factory import guarded
 from deploypipe.progress import Reporter, Silent

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 
-from deploypipe.latency_file import Entry, Shape
-from deploypipe.probe import Probe
-from deploypipe.widths import Steps
+from deploypipe.latency.files import Entry, Shape
+from deploypipe.latency.widths import Steps
+from deploypipe.profiler.probe import Probe
 
 Measure = Callable[[Sequence[Probe]], Mapping[Probe, Entry]]
 

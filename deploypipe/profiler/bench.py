@@ -8,8 +8,8 @@ from pathlib import Path
 
 from deploypipe.backends.base import Backend, Facts, Profile, Timing
 from deploypipe.errors import BackendError
-from deploypipe.latency_file import Entry
-from deploypipe.probe import Probe, chain
+from deploypipe.latency.files import Entry
+from deploypipe.profiler.probe import Probe, chain
 from deploypipe.runners.base import Runner
 from deploypipe.targets import Target
 

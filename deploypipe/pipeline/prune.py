@@ -8,14 +8,15 @@ from torch import nn
 
 from deploypipe.algorithms import make
 from deploypipe.algorithms.base import Problem
-from deploypipe.budget import parse_budget
+from deploypipe.allocate.budget import parse_budget
+from deploypipe.cost import CostTable
 from deploypipe.count import MacTable, ParamTable
-from deploypipe.data import load_data
+from deploypipe.data.load import load_data
 from deploypipe.graph import trace
-from deploypipe.profiler import profile
+from deploypipe.pipeline.request import Request
+from deploypipe.plan import KeepPlan
+from deploypipe.profiler.measure import profile
 from deploypipe.progress import Reporter, Silent
-from deploypipe.request import Request
-from deploypipe.types import CostTable, KeepPlan
 
 
 def prune(  # noqa: PLR0913, PLR0917 - the public surface, named arguments in practice

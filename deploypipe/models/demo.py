@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deploypipe.images import DIGITS_NORMALISE, DIGITS_SIZE
+from deploypipe.data.images import DIGITS_NORMALISE, DIGITS_SIZE
 
 N_RIGHT, N_TEST = 352, 355  # of the shipped weights
 WEIGHTS = Path(__file__).with_name("demo.safetensors")

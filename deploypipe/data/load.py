@@ -11,10 +11,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from deploypipe.batches import Augment, CropFlip, Data, Samples, count, labels_of, split, take
-from deploypipe.errors import UsageError, nearest
-from deploypipe.factory import find_factory, near_path
-from deploypipe.images import (
+from deploypipe.data.batches import Augment, CropFlip, Data, Samples, count, labels_of, split, take
+from deploypipe.data.images import (
     DIGITS_NORMALISE,
     DIGITS_SIZE,
     IMAGENET,
@@ -28,6 +26,8 @@ from deploypipe.images import (
     native_size,
     resized,
 )
+from deploypipe.errors import UsageError, nearest
+from deploypipe.factory import find_factory, near_path
 from deploypipe.progress import Reporter, Silent
 from deploypipe.targets import cache_folder
 

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from deploypipe.latency_file import Shape
+from deploypipe.latency.files import Shape
 
 _OPSET, _IR = 20, 10
 _IN = 3  # channels of a probe's input; the tensor that the kernel reads is computed from it

@@ -10,8 +10,8 @@ from types import MappingProxyType
 from typing import Any
 
 from deploypipe.errors import TargetError
+from deploypipe.latency.widths import AllSteps, Steps
 from deploypipe.types import Layer
-from deploypipe.widths import AllSteps, Steps
 
 SCHEMA = 1
 _MEASURE = "measure it again: deploypipe profile --model MODEL --target TARGET"

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
+from deploypipe.data.images import Files, Images
 from deploypipe.errors import UsageError
 from deploypipe.factory import guarded
-from deploypipe.images import Files, Images
 
 Samples = Dataset[Any]  # of (float tensor, integer label); it has a length
 Augment = Callable[[Tensor, torch.Generator], Tensor]  # (B, C, H, W) -> the same shape

@@ -12,12 +12,12 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from deploypipe.checkpoint import state_digest
-from deploypipe.demo import WEIGHTS, demo_net
+from deploypipe.data.images import IMAGENET, Normalise
 from deploypipe.errors import ModelError, UsageError, nearest
 from deploypipe.factory import find_factory, guarded, source_file
-from deploypipe.images import IMAGENET, Normalise
-from deploypipe.weights import fit_weights, read_weights
+from deploypipe.models.demo import WEIGHTS, demo_net
+from deploypipe.models.weights import fit_weights, read_weights
+from deploypipe.training.checkpoint import state_digest
 
 KINDS = ("demo", "torchvision:NAME", "timm:NAME", "file.py:factory", "package.module:factory")
 _SEED = 0

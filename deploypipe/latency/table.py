@@ -9,11 +9,13 @@ from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from deploypipe import latency_file
+from deploypipe.cost import CostTerm
 from deploypipe.errors import TargetError
-from deploypipe.latency_file import Context, Entry, Shape
-from deploypipe.types import CostTerm, Graph, KeepPlan, Layer, Width
-from deploypipe.widths import AllSteps, Steps, legal_widths, steps_of
+from deploypipe.latency import files as latency_file
+from deploypipe.latency.files import Context, Entry, Shape
+from deploypipe.latency.widths import AllSteps, Steps, legal_widths, steps_of
+from deploypipe.plan import KeepPlan
+from deploypipe.types import Graph, Layer, Width
 
 __all__ = ["Context", "Entry", "LatencyTable", "Shape", "structure_of"]
 

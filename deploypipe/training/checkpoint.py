@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deploypipe.training import TrainHook, TrainSettings
+from deploypipe.training.settings import TrainHook, TrainSettings
 
 _SCHEMA = 1
 

@@ -14,29 +14,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from deploypipe import render, saved, stages
+from deploypipe import render, saved
 from deploypipe.algorithms import make
 from deploypipe.algorithms.base import Problem
-from deploypipe.budget import parse_budget
-from deploypipe.commands import bench_artifact, inspect, profile_model
+from deploypipe.allocate.budget import parse_budget
 from deploypipe.compact import compact
+from deploypipe.cost import CostTable
 from deploypipe.count import MacTable, ParamTable
-from deploypipe.data import Data, load_data
+from deploypipe.data.load import Data, load_data
 from deploypipe.errors import BudgetError
 from deploypipe.export import export_onnx, simplify_onnx
-from deploypipe.finetune import finetune
 from deploypipe.graph import trace
-from deploypipe.latency import LatencyTable
-from deploypipe.models import Loaded, load_model
-from deploypipe.outcome import Findings, assemble
-from deploypipe.profiler import profile
+from deploypipe.latency.table import LatencyTable
+from deploypipe.models.load import Loaded, load_model
+from deploypipe.pipeline import stages
+from deploypipe.pipeline.outcome import Findings, assemble
+from deploypipe.pipeline.request import Request
+from deploypipe.plan import KeepPlan
+from deploypipe.profiler.measure import profile
 from deploypipe.progress import Reporter, Silent
 from deploypipe.report import Check, Report
-from deploypipe.request import Request
 from deploypipe.store import CHECKPOINT, Kept, Store
-from deploypipe.types import CostTable, Graph, KeepPlan
-
-__all__ = ["Request", "bench_artifact", "build", "inspect", "profile_model"]
+from deploypipe.training.finetune import finetune
+from deploypipe.types import Graph
 
 KEPT_BY_USER = "kept whole by --keep"
 

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from deploypipe.descent import Choice, Descent
+from deploypipe.allocate.descent import Choice, Descent
+from deploypipe.allocate.program import Program, Solution
+from deploypipe.cost import CostTable
 from deploypipe.errors import BudgetError, UsageError
-from deploypipe.program import Program, Solution
-from deploypipe.types import Certificate, CostTable, Graph, KeepPlan
+from deploypipe.plan import Certificate, KeepPlan
+from deploypipe.types import Graph
 
 Values = NDArray[np.float64]
 ROUNDS = 12  # solutions that turn out over budget are refused this often before the search gives up on the solver

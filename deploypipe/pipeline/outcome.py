@@ -8,15 +8,17 @@ from typing import Any
 
 from deploypipe import saved
 from deploypipe.algorithms import make
+from deploypipe.cost import CostTable
 from deploypipe.count import macs, params
-from deploypipe.data import Data
+from deploypipe.data.load import Data
 from deploypipe.doctor import versions
 from deploypipe.inspection import member_text
-from deploypipe.latency import LatencyTable
+from deploypipe.latency.table import LatencyTable
+from deploypipe.pipeline.request import Request
+from deploypipe.plan import KeepPlan
 from deploypipe.report import BudgetOutcome, Check, GroupOutcome, Latency, Report, Side
-from deploypipe.request import Request
 from deploypipe.targets import Target
-from deploypipe.types import CostTable, Graph, KeepPlan
+from deploypipe.types import Graph
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,14 +6,14 @@ from typing import Any
 from deploypipe.errors import UsageError
 from deploypipe.graph import trace
 from deploypipe.inspection import Inspection, inspect_graph
-from deploypipe.latency import LatencyTable
-from deploypipe.models import load_model
-from deploypipe.profiler import profile
+from deploypipe.latency.table import LatencyTable
+from deploypipe.latency.widths import Steps
+from deploypipe.models.load import load_model
+from deploypipe.pipeline.request import Request
+from deploypipe.pipeline.stages import Device
+from deploypipe.profiler.measure import profile
 from deploypipe.progress import Reporter, Silent
-from deploypipe.request import Request
-from deploypipe.stages import Device
 from deploypipe.types import Graph
-from deploypipe.widths import Steps
 
 
 def inspect(model: str = "demo", weights: str | Path | None = None) -> Inspection:

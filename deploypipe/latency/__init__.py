@@ -1,0 +1,1 @@
+"""Latency tables: what kernels cost by width, and what a model costs."""

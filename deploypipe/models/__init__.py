@@ -1,0 +1,1 @@
+"""Models and weights that `--model` and `--weights` name, and the embedded demo."""

@@ -1,0 +1,7 @@
+"""The chain from a trained model to a measured artifact, and the smaller commands beside it."""
+
+from deploypipe.pipeline.commands import bench_artifact, inspect, profile_model
+from deploypipe.pipeline.request import Request
+from deploypipe.pipeline.run import build
+
+__all__ = ["Request", "bench_artifact", "build", "inspect", "profile_model"]

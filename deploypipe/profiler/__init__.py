@@ -1,0 +1,1 @@
+"""Measure a latency table on its target."""
