@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deploypipe.algorithms import algorithms as algorithms
-    from deploypipe.allocate.solve import allocate as allocate
+    from deploypipe.allocation.allocate import allocate as allocate
     from deploypipe.compact import compact as compact
     from deploypipe.errors import DeployPipeError as DeployPipeError
     from deploypipe.graph import trace as trace
@@ -45,7 +45,7 @@ _EXPORTS = {  # name -> module, imported on first use: `import deploypipe` alone
     "Report": "deploypipe.report",
     "Target": "deploypipe.targets",
     "algorithms": "deploypipe.algorithms",
-    "allocate": "deploypipe.allocate.solve",
+    "allocate": "deploypipe.allocation.allocate",
     "build": "deploypipe.pipeline",
     "compact": "deploypipe.compact",
     "load": "deploypipe.saved",

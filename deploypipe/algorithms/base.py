@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from deploypipe.allocate.solve import allocate_widths, plan_of, ranking
+from deploypipe.allocation.allocate import allocate_widths, plan_of, ranking
 from deploypipe.cost import CostTable
 from deploypipe.errors import NotApplicable
 from deploypipe.plan import KeepPlan

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deploypipe.algorithms.base import Criterion, Problem, Statistics, filter_norms, producers
 from deploypipe.algorithms.options import option
-from deploypipe.allocate.solve import ranking
+from deploypipe.allocation.allocate import ranking
 from deploypipe.plan import KeepPlan
 from deploypipe.types import Graph, Group
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from deploypipe.algorithms import make
 from deploypipe.algorithms.base import Problem
-from deploypipe.allocate.budget import parse_budget
+from deploypipe.allocation.budget import parse_budget
 from deploypipe.cost import CostTable
 from deploypipe.count import MacTable, ParamTable
 from deploypipe.data.load import load_data

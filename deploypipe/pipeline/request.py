@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from deploypipe.algorithms import make
-from deploypipe.allocate.budget import parse_budget
+from deploypipe.allocation.budget import parse_budget
 from deploypipe.errors import UsageError, nearest
 from deploypipe.targets import Target, load_target
 from deploypipe.training.settings import TrainSettings

@@ -17,7 +17,7 @@ from torch import nn
 from deploypipe import render, saved
 from deploypipe.algorithms import make
 from deploypipe.algorithms.base import Problem
-from deploypipe.allocate.budget import parse_budget
+from deploypipe.allocation.budget import parse_budget
 from deploypipe.compact import compact
 from deploypipe.cost import CostTable
 from deploypipe.count import MacTable, ParamTable

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deploypipe.allocate.solve import allocate, allocate_widths
+from deploypipe.allocation.allocate import allocate, allocate_widths
 from deploypipe.cost import CostTerm
 from deploypipe.errors import BudgetError
 from deploypipe.plan import KeepPlan
@@ -185,7 +185,7 @@ def test_envelopes_keep_the_bound_valid(seed: int, net: str, price: str) -> None
     budget = 0.6 * table.predict(graph)
     best, _ = brute_force(graph, table, scores, budget)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deploypipe.allocate.program.MAX_PAIRS", 0)
+        patch.setattr("deploypipe.allocation.program.MAX_PAIRS", 0)
         if best == -np.inf:
             with pytest.raises(BudgetError, match="smallest reachable"):
                 allocate(graph, scores, table, budget, gap=0)

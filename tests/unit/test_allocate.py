@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from deploypipe.allocate.solve import allocate, allocate_widths
+from deploypipe.allocation.allocate import allocate, allocate_widths
 from deploypipe.cost import CostTerm
 from deploypipe.errors import BudgetError, ModelError, UsageError
 from deploypipe.plan import KeepPlan

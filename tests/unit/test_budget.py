@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from deploypipe.allocate.budget import parse_budget
+from deploypipe.allocation.budget import parse_budget
 from deploypipe.errors import UsageError
 
 
@@ -75,5 +75,5 @@ def test_unknown_metric_names_the_nearest() -> None:
 
 
 def test_needs_no_torch() -> None:
-    code = "import sys, deploypipe.allocate.budget; sys.exit('torch' in sys.modules)"
+    code = "import sys, deploypipe.allocation.budget; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

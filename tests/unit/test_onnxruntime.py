@@ -66,7 +66,7 @@ def test_every_layer_is_found_in_the_profile_and_the_rest_knows_what_feeds_it(pa
     assert all(kernel.feeds for kernel in profile.kernels if not kernel.weight)
     for kernel in profile.kernels:
         assert 0 < kernel.p10_us <= kernel.p90_us
-        assert kernel.runs == 20
+        assert kernel.runs >= 20
     assert profile.sum_us == pytest.approx(sum(kernel.median_us for kernel in profile.kernels))
 
 
@@ -77,7 +77,7 @@ def test_bench_interleaves_models_and_a_larger_one_takes_longer(path, target, tm
     assert timings["big"].median_us > timings["net"].median_us > 0
     for timing in timings.values():
         assert timing.p10_us <= timing.median_us <= timing.p90_us
-        assert timing.runs == 20
+        assert timing.runs >= 20
         assert timing.cpu_us
         assert timing.foreign_load is None or timing.foreign_load >= 0
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from deploypipe.allocate.descent import Choice, Descent
-from deploypipe.allocate.program import Program, Solution
+from deploypipe.allocation.descent import Choice, Descent
+from deploypipe.allocation.program import Program, Solution
 from deploypipe.cost import CostTable
 from deploypipe.errors import BudgetError, UsageError
 from deploypipe.plan import Certificate, KeepPlan
