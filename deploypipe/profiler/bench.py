@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from deploypipe.backends.base import Backend, Facts, Profile, Timing
@@ -13,9 +14,9 @@ from deploypipe.profiler.probe import Probe, chain
 from deploypipe.runners.base import Runner
 from deploypipe.targets import Target
 
-_RUNS, _FEW_RUNS, _WARMUP = 30, 10, 3  # of one kernel; few if it is long
+_RUNS, _FEW_RUNS, _WARMUP = 18, 6, 3  # of one kernel in one round; few if it is long
 HEAVY_MACS = 5_000_000  # multiply-adds of a long kernel
-_AGAIN, _CLEARLY = 2, 1.06  # how often a contradiction is looked into, and what counts as one
+_AGAIN, _CLEARLY = 3, 1.06  # how often a doubtful time is taken again, and what counts as a difference
 _LEAST_US = 0.05  # a kernel is never free, whatever noise says
 _SHORT, _LONG = 10, 110  # lengths of the chains of empty kernels
 
@@ -54,14 +55,19 @@ class Bench:
         return timer, node, max(0.0, short - node * _SHORT)
 
     def kernels(self, probes: Sequence[Probe], again: int = _AGAIN) -> dict[Probe, Entry]:
-        """Time kernels in turns; those whose times contradict each other are timed `again`, and the middle time counts."""
+        """Time kernels in two rounds, and those that are still in doubt up to `again` times more; the middle time counts.
+
+        In doubt is a time that differs between rounds, as when the machine was slower for a while, or that contradicts another.
+        """
         rounds = {probe: [entry] for probe, entry in self._round(probes).items()}
-        for _ in range(again):
-            doubtful = contradictions({probe: _middle(entries).median_us for probe, entries in rounds.items()})
-            if not doubtful:
-                break
+        doubtful: Sequence[Probe] = probes
+        for _ in range(again + 1):
             for probe, entry in self._round(doubtful).items():
                 rounds[probe].append(entry)
+            against = contradictions({probe: _middle(entries).median_us for probe, entries in rounds.items()})
+            doubtful = [probe for probe, entries in rounds.items() if probe in against or not settled(entries)]
+            if not doubtful:
+                break
         return {probe: _middle(entries) for probe, entries in rounds.items()}
 
     def _round(self, probes: Sequence[Probe]) -> dict[Probe, Entry]:
@@ -99,8 +105,14 @@ def contradictions(us: Mapping[Probe, float]) -> list[Probe]:
     return list(doubtful)
 
 
+def settled(entries: Sequence[Entry]) -> bool:
+    """Return whether two rounds agree."""
+    times = sorted(entry.median_us for entry in entries)
+    return any(high <= _CLEARLY * low + _LEAST_US for low, high in pairwise(times))
+
+
 def _middle(entries: Sequence[Entry]) -> Entry:
-    return sorted(entries, key=lambda entry: entry.median_us)[len(entries) // 2]
+    return sorted(entries, key=lambda entry: entry.median_us)[(len(entries) - 1) // 2]
 
 
 @contextmanager
