@@ -13,7 +13,7 @@ from deploypipe.errors import TargetError
 from deploypipe.latency.widths import AllSteps, Steps
 from deploypipe.types import Layer
 
-SCHEMA = 1
+SCHEMA = 2
 _MEASURE = "measure it again: deploypipe profile --model MODEL --target TARGET"
 
 
@@ -96,15 +96,20 @@ class Overhead:
     width: int
 
 
+Anchors = tuple[tuple[int, float], ...]
+
+
 @dataclass(frozen=True)
 class Context:
     """How kernels add up in one model.
 
     Attributes:
         structure: Which model, by `structure_of`.
-        scale: Layer -> time inside the dense model over time alone.
+        scale: Layer -> anchors (product of its two widths, time inside the model over time alone), ascending: one in a narrow
+            form of the model, one in the dense one. In between, the ratio is interpolated.
         overhead: All other kernels.
         whole_us: The dense model, measured as a whole without profiling.
+        narrow_us: Likewise the narrow form; None if the model cannot be narrowed.
         factor: `whole_us` over the sum of layers and overhead.
         additivity: Sum of the profiled kernels, less what profiling adds to an empty one, over `whole_us`.
         foreign_load: Of the measurement of the whole; None if unknown.
@@ -112,13 +117,21 @@ class Context:
     """
 
     structure: str
-    scale: Mapping[str, float]
+    scale: Mapping[str, Anchors]
     overhead: tuple[Overhead, ...]
     whole_us: float
+    narrow_us: float | None
     factor: float
     additivity: float
     foreign_load: float | None
     runs: int
+
+    def ratio(self, layer: str, work: int) -> float:
+        """Return the time of a layer inside the model over its time alone, at a product of widths."""
+        anchors = self.scale.get(layer, ((work, 1.0),))
+        (low, at_low), (high, at_high) = anchors[0], anchors[-1]
+        share = min(1.0, max(0.0, (work - low) / (high - low))) if high > low else 1.0
+        return at_low + share * (at_high - at_low)
 
 
 def hashed(state: Any) -> str:
@@ -213,8 +226,9 @@ def _entry(row: list[str]) -> Entry:
 
 def _context(state: dict[str, Any]) -> Context:
     state = {name: value for name, value in state.items() if name != "schema"}
+    scale = {layer: tuple((int(work), float(ratio)) for work, ratio in anchors) for layer, anchors in state["scale"].items()}
     overhead = tuple(Overhead(**{**kernel, "layers": tuple(kernel["layers"])}) for kernel in state["overhead"])
-    return Context(**{**state, "overhead": overhead, "scale": MappingProxyType(state["scale"])})
+    return Context(**{**state, "overhead": overhead, "scale": MappingProxyType(scale)})
 
 
 def _channels(layer: Layer) -> tuple[int, int]:

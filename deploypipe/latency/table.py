@@ -25,8 +25,8 @@ class LatencyTable:
     """Kernel times of one runtime on one device, and how they add up in the models that were profiled.
 
     A model costs `factor * (sum of its layers + overhead)`. A layer costs what its kernel took alone at these widths, times
-    what the same kernel took inside the dense model over what it took alone. Overhead are all other kernels, measured inside
-    the dense model; they follow the widths of the layers that feed them.
+    what the same kernel took inside the model over what it took alone, known for the dense and for a narrow form. Overhead are
+    all other kernels, measured inside the dense model; they follow the widths of the layers that feed them.
 
     Attributes:
         facts: Runtime, version, threads, precision, processor, date, and the two constants of the measuring method:
@@ -59,7 +59,7 @@ class LatencyTable:
         if graph not in self._terms:
             context = self.context(graph)
             layers = [self._layer_term(layer, context) for layer in graph.layers]
-            self._terms[graph] = (*layers, *_overhead_terms(graph, context, float(self.facts.get("node_us", 0.0))))
+            self._terms[graph] = (*layers, *overhead_terms(graph, context, float(self.facts.get("node_us", 0.0))))
         return self._terms[graph]
 
     def candidates(self, graph: Graph) -> Mapping[str, tuple[int, ...]]:
@@ -118,11 +118,10 @@ class LatencyTable:
         return cls(*latency_file.read_table(Path(folder)))
 
     def _layer_term(self, layer: Layer, context: Context) -> CostTerm:
-        scale = context.factor * context.scale.get(layer.name, 1.0)
-
         @cache
         def price(n_in: int, n_out: int) -> float:
-            return scale * self.kernel_us(layer, n_in, n_out)
+            ratio = context.ratio(layer.name, n_in * n_out)
+            return context.factor * ratio * self.kernel_us(layer, n_in, n_out)
 
         return CostTerm(layer.name, layer.n_in, layer.n_out, price)
 
@@ -149,7 +148,7 @@ def width_of(graph: Graph, layers: tuple[str, ...]) -> Width:
     return Width(const, tuple(parts.items()))
 
 
-def _overhead_terms(graph: Graph, context: Context, node_us: float) -> list[CostTerm]:
+def overhead_terms(graph: Graph, context: Context, node_us: float) -> list[CostTerm]:
     """Price the other kernels: each is a constant plus a part in proportion to the widths that feed it.
 
     Being linear, the cost of a kernel fed by several groups splits exactly into one part per group.

@@ -10,14 +10,13 @@ from typing import Any
 from torch import nn
 
 from deploypipe.backends import load_backend
-from deploypipe.backends.base import Facts, Profile
-from deploypipe.export import export_onnx, simplify_onnx
+from deploypipe.backends.base import Facts
 from deploypipe.graph import trace
 from deploypipe.latency import files as latency_file
-from deploypipe.latency.files import Overhead
-from deploypipe.latency.table import Context, LatencyTable, Shape, structure_of, width_of
+from deploypipe.latency.table import Context, LatencyTable, Shape, structure_of
 from deploypipe.latency.widths import AllSteps, legal_widths, reachable, steps_of
 from deploypipe.profiler.bench import HEAVY_MACS, Bench, opened
+from deploypipe.profiler.context import in_context
 from deploypipe.profiler.learn import flat, learn_steps
 from deploypipe.profiler.probe import Probe
 from deploypipe.progress import Reporter, Silent
@@ -27,9 +26,6 @@ from deploypipe.types import Graph, Layer
 
 _OUT, _IN = 14, 4  # most output and input widths measured per kernel shape: time is near linear in the inputs only
 _PER_JOB = 48  # kernels timed in turns by one process
-_UNSURE_US = 1.0  # a profile counts whole microseconds
-_MOST_TIMER = 2.5  # what profiling adds to a kernel inside a model, at most, over what it adds in a chain of empty kernels
-_TRUSTED = (0.85, 1.2)  # the dense model over the sum of its kernels
 
 
 def profile(
@@ -78,8 +74,8 @@ def profile(
         if any(context.structure == structure for context in table.contexts):
             tell.reused("profile model")
             return table
-        tell.stage("profile model", 2)
-        return store.keep(_in_context(store.bench, model, example, graph, table, tell))
+        tell.stage("profile model", 3)
+        return store.keep(in_context(store.bench, model, example, graph, table, tell))
 
 
 def needed(graph: Graph, steps: AllSteps) -> list[Probe]:
@@ -153,79 +149,7 @@ def _parts(probes: Sequence[Probe]) -> list[list[Probe]]:
 
 
 def device_key(facts: Facts) -> str:
-    """Return a folder name that differs whenever two measurements must not be mixed."""
+    """Return a folder name that differs whenever two measurements must not be mixed, or are written differently."""
     flags = latency_file.hashed([facts["cpu"], facts["cpu_flags"], facts["governor"]])[:8]
     runtime = f"{facts['runtime']}-{facts['version']}"
-    return f"{runtime}-{facts['arch']}-{facts['threads']}t-{facts['precision']}-{flags}"
-
-
-def _exported(model: nn.Module, example: Any, target: Target, folder: Path) -> Path:
-    path = export_onnx(model, example, folder / "model.onnx", target.build.opset).path
-    return simplify_onnx(path, folder / "simple.onnx").path if target.build.simplify else path
-
-
-def _in_context(bench: Bench, model: nn.Module, example: Any, graph: Graph, table: LatencyTable, reporter: Reporter) -> Context:
-    """Time the dense model as a whole and kernel by kernel."""
-    path = _exported(model, example, bench.target, bench.folder)
-    whole = bench.whole({"model": path})["model"]
-    reporter.advance(1, f"{whole.quiet_us:.0f} us")
-    if whole.busy:
-        reporter.note(
-            f"other programs took {whole.foreign_load:.0%} of the measured core: latency is taken from processor time; "
-            "measure again on a quiet machine"
-        )
-    profiled = bench.profiles({"model": path}, bench.target)["model"]
-    reporter.advance(2)
-    session = float(table.facts["session_us"])
-    spent, n_kernels = profiled.sum_us - (whole.quiet_us - session), len(profiled.kernels)
-    # Profiling adds more to a kernel between others than in a chain of empty ones; by how much, the whole model tells.
-    timer = min(max(spent / n_kernels, bench.timer_us), _MOST_TIMER * bench.timer_us)
-    scale, overhead = _split(replace(bench, timer_us=timer), profiled, graph, table)
-    overhead = (*overhead, Overhead("session", "run", session, (), 0))
-    dense = graph.kept()
-    layers = (
-        table.kernel_us(layer, layer.n_in.at(dense), layer.n_out.at(dense)) * scale.get(layer.name, 1.0)
-        for layer in graph.layers
-    )
-    total = sum(layers) + sum(kernel.us for kernel in overhead)
-    additivity = (profiled.sum_us - n_kernels * bench.timer_us + session) / whole.quiet_us
-    found = Context(
-        structure_of(graph), scale, overhead, whole.quiet_us, whole.quiet_us / total, additivity, whole.foreign_load, whole.runs
-    )
-    _judge(found, graph, reporter)
-    return found
-
-
-def _judge(context: Context, graph: Graph, reporter: Reporter) -> None:
-    """Tell the user what makes the table less trustworthy."""
-    if not _TRUSTED[0] <= context.factor <= _TRUSTED[1]:
-        reporter.note(
-            f"the dense model takes {context.factor:.2f} times the sum of its kernels: predictions are less certain than usual"
-        )
-    unseen = [layer.name for layer in graph.layers if layer.name not in context.scale]
-    if unseen:
-        names = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
-        reporter.note(
-            f"{len(unseen)} layers have no kernel of their own in the runtime's profile and are priced alone: {names}"
-        )
-
-
-def _split(bench: Bench, profiled: Profile, graph: Graph, table: LatencyTable) -> tuple[dict[str, float], tuple[Overhead, ...]]:
-    """Tell layers from other kernels: what each layer takes in context over alone, and what the others cost."""
-    dense = graph.kept()
-    calls: dict[str, list[Layer]] = {}
-    for layer in graph.layers:
-        calls.setdefault(layer.weight, []).append(layer)
-    names = {weight: layers[0].name for weight, layers in calls.items()}
-    scale: dict[str, float] = {}
-    overhead = []
-    for kernel in profiled.kernels:
-        us = bench.net(kernel.median_us)
-        if calls.get(kernel.weight):
-            layer = calls[kernel.weight].pop(0)  # a shared layer runs once for each of its calls, in order
-            alone = table.kernel_us(layer, layer.n_in.at(dense), layer.n_out.at(dense))
-            scale[layer.name] = (us + _UNSURE_US) / (alone + _UNSURE_US)
-        else:
-            layers = tuple(dict.fromkeys(names[weight] for weight in kernel.feeds if weight in names))
-            overhead.append(Overhead(kernel.name, kernel.op, us, layers, width_of(graph, layers).at(dense)))
-    return scale, tuple(overhead)
+    return f"{runtime}-{facts['arch']}-{facts['threads']}t-{facts['precision']}-{flags}-v{latency_file.SCHEMA}"

@@ -43,7 +43,8 @@ def entries(layer, ins, outs):
 
 
 def context(net, *overhead, scale=None, factor=1.0):
-    return Context(structure_of(net), scale or {}, overhead, 100.0, factor, 1.0, 0.0, 100)
+    anchors = {name: ((1, ratio),) if isinstance(ratio, float) else ratio for name, ratio in (scale or {}).items()}
+    return Context(structure_of(net), anchors, overhead, 100.0, None, factor, 1.0, 0.0, 100)
 
 
 @pytest.fixture
@@ -94,6 +95,20 @@ def test_context_scales_layers_and_the_factor_everything(net, kernels):
     plain = LatencyTable({}, STEPS, kernels, (context(net),))
     scaled = LatencyTable({}, STEPS, kernels, (context(net, scale={"b": 2.0}, factor=1.25),))
     assert scaled.predict(net) == pytest.approx(1.25 * (plain.predict(net) + us(32, 16)))
+
+
+def test_between_its_anchors_a_layers_ratio_is_interpolated_and_kept_outside(net, kernels):
+    plain = LatencyTable({}, STEPS, kernels, (context(net),))
+    scaled = LatencyTable({}, STEPS, kernels, (context(net, scale={"b": ((16 * 8, 1.2), (32 * 16, 2.0))}),))
+
+    def ratio(a, b):
+        chosen = plan(a=a, b=b)
+        return 1 + (scaled.predict(net, chosen) - plain.predict(net, chosen)) / us(a, b)
+
+    assert ratio(32, 16) == pytest.approx(2.0)
+    assert ratio(16, 8) == pytest.approx(1.2)
+    assert ratio(8, 8) == pytest.approx(1.2)
+    assert ratio(32, 8) == pytest.approx(1.2 + 0.8 * (256 - 128) / (512 - 128))
 
 
 @pytest.mark.parametrize(("n_in", "n_out", "same"), [(20, 16, (24, 16)), (8, 12, (8, 16)), (1, 8, None), (30, 16, None)])
@@ -173,7 +188,7 @@ def test_saving_and_loading_is_the_identity(net, kernels, tmp_path):
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
-        ("device.json", '"schema": 1', '"schema": 9', "schema 9, this version reads 1"),
+        ("device.json", '"schema": 2', '"schema": 9', "schema 9, this version reads 2"),
         ("device.json", "{", "", "damaged"),
         ("device.json", '"steps"', '"stops"', "malformed"),
         ("kernels.csv", "n_in", "inputs", "other columns"),
