@@ -596,6 +596,31 @@ def own_attention() -> Toy:
 
 
 @toy
+def channel_attention() -> Toy:
+    """Cross-covariance attention: the scores are channels by channels."""
+
+    def f(m: Any, x: Tensor) -> Tensor:
+        y = m.stem(x).flatten(2).transpose(1, 2)
+        b, n, c = y.shape
+        q, k, v = m.qkv(y).reshape(b, n, 3, 2, c // 2).permute(2, 0, 3, 4, 1).unbind(0)
+        a = (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)).softmax(-1)
+        return m.fc2(F.relu(m.fc1(y + (a @ v).permute(0, 3, 1, 2).reshape(b, n, c))))
+
+    return Fn(f, stem=cbr(3, 8), qkv=nn.Linear(8, 24), fc1=nn.Linear(8, 12), fc2=nn.Linear(12, 4)), (image(),)
+
+
+@toy
+def width_of_a_constant() -> Toy:
+    def f(m: Any, x: Tensor) -> Tensor:
+        y = m.stem(x)
+        return m.out(y * m.table.view(y.shape[1], 1, 1))
+
+    model = Fn(f, stem=cbr(3, 8), out=conv(8, 4))
+    model.table = torch.randn(8)
+    return model, (image(),)
+
+
+@toy
 def fused_attention() -> Toy:
     def f(m: Any, x: Tensor) -> Tensor:
         y = m.stem(x).flatten(2).transpose(1, 2)

@@ -34,7 +34,15 @@ def reshape(state: State, call: Call) -> Layers:
         else:
             state.ledger.freeze(after, f"{call.where}: reshaped to a size that is written in forward")
             layers.append(after)
+    _refuse_borrowed(state, call, sizes or [], layers)
     return tuple(layers)
+
+
+def _refuse_borrowed(state: State, call: Call, sizes: Sequence[Any], layers: Sequence[Labels]) -> None:
+    """Freeze channels whose number is written as the size of an axis on which no channels lie."""
+    for axis, size in enumerate(sizes):
+        if isinstance(size, Dim) and size.source is not None and not any(axis in varies(labels) for labels in layers):
+            state.ledger.freeze(size.source, f"{call.where}: its number of channels is the size of another tensor's axis")
 
 
 def _reshaped(labels: Labels, shape: Sequence[int]) -> Labels:

@@ -172,6 +172,8 @@ class _Sizes(TorchFunctionMode):
             return self._attention(func, args, kwargs)
         if func in _SIZED:
             written = [*args[_SIZED[func] :], *kwargs.values()]
+            if not self.tracer.state.layers_of(args[0]):  # no rule will look at it: a width must not leave this way
+                self._let_go((args[1:], kwargs), func)
             nested = bool(written) and isinstance(written[0], (tuple, list))
             if func in (torch.Tensor.split, torch.split):
                 self.tracer.sizes = written if next(dims_in(written[:1]), None) is not None else None
@@ -181,10 +183,14 @@ class _Sizes(TorchFunctionMode):
                 return func(*args, **kwargs)
             finally:
                 self.tracer.sizes = None
-        for size in dims_in((args, kwargs)):
-            if size.source is not None and func is not torch.Tensor.__getitem__:
-                self._escape(size.source, f"used as an argument of {getattr(func, '__name__', func)}")
+        if func is not torch.Tensor.__getitem__:
+            self._let_go((args, kwargs), func)
         return func(*args, **kwargs)
+
+    def _let_go(self, arguments: Any, func: Any) -> None:
+        for size in dims_in(arguments):
+            if size.source is not None:
+                self._escape(size.source, f"used as an argument of {getattr(func, '__name__', func)}")
 
     def _sized(self, tensor: Tensor, shape: Any, dim: tuple[Any, ...]) -> Any:
         layers = self.tracer.state.layers_of(tensor) if hasattr(tensor, LABELS) else ()
