@@ -39,6 +39,8 @@ class _Channels:
     def __init__(self, state: State) -> None:
         self.state, ledger = state, state.ledger
         self.of = _components(ledger)  # label -> channel
+        self._of = np.append(self.of, -1)  # so that label -1 looks up channel -1
+        self._vectors: dict[int, tuple[Vector, NDArray[np.int64]]] = {}
         self.n = int(self.of.max()) + 1 if len(self.of) else 0
         self.first = np.full(self.n, len(self.of), dtype=np.int64)  # channel -> its lowest label
         np.minimum.at(self.first, self.of, np.arange(len(self.of)))
@@ -68,8 +70,11 @@ class _Channels:
         return frozen
 
     def vector(self, labels: Vector) -> NDArray[np.int64]:
-        """Return the channel of each label, -1 where there is none."""
-        return np.where(labels >= 0, self.of[np.maximum(labels, 0)], -1) if self.n else labels.astype(np.int64)
+        """Return the channel of each label, -1 where there is none; the same vectors come again and again."""
+        known = self._vectors.get(id(labels))
+        if known is None:
+            known = self._vectors[id(labels)] = (labels, self._of[labels])
+        return known[1]
 
     def groups(self) -> tuple[Group, ...]:
         """Sort the channels into groups: equal slots in equal axes, equal fate."""
@@ -154,6 +159,7 @@ class _Widths:
     groups: tuple[Group, ...]
 
     def __post_init__(self) -> None:
+        self.known: dict[int, tuple[Vector, NDArray[np.int64], list[tuple[int, int]]]] = {}
         self.home = np.full(self.channels.n + 1, -1, dtype=np.int64)  # channel -> group
         self.rank = np.full(self.channels.n + 1, -1, dtype=np.int64)  # channel -> index inside the group
         for i, group in enumerate(self.groups):
@@ -163,13 +169,20 @@ class _Widths:
             self.home[vector[mine]] = i
             self.rank[vector[mine]] = member.owner[mine]
 
+    def _homes(self, labels: Vector) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
+        """Return the group of each slot of a label vector, and (group, number of slots) for each group that has some."""
+        if id(labels) not in self.known:
+            homes = self.home[self.channels.vector(labels)]
+            counts = np.bincount(homes + 1, minlength=1)
+            found = [(int(i), int(counts[i + 1])) for i in np.flatnonzero(counts[1:])]
+            self.known[id(labels)] = (labels, homes, found)
+        return self.known[id(labels)][1:]
+
     def width(self, labels: Vector, divisor: int = 1) -> Width:
         """Return the length of a label vector, divided by `divisor`, as a function of the plan."""
-        homes = self.home[self.channels.vector(labels)]
         parts, const = [], len(labels)
-        for i in np.unique(homes[homes >= 0]).tolist():
+        for i, slots in self._homes(labels)[1]:
             group = self.groups[i]
-            slots = int((homes == i).sum())
             if group.fixed:
                 continue
             per_channel, rest = divmod(slots, group.size * divisor)
@@ -198,17 +211,17 @@ class _Widths:
     def attributes(self) -> list[Attribute]:
         """Return the integers to keep true; a module that is called several times counts once."""
         found: dict[tuple[str, str, int | None], Attribute] = {}
+        owners: dict[int, dict[str, NDArray[np.int64]]] = {}
         for use in self.channels.state.attributes:
-            vector = self.channels.vector(use.labels)
-            homes, ranks = self.home[vector], self.rank[vector]
-            owners = {
-                self.groups[i].name: np.where(homes == i, ranks, -1)
-                for i in np.unique(homes[homes >= 0]).tolist()
-                if not self.groups[i].fixed
-            }
-            if owners:
-                found.setdefault(
-                    (use.module, use.name, use.index),
-                    Attribute(use.module, use.name, len(vector), use.divisor, use.index, owners),
-                )
+            key = id(use.labels)
+            if key not in owners:
+                homes, groups = self._homes(use.labels)
+                ranks = self.rank[self.channels.vector(use.labels)]
+                owners[key] = {
+                    self.groups[i].name: np.where(homes == i, ranks, -1) for i, _ in groups if not self.groups[i].fixed
+                }
+            if owners[key]:
+                size = len(use.labels)
+                attribute = Attribute(use.module, use.name, size, use.divisor, use.index, owners[key])
+                found.setdefault((use.module, use.name, use.index), attribute)
         return list(found.values())

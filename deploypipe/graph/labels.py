@@ -14,18 +14,42 @@ from torch import Tensor
 
 Labels = Tensor
 Vector = NDArray[np.int32]
+_ALONG = "_deploypipe_along"  # on labels that change along one axis only: that axis and the vector
+
+
+def along(labels: Labels) -> tuple[int, Vector] | None:
+    """Return the axis and the vector of labels that were spread along one axis: the common case, and the quick one."""
+    found: tuple[int, Vector] | None = getattr(labels, _ALONG, None)
+    return found
 
 
 def varies(labels: Labels) -> tuple[int, ...]:
     """Return the axes along which the labels change."""
+    spread = along(labels)
+    if spread is not None:
+        return (spread[0],)
     return tuple(d for d, (n, stride) in enumerate(zip(labels.shape, labels.stride(), strict=True)) if n > 1 and stride != 0)
 
 
-def expand_along(vector: Tensor, axis: int, shape: Sequence[int]) -> Labels:
+def expand_along(vector: Vector, axis: int, shape: Sequence[int]) -> Labels:
     """Spread a vector of labels along `axis` of `shape`."""
-    view = [1] * len(shape)
-    view[axis] = vector.numel()
-    return vector.view(view).expand(shape)
+    strides = [0] * len(shape)
+    strides[axis] = 1
+    vector = np.ascontiguousarray(vector)
+    labels = torch.from_numpy(vector).as_strided(shape, strides)
+    if len(vector) > 1:
+        setattr(labels, _ALONG, (axis, vector))
+    return labels
+
+
+def widen(labels: Labels, shape: Sequence[int]) -> Labels:
+    """Broadcast labels to `shape`, as the tensors that they describe were."""
+    if labels.shape == shape:
+        return labels
+    spread = along(labels)
+    if spread is not None:
+        return expand_along(spread[1], spread[0] + len(shape) - labels.dim(), shape)
+    return labels.expand(shape)
 
 
 def tighten(labels: Labels) -> Labels:
@@ -34,7 +58,8 @@ def tighten(labels: Labels) -> Labels:
         first = labels.narrow(axis, 0, 1)
         if bool((labels == first).all()):
             labels = first.expand(labels.shape)
-    return labels
+    axes = varies(labels)
+    return expand_along(flat(labels), axes[0], labels.shape) if len(axes) == 1 else labels
 
 
 def drop_axes(labels: Labels, axes: Iterable[int]) -> Labels:
@@ -46,6 +71,9 @@ def drop_axes(labels: Labels, axes: Iterable[int]) -> Labels:
 
 def flat(labels: Labels) -> Vector:
     """Return the labels as a flat numpy vector, one entry per distinct position."""
+    spread = along(labels)
+    if spread is not None:
+        return spread[1]
     result: Vector = drop_axes(labels, (d for d in range(labels.dim()) if d not in varies(labels))).reshape(-1).numpy()
     return result
 
@@ -61,10 +89,10 @@ class Ledger:
         self.same_width: list[tuple[Vector, Vector, str]] = []
         self.couplings: list[tuple[int, int, str]] = []
 
-    def fresh(self, n: int) -> Tensor:
+    def fresh(self, n: int) -> Vector:
         """Return `n` new labels."""
         self.count += n
-        return torch.arange(self.count - n, self.count, dtype=torch.int32)
+        return np.arange(self.count - n, self.count, dtype=np.int32)
 
     def freeze(self, labels: Labels, reason: str) -> None:
         """Keep the channels with these labels whole."""
@@ -76,7 +104,12 @@ class Ledger:
 
     def tie(self, a: Labels, b: Labels, why: str) -> None:
         """Tie the labels of two tensors of equal shape, position by position; a tie with -1 freezes."""
-        if a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.shape == b.shape:
+        if a is b:
+            return
+        one, other = along(a), along(b)
+        if one is not None and other is not None and one[0] == other[0]:
+            if one[1] is not other[1]:
+                self.tie_flat(one[1], other[1], why)
             return
         both = set(varies(a)) | set(varies(b))
         rest = [d for d in range(a.dim()) if d not in both]

@@ -134,7 +134,7 @@ def expand(state: State, call: Call) -> Layers:
         grown = out.shape[axis] > 1 and (axis < lead or x.shape[axis - lead] == 1)
         written = call.sizes is not None and len(call.sizes) == out.dim()
         if grown and written and type(call.sizes[axis]) is int:  # type: ignore[index]
-            layers += (expand_along(torch.from_numpy(constant(out.shape[axis])), axis, out.shape),)
+            layers += (expand_along(constant(out.shape[axis]), axis, out.shape),)
     return layers
 
 

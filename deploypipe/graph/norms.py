@@ -1,9 +1,8 @@
 """Rules of the normalisations."""
 
 import numpy as np
-import torch
 
-from deploypipe.graph.labels import Vector, expand_along, varies
+from deploypipe.graph.labels import Vector, along, expand_along, varies
 from deploypipe.graph.tracer import Call, Layers, State
 
 
@@ -24,7 +23,7 @@ def per_channel_norm(state: State, call: Call) -> Layers:
             continue
         vector = state.collapse(labels, 1, call.where)
         _carry(state, call, vector, "num_features")
-        layers.append(expand_along(torch.from_numpy(vector), 1, x.shape))
+        layers.append(labels if along(labels) else expand_along(vector, 1, x.shape))
     return tuple(layers)
 
 
@@ -42,7 +41,7 @@ def layer_norm(state: State, call: Call) -> Layers:
             state.ledger.normalise(labels)
             if not state.attribute(call, "normalized_shape", vector, index=position) and not call.sizes:
                 state.ledger.freeze(labels, f"{call.where}: normalised shape is written in forward")
-            layers.append(expand_along(torch.from_numpy(vector), axis, x.shape))
+            layers.append(expand_along(vector, axis, x.shape))
             continue
         if inside:
             state.ledger.freeze(labels, f"{call.where}: channels lie along several normalised axes")
@@ -64,5 +63,5 @@ def group_norm(state: State, call: Call) -> Layers:
             state.ledger.tie_flat(vector, first, f"{call.where}: channels of one norm group")
             if not state.attribute(call, "num_groups", vector, divisor=len(vector) // groups):
                 state.ledger.freeze(labels, f"{call.where}: the number of groups is written in forward, not in a module")
-        layers.append(expand_along(torch.from_numpy(vector), 1, x.shape))
+        layers.append(expand_along(vector, 1, x.shape))
     return tuple(layers)

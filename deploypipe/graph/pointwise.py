@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from deploypipe.graph.labels import Labels, varies
+from deploypipe.graph.labels import Labels, varies, widen
 from deploypipe.graph.tracer import Call, Layers, State, tensors_in
 
 
@@ -13,7 +13,7 @@ def elementwise(state: State, call: Call) -> Layers:
     merged: list[Labels] = []
     for tensor in operands:
         for labels in state.layers_of(tensor):
-            _merge(state, call, merged, labels.expand(shape))
+            _merge(state, call, merged, widen(labels, shape))
     for labels in merged:
         for axis in varies(labels):
             for tensor in operands:

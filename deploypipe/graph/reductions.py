@@ -3,7 +3,7 @@
 import numpy as np
 from torch import Tensor
 
-from deploypipe.graph.labels import drop_axes, varies
+from deploypipe.graph.labels import along, drop_axes, expand_along, varies
 from deploypipe.graph.tracer import Call, Layers, Rule, State, spread, tensors_in
 
 
@@ -16,6 +16,10 @@ def over_space(n: int) -> Rule:
         layers = []
         for labels in state.layers_of(x):
             space = [d for d in varies(labels) if d >= x.dim() - n]
+            spread = along(labels)
+            if spread is not None and not space:
+                layers.append(expand_along(spread[1], spread[0], out.shape))
+                continue
             calm = state.ledger.tie_all(labels, space, call.where) if space else labels
             layers.append(drop_axes(calm, range(x.dim() - n, x.dim())).expand(out.shape))
         return [tuple(layers) for _ in call.out] if isinstance(call.out, (tuple, list)) else tuple(layers)
@@ -55,6 +59,11 @@ def reduce(state: State, call: Call) -> Layers | list[Layers]:
     outs = call.out if isinstance(call.out, (tuple, list)) else [call.out]
     layers = []
     for labels in off:
+        spread = along(labels)
+        if spread is not None:
+            moved = spread[0] - (0 if outs[0].dim() == x.dim() else sum(d < spread[0] for d in axes))
+            layers.append(expand_along(spread[1], moved, outs[0].shape))
+            continue
         small = drop_axes(labels, axes)
         if outs[0].dim() < x.dim():
             small = small.squeeze(tuple(axes))

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deploypipe.errors import ModelError
-from deploypipe.graph.dims import Dim, dims_in
+from deploypipe.graph.dims import Dim, dims_in, may_hold_dims
 from deploypipe.graph.groups import build_graph
 from deploypipe.graph.labels import Labels, varies
 from deploypipe.graph.rules import rule_for
@@ -183,7 +183,7 @@ class _Sizes(TorchFunctionMode):
                 return func(*args, **kwargs)
             finally:
                 self.tracer.sizes = None
-        if func is not torch.Tensor.__getitem__:
+        if func is not torch.Tensor.__getitem__ and may_hold_dims(args, kwargs):
             self._let_go((args, kwargs), func)
         return func(*args, **kwargs)
 

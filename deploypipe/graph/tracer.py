@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from deploypipe.graph.labels import Labels, Ledger, Vector, drop_axes, expand_along, flat, varies
+from deploypipe.graph.labels import Labels, Ledger, Vector, along, drop_axes, expand_along, flat, varies
 from deploypipe.types import Kind, Role
 
 LABELS = "_deploypipe_labels"  # attribute on activations; parameters are looked up by identity
@@ -78,16 +77,24 @@ class State:
         self.modules = dict(model.named_modules())
         self.names: dict[int, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if id(tensor) not in self.names:
-                self.names[id(tensor)] = name
-                self.shapes[name] = tuple(tensor.shape)
-        self.buffers = frozenset(name for name, _ in model.named_buffers())
+        self._name("_parameters")
+        n_parameters = len(self.shapes)
+        self._name("_buffers")
+        self.buffers = frozenset(list(self.shapes)[n_parameters:])
         self.axes: dict[tuple[str, int], Vector] = {}
         self.roles: dict[tuple[str, int], Role] = {}
         self.layers: list[LayerCall] = []
         self.attributes: list[AttributeUse] = []
         self.owner_axis: list[tuple[int, int, tuple[str, int]]] = []  # label ranges born on a parameter axis
+
+    def _name(self, table: str) -> None:
+        """Name the tensors of every module as `named_parameters` and `named_buffers` do, in one quick pass."""
+        for path, module in self.modules.items():
+            for leaf, tensor in getattr(module, table).items():
+                if tensor is not None and id(tensor) not in self.names:
+                    name = f"{path}.{leaf}" if path else leaf
+                    self.names[id(tensor)] = name
+                    self.shapes[name] = tuple(tensor.shape)
 
     def layers_of(self, tensor: Any) -> tuple[Labels, ...]:
         """Return the label layers of an activation, or one layer for each axis of a parameter."""
@@ -97,9 +104,7 @@ class State:
         if name is None:
             return getattr(tensor, LABELS, ())
         return tuple(
-            expand_along(torch.from_numpy(self.axis(name, axis, "carries")), axis, tensor.shape)
-            for axis, n in enumerate(tensor.shape)
-            if n > 1
+            expand_along(self.axis(name, axis, "carries"), axis, tensor.shape) for axis, n in enumerate(tensor.shape) if n > 1
         )
 
     def axis(self, name: str, axis: int, role: Role) -> Vector:
@@ -107,7 +112,7 @@ class State:
         key = (name, axis)
         if key not in self.axes:
             start = self.ledger.count
-            self.axes[key] = self.ledger.fresh(self.shapes[name][axis]).numpy()
+            self.axes[key] = self.ledger.fresh(self.shapes[name][axis])
             self.owner_axis.append((start, self.ledger.count, key))
         self._set_role(key, role)
         return self.axes[key]
@@ -151,6 +156,9 @@ class State:
 
     def collapse(self, labels: Labels, axis: int, where: str) -> Vector:
         """Return one label for each position of `axis`; labels that differ along other axes are tied."""
+        spread = along(labels)
+        if spread is not None and spread[0] == axis:
+            return spread[1]
         others = [d for d in varies(labels) if d != axis]
         if others:
             labels = self.ledger.tie_all(labels, others, where)
@@ -191,7 +199,7 @@ def spread(vector: Vector, axis: int, out: Tensor) -> tuple[Labels, ...]:
     """Return the layers of an activation with these labels along `axis`; none if there is no channel at all."""
     if not (vector >= 0).any():
         return ()
-    return (expand_along(torch.from_numpy(np.ascontiguousarray(vector)), axis, out.shape),)
+    return (expand_along(vector, axis, out.shape),)
 
 
 def tensors_in(values: Any) -> list[Tensor]:
