@@ -102,11 +102,3 @@ def dims_in(values: Any) -> Iterator[Dim]:
         yield from dims_in((values.start, values.stop, values.step))
     elif isinstance(values, dict):
         yield from dims_in(tuple(values.values()))
-
-
-_CONTAINERS = (Dim, tuple, list, slice)
-
-
-def may_hold_dims(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Say quickly whether `dims_in` can find anything: most calls have tensors and plain numbers only."""
-    return any(isinstance(value, _CONTAINERS) for value in (*args, *kwargs.values()))

@@ -83,16 +83,21 @@ class _Channels:
         slots = _slot_counts(axes, self.n)
         produced = np.array([self.state.roles[key] == "produces" for key in keys], dtype=np.uint64)
         real = np.flatnonzero(slots @ produced)  # the rest are axes of parameters that no layer produces
-        order = real[np.argsort(self.first[real], kind="stable")]
-        family = _families(slots[order], self.reason[order], self.normalised[order])
+        real = real[np.argsort(self.first[real], kind="stable")]
         coupled = self._coupled_by()
         names: dict[str, int] = {}
         groups = []
-        for i in range(int(family.max()) + 1 if len(family) else 0):
-            channels = order[family == i]
-            found = np.sort(slots[[channels[0]]].indices)
+        for channels in _families(self._signatures(slots)[real], real):
+            found = np.sort(slots.indices[slots.indptr[channels[0]] : slots.indptr[channels[0] + 1]])
             groups.append(self._group(channels, [(keys[k], axes[k]) for k in found], names, coupled))
         return tuple(groups)
+
+    def _signatures(self, slots: csr_array) -> NDArray[np.uint64]:
+        """Return a random 64-bit sum of what each channel owns and of its fate: equal only for equal channels."""
+        random = np.random.default_rng(0)
+        weights = random.integers(0, 2**64, size=slots.shape[1], dtype=np.uint64)
+        fates = random.integers(0, 2**64, size=(len(self.reasons), 2), dtype=np.uint64)
+        return slots @ weights + fates[self.reason, self.normalised.astype(np.int64)]
 
     def _group(
         self,
@@ -131,14 +136,14 @@ def _slot_counts(axes: list[NDArray[np.int64]], n: int) -> csr_array:
     return csr_array((np.ones(len(rows), dtype=np.uint64), (rows, columns)), shape=(n, len(axes)))
 
 
-def _families(slots: csr_array, reason: NDArray[np.int64], normalised: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Number the distinct rows in order of appearance, by two random 64-bit sums of each row."""
-    weights = np.random.default_rng(0).integers(0, 2**64, size=(slots.shape[1], 2), dtype=np.uint64)
-    rows = np.column_stack([slots @ weights, reason.astype(np.uint64), normalised.astype(np.uint64)])
-    _, first, inverse = np.unique(rows, axis=0, return_index=True, return_inverse=True)
-    rank = np.empty(len(first), dtype=np.int64)
-    rank[np.argsort(first)] = np.arange(len(first))
-    return rank[inverse.reshape(-1)]
+def _families(signatures: NDArray[np.uint64], channels: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Split channels into runs of equal signature, in order of first appearance."""
+    if not len(channels):
+        return []
+    order = np.argsort(signatures, kind="stable")
+    starts = np.flatnonzero(np.diff(signatures[order], prepend=signatures[order[0]] - np.uint64(1)))
+    parts = np.split(channels[order], starts[1:])
+    return [parts[i] for i in np.argsort(order[starts])]
 
 
 def _components(ledger: Ledger) -> NDArray[np.int64]:

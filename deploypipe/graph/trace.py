@@ -6,7 +6,7 @@ source and keeps the sizes that `forward` wrote.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deploypipe.errors import ModelError
-from deploypipe.graph.dims import Dim, dims_in, may_hold_dims
+from deploypipe.graph.dims import Dim, dims_in
 from deploypipe.graph.groups import build_graph
 from deploypipe.graph.labels import Labels, varies
 from deploypipe.graph.rules import rule_for
@@ -126,14 +126,23 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return result
         out = func(*args, **kwargs)
         self.ops[name] += 1
-        tensors = [*tensors_in(args), *tensors_in(tuple(kwargs.values()))]
-        if any(hasattr(t, LABELS) or id(t) in self.state.names for t in tensors):
+        if self._concerns_us(args) or self._concerns_us(kwargs.values()):
             with torch._C.DisableTorchFunction():
                 bound = dict(zip(names, defaults, strict=True)) | dict(zip(names, args, strict=False)) | kwargs
                 rest = args[1:]
                 bound["func"] = lambda labels: func(labels, *rest, **kwargs)
                 self._apply(rule, Call(name, bound, out, self.module, self.sizes))
         return out
+
+    def _concerns_us(self, values: Iterable[Any]) -> bool:
+        """Say whether an activation with labels, a parameter or a buffer is among (nested) arguments."""
+        for value in values:
+            if isinstance(value, Tensor):
+                if id(value) in self.state.names or hasattr(value, LABELS):
+                    return True
+            elif isinstance(value, (tuple, list)) and self._concerns_us(value):
+                return True
+        return False
 
     def _row(self, func: Any) -> tuple[Rule | None, str, tuple[str, ...], tuple[Any, ...]]:
         if func not in self._rules:
@@ -163,6 +172,7 @@ class _Sizes(TorchFunctionMode):
     def __init__(self, tracer: _Tracer) -> None:
         super().__init__()
         self.tracer = tracer
+        self.measured = False  # whether a number of channels was ever read: until then no call can hold one
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -183,7 +193,7 @@ class _Sizes(TorchFunctionMode):
                 return func(*args, **kwargs)
             finally:
                 self.tracer.sizes = None
-        if func is not torch.Tensor.__getitem__ and may_hold_dims(args, kwargs):
+        if self.measured and func is not torch.Tensor.__getitem__:
             self._let_go((args, kwargs), func)
         return func(*args, **kwargs)
 
@@ -197,6 +207,7 @@ class _Sizes(TorchFunctionMode):
 
         def measure(value: int, axis: int) -> Dim:
             source: Labels | None = next((labels for labels in layers if axis in varies(labels)), None)
+            self.measured = self.measured or source is not None
             return Dim(value, source, self._escape)
 
         if dim and dim[0] is not None:
