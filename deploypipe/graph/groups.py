@@ -78,26 +78,50 @@ class _Channels:
 
     def groups(self) -> tuple[Group, ...]:
         """Sort the channels into groups: equal slots in equal axes, equal fate."""
-        keys = list(self.state.axes)
-        axes = [self.vector(self.state.axes[key]) for key in keys]
-        slots = _slot_counts(axes, self.n)
-        produced = np.array([self.state.roles[key] == "produces" for key in keys], dtype=np.uint64)
-        real = np.flatnonzero(slots @ produced)  # the rest are axes of parameters that no layer produces
-        real = real[np.argsort(self.first[real], kind="stable")]
-        coupled = self._coupled_by()
-        names: dict[str, int] = {}
-        groups = []
-        for channels in _families(self._signatures(slots)[real], real):
-            found = np.sort(slots.indices[slots.indptr[channels[0]] : slots.indptr[channels[0] + 1]])
-            groups.append(self._group(channels, [(keys[k], axes[k]) for k in found], names, coupled))
-        return tuple(groups)
+        axes: dict[int, tuple[NDArray[np.int64], list[Key]]] = {}  # parameters of one norm share a vector: look at it once
+        for key, labels in self.state.axes.items():
+            axes.setdefault(id(labels), (self.vector(labels), []))[1].append(key)
+        families = self._families(list(axes.values()))
+        family = np.full(self.n + 1, -1, dtype=np.int64)  # the last entry serves slots without a channel
+        rank = np.full(self.n + 1, -1, dtype=np.int64)
+        for i, channels in enumerate(families):
+            family[channels], rank[channels] = i, np.arange(len(channels))
+        members: list[dict[Key, NDArray[np.int64]]] = [{} for _ in families]
+        for vector, keys in axes.values():
+            mine = family[vector]
+            for i in np.flatnonzero(np.bincount(mine + 1)[1:]).tolist():
+                members[i] |= dict.fromkeys(keys, np.where(mine == i, rank[vector], -1))
+        order = {key: i for i, key in enumerate(self.state.axes)}
+        coupled, names = self._coupled_by(), dict[str, int]()
+        return tuple(
+            self._group(channels, sorted(found.items(), key=lambda item: order[item[0]]), names, coupled)
+            for channels, found in zip(families, members, strict=True)
+        )
 
-    def _signatures(self, slots: csr_array) -> NDArray[np.uint64]:
-        """Return a random 64-bit sum of what each channel owns and of its fate: equal only for equal channels."""
+    def _families(self, axes: list[tuple[NDArray[np.int64], list[Key]]]) -> list[NDArray[np.int64]]:
+        """Split the channels that some layer produces by what they own and by their fate, in order of first appearance.
+
+        What a channel owns is summed up in 64 random bits for each slot's axis: equal for equal channels, and for others with
+        a chance of 2^-64.
+        """
         random = np.random.default_rng(0)
-        weights = random.integers(0, 2**64, size=slots.shape[1], dtype=np.uint64)
         fates = random.integers(0, 2**64, size=(len(self.reasons), 2), dtype=np.uint64)
-        return slots @ weights + fates[self.reason, self.normalised.astype(np.int64)]
+        signature = fates[self.reason, self.normalised.astype(np.int64)]
+        produced = np.zeros(self.n, dtype=bool)
+        for vector, keys in axes:
+            owned = vector[vector >= 0]
+            np.add.at(signature, owned, random.integers(0, 2**64, dtype=np.uint64))
+            if any(self.state.roles[key] == "produces" for key in keys):
+                produced[owned] = True
+        channels = np.flatnonzero(produced)
+        channels = channels[np.argsort(self.first[channels], kind="stable")]
+        if not len(channels):
+            return []
+        order = np.argsort(signature[channels], kind="stable")
+        found = signature[channels[order]]
+        starts = np.flatnonzero(np.concatenate([[True], found[1:] != found[:-1]]))
+        parts = np.split(channels[order], starts[1:])
+        return [parts[i] for i in np.argsort(order[starts])]
 
     def _group(
         self,
@@ -106,9 +130,7 @@ class _Channels:
         names: dict[str, int],
         coupled: dict[int, list[str]],
     ) -> Group:
-        rank = np.full(self.n + 1, -1, dtype=np.int64)  # the last entry serves slots without a channel
-        rank[channels] = np.arange(len(channels))
-        members = tuple(Member(*key, self.state.roles[key], rank[vector]) for key, vector in found)
+        members = tuple(Member(*key, self.state.roles[key], owner) for key, owner in found)
         base = next(m.param for m in members if m.role == "produces").removesuffix(".weight").removesuffix(".bias")
         names[base] = names.get(base, 0) + 1
         name = base if names[base] == 1 else f"{base}#{names[base]}"
@@ -126,24 +148,6 @@ class _Channels:
             for label in (a, b):
                 texts.setdefault(int(self.of[label]), []).append(why)
         return texts
-
-
-def _slot_counts(axes: list[NDArray[np.int64]], n: int) -> csr_array:
-    """Return how many slots of each axis each channel owns, as a sparse (channels, axes) matrix."""
-    owned = [axis[axis >= 0] for axis in axes]
-    rows = np.concatenate([*owned, np.zeros(0, dtype=np.int64)])
-    columns = np.repeat(np.arange(len(owned)), [len(o) for o in owned])
-    return csr_array((np.ones(len(rows), dtype=np.uint64), (rows, columns)), shape=(n, len(axes)))
-
-
-def _families(signatures: NDArray[np.uint64], channels: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Split channels into runs of equal signature, in order of first appearance."""
-    if not len(channels):
-        return []
-    order = np.argsort(signatures, kind="stable")
-    starts = np.flatnonzero(np.diff(signatures[order], prepend=signatures[order[0]] - np.uint64(1)))
-    parts = np.split(channels[order], starts[1:])
-    return [parts[i] for i in np.argsort(order[starts])]
 
 
 def _components(ledger: Ledger) -> NDArray[np.int64]:
