@@ -166,7 +166,7 @@ def main() -> None:
         backend = load_backend(target)
         facts = backend.read_description(load_runner(target).run(backend.describe_job(target), Path(folder)))
     facts = {**facts, "torch": torch.__version__, "date": datetime.now(UTC).isoformat(timespec="seconds")}
-    facts["command"] = "python benchmarks/latency.py " + " ".join(arg for arg in sys.argv[1:] if "/" not in arg)
+    facts["command"] = "python benchmarks/latency.py " + " ".join("DIR" if "/" in arg else arg for arg in sys.argv[1:])
     if not options.dry:
         write(all_rows, facts)
 
