@@ -5,15 +5,15 @@ composite operations such as `linear` arrive whole); a function mode above it ha
 source and keeps the sizes that `forward` wrote.
 """
 
+import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -68,7 +68,7 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Graph:
     try:
         model.eval()
         torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel hides the layers inside
-        with torch.inference_mode(), tracer.watching_modules(), _Sizes(tracer), tracer:
+        with torch.inference_mode(), _Sizes(tracer), tracer:
             outputs = model(*example)
     except ModelError:
         raise
@@ -76,7 +76,7 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Graph:
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors_in(example))
         raise ModelError(
             f"the model fails on its example input: {type(error).__name__}: {error}",
-            at=f"module '{tracer.module or '(root)'}', input shapes {shapes}",
+            at=f"module '{tracer.failed_in(error) or '(root)'}', input shapes {shapes}",
             fix="give an input that the model accepts (the factory may return (model, example_inputs))",
         ) from error
     finally:
@@ -94,27 +94,36 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.state = state
         self.ops: Counter[str] = Counter()
-        self.stack: list[str] = []
-        self.module = ""
         self.sizes: Sequence[Any] | None = None
         self._names = {id(module): name for name, module in state.modules.items()}
-        self._rules: dict[Any, tuple[Rule | None, str, tuple[str, ...], tuple[Any, ...]]] = {}
+        self._rules: dict[Any, tuple[Rule | None, str, tuple[str, ...], dict[str, Any]]] = {}
 
-    @contextmanager
-    def watching_modules(self) -> Iterator[None]:
-        """Keep `self.module` at the innermost module that is running."""
+    def innermost(self) -> str:
+        """Return the path of the module whose method is running, "" for the model itself or for none.
 
-        def enter(module: nn.Module, _: Any) -> None:
-            self.stack.append(self.module)
-            self.module = self._names.get(id(module), self.module)
+        Read off the stack of Python frames: hooks on every module would cost more than the rest of an operation's handling.
+        """
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            name = self._module_of(frame)
+            if name is not None:
+                return name
+            frame = frame.f_back
+        return ""
 
-        def leave(_: nn.Module, __: Any, ___: Any) -> None:
-            self.module = self.stack.pop()
+    def failed_in(self, error: BaseException) -> str:
+        """Return the path of the innermost module on the way to where `error` was raised."""
+        found, trail = "", error.__traceback__
+        while trail is not None:
+            found = self._module_of(trail.tb_frame) or found
+            trail = trail.tb_next
+        return found
 
-        with ExitStack() as hooks:
-            hooks.callback(module_hooks.register_module_forward_pre_hook(enter).remove)
-            hooks.callback(module_hooks.register_module_forward_hook(leave).remove)
-            yield
+    def _module_of(self, frame: FrameType) -> str | None:
+        code = frame.f_code
+        if code.co_argcount and code.co_varnames[0] == "self":
+            return self._names.get(id(frame.f_locals.get("self")))
+        return None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -128,10 +137,10 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.ops[name] += 1
         if self._concerns_us(args) or self._concerns_us(kwargs.values()):
             with torch._C.DisableTorchFunction():
-                bound = dict(zip(names, defaults, strict=True)) | dict(zip(names, args, strict=False)) | kwargs
+                bound = defaults | dict(zip(names, args, strict=False)) | kwargs
                 rest = args[1:]
                 bound["func"] = lambda labels: func(labels, *rest, **kwargs)
-                self._apply(rule, Call(name, bound, out, self.module, self.sizes))
+                self._apply(rule, Call(name, bound, out, self.innermost(), self.sizes))
         return out
 
     def _concerns_us(self, values: Iterable[Any]) -> bool:
@@ -144,12 +153,12 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return True
         return False
 
-    def _row(self, func: Any) -> tuple[Rule | None, str, tuple[str, ...], tuple[Any, ...]]:
+    def _row(self, func: Any) -> tuple[Rule | None, str, tuple[str, ...], dict[str, Any]]:
         if func not in self._rules:
             schema = func._schema.arguments
             short = func._schema.name.rpartition("::")[2]
-            defaults = tuple(a.default_value if a.has_default_value() else None for a in schema)
-            self._rules[func] = (rule_for(func), short, tuple(a.name for a in schema), defaults)
+            defaults = {a.name: a.default_value if a.has_default_value() else None for a in schema}
+            self._rules[func] = (rule_for(func), short, tuple(defaults), defaults)
         return self._rules[func]
 
     def _apply(self, rule: Rule | None, call: Call) -> None:
@@ -215,11 +224,11 @@ class _Sizes(TorchFunctionMode):
         return torch.Size([measure(value, axis) for axis, value in enumerate(shape)])
 
     def _escape(self, labels: Labels, how: str) -> None:
-        where = self.tracer.module or "the model"
+        where = self.tracer.innermost() or "the model"
         self.tracer.state.ledger.freeze(labels, f"forward of {where}: the number of channels is {how}")
 
     def _attention(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
-        reason = f"multi-head attention in {self.tracer.module}: its embedding size is fixed"
+        reason = f"multi-head attention in {self.tracer.innermost()}: its embedding size is fixed"
         self.tracer.state.freeze_all([*args[:3], *tensors_in(out)], reason)
         return out
