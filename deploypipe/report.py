@@ -56,7 +56,7 @@ class BudgetOutcome:
         asked: As the user wrote it: "50%", "3ms".
         metric: "latency", "macs" or "params".
         unit: Of the three numbers: "us", "MACs" or "params".
-        limit: The most that was allowed.
+        limit: The most that was allowed; a share of the latency is one of the dense latency measured beside the pruned one.
         predicted: Of the plan, by the cost table.
         reached: Of the built model: measured latency, or counted.
         n_corrections: How often the table was corrected by a measurement and the plan made again.

@@ -8,6 +8,7 @@ from typing import Any
 
 from deploypipe import saved
 from deploypipe.algorithms import make
+from deploypipe.allocation.budget import parse_budget
 from deploypipe.cost import CostTable
 from deploypipe.count import macs, params
 from deploypipe.data.load import Data
@@ -19,6 +20,8 @@ from deploypipe.plan import KeepPlan
 from deploypipe.report import BudgetOutcome, Check, GroupOutcome, Latency, Report, Side
 from deploypipe.targets import Target
 from deploypipe.types import Graph
+
+DRIFT = 0.05  # change of the dense latency since profiling that the user should hear of
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +45,7 @@ class Findings:
 def assemble(request: Request, data: Data, target: Target, found: Findings) -> Report:
     """Return the report of a run."""
     predicted = found.cost.predict(found.graph, found.plan)
-    measured = {"macs": macs, "params": params}
-    latency = found.latencies["pruned"]["median_us"]
-    reached = measured[request.metric](found.graph, found.plan) if request.metric in measured else latency
+    limit, reached = _judged(request, found)
     return Report(
         model=str(request.model),
         data=data.description,
@@ -57,7 +58,7 @@ def assemble(request: Request, data: Data, target: Target, found: Findings) -> R
         pruned=_side("pruned", found.plan, found),
         compacted_accuracy=found.accuracies["compacted"],
         n_test=found.accuracies["n_test"],
-        budget=BudgetOutcome(request.budget, request.metric, found.cost.unit, found.budget, predicted, reached),
+        budget=BudgetOutcome(request.budget, request.metric, found.cost.unit, limit, predicted, reached),
         groups=tuple(_group(found.graph, found.plan)),
         checks=tuple(found.checks),
         certificate=found.plan.certificate,
@@ -69,7 +70,33 @@ def assemble(request: Request, data: Data, target: Target, found: Findings) -> R
         machine=dict(found.facts),
         command=request.command,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        notes=found.notes,
+        notes=(*found.notes, *_drift(found)),
+    )
+
+
+def _judged(request: Request, found: Findings) -> tuple[float, float]:
+    """Return what the budget allows and what the built model takes, both from the same measurement or count.
+
+    The plan was made against the dense latency of the profile; the machine may have become slower or faster since. So a share
+    is taken of the dense model that was measured in turns with the pruned one.
+    """
+    counted = {"macs": macs, "params": params}
+    if request.metric in counted:
+        return found.budget, counted[request.metric](found.graph, found.plan)
+    dense, pruned = (found.latencies[side]["median_us"] for side in ("dense", "pruned"))
+    return parse_budget(request.budget, request.metric, dense), pruned
+
+
+def _drift(found: Findings) -> tuple[str, ...]:
+    """Say so if the dense model's latency is not what it was when the table was measured."""
+    if found.table is None:
+        return ()
+    then, now = found.table.predict(found.graph), found.latencies["dense"]["median_us"]
+    if abs(then / now - 1) <= DRIFT:
+        return ()
+    return (
+        f"the dense model took {then:.0f} us when its latency table was measured and {now:.0f} us now: predictions are off by "
+        "as much, and the plan was chosen on the old figures",
     )
 
 

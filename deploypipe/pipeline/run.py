@@ -258,7 +258,7 @@ class _Run:
         order = self._stages()
         request = self.request
         asked = [str(request.model), str(request.target), request.budget, request.metric, request.command]
-        key = [1, *order, asked, self.data.description]
+        key = [2, *order, asked, self.data.description]
         return self.store.keep("report", key, lambda folder: render.write(self._assembled(order), folder), Report.load).value
 
     def _stages(self) -> list[Kept[Any]]:

@@ -31,7 +31,14 @@ def test_report_tells_the_truth(reference: Path) -> None:
     assert report["pruned"]["n_parameters"] == sum(p.numel() for p in small.parameters()) == params(graph, plan)
     assert report["dense"]["n_parameters"] == sum(p.numel() for p in dense.parameters())
     assert report["pruned"]["n_macs"] == macs(graph, plan) < report["dense"]["n_macs"]
-    assert report["budget"]["predicted"] <= report["budget"]["limit"] * (1 + 1e-9)
+    proof, budget = report["certificate"], report["budget"]
+    assert budget["predicted"] == pytest.approx(proof["predicted"])
+    assert proof["predicted"] <= proof["budget"] * (1 + 1e-9)
+    assert budget["limit"] == pytest.approx(0.7 * report["dense"]["latency"]["median_us"]), (
+        "a share of what was measured beside it"
+    )
+    assert budget["reached"] == report["pruned"]["latency"]["median_us"]
+    assert report["budget_met"] == (budget["reached"] <= budget["limit"])
     assert report["pruned"]["accuracy"] > 0.9, "five epochs learn stripes"
     assert 0 < report["pruned"]["latency"]["p10_us"] <= report["pruned"]["latency"]["median_us"]
     assert [c["stage"] for c in report["checks"]] == ["compacted", "onnx", "simplified", "built"]

@@ -1,0 +1,31 @@
+"""The verdict on a latency budget: from one measurement, whatever the table said before."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from deploypipe.pipeline.outcome import _drift, _judged
+from deploypipe.pipeline.request import Request
+
+
+def findings(dense_then: float, dense_now: float, pruned_now: float) -> SimpleNamespace:
+    table = SimpleNamespace(predict=lambda graph: dense_then)
+    latencies = {"dense": {"median_us": dense_now}, "pruned": {"median_us": pruned_now}}
+    return SimpleNamespace(table=table, graph=None, latencies=latencies, budget=0.5 * dense_then)
+
+
+def test_a_share_is_one_of_the_dense_model_measured_beside_it() -> None:
+    limit, reached = _judged(Request(budget="50%"), findings(192.4, 161.9, 86.3))
+    assert limit == pytest.approx(80.95)
+    assert reached > limit, "within half of the old dense latency, but not of the present one"
+
+
+def test_an_amount_stays_what_it_is() -> None:
+    assert _judged(Request(budget="90us"), findings(192.4, 161.9, 86.3)) == (90.0, 86.3)
+
+
+@pytest.mark.parametrize(("then", "now", "told"), [(192.4, 161.9, True), (150.0, 161.9, True), (166.1, 165.1, False)])
+def test_drift_since_profiling_is_told(then: float, now: float, told: bool) -> None:
+    notes = _drift(findings(then, now, 80.0))
+    assert bool(notes) == told
+    assert not told or (f"{then:.0f} us" in notes[0] and f"{now:.0f} us" in notes[0])
