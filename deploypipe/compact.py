@@ -2,18 +2,18 @@
 
 import copy
 from collections.abc import Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deploypipe.errors import ModelError
+from deploypipe.graph.frames import failed_in, paths_of
 from deploypipe.plan import KeepPlan
 from deploypipe.types import Graph
 
@@ -177,7 +177,7 @@ def _culprits(model: nn.Module, graph: Graph, plan: KeepPlan) -> list[str]:
         _cut(part, graph, alone)
         try:
             wrong = difference(run(mask(model, graph, alone), graph.example), run(part, graph.example)) > CHECK_TOLERANCE
-        except Exception:
+        except Exception:  # whatever a foreign forward raises on the smaller sizes marks the group
             wrong = True
         if wrong:
             found.append(name)
@@ -185,45 +185,27 @@ def _culprits(model: nn.Module, graph: Graph, plan: KeepPlan) -> list[str]:
 
 
 def _literal(small: nn.Module, graph: Graph, plan: KeepPlan, error: Exception) -> ModelError:
-    where = _LastCall(small)
-    with suppress(Exception), where.watching(), where:  # a second run, only to find out where the first one failed
+    last = _LastOperation()
+    with suppress(Exception), last:  # a second run, only to find out after which operation the first one failed
         run(small, graph.example)
+    module = failed_in(error, paths_of(small))
+    why = (str(error).splitlines() or [type(error).__name__])[0]  # a bare assert has no message
     names = [name for name, channels in plan.keep.items() if len(channels) < graph.group(name).size]
     return ModelError(
-        f"the compacted model does not run; forward seems to hold a literal size ({str(error).splitlines()[0]})",
-        at=f"module '{where.module or '(root)'}' ({type(small.get_submodule(where.module)).__name__}), after {where.op}",
+        f"the compacted model does not run; forward seems to hold a literal size ({why})",
+        at=f"module '{module or '(root)'}' ({type(small.get_submodule(module)).__name__}), after {last.name}",
         fix="derive sizes from x.shape in forward (x.flatten(1) instead of x.view(-1, 512)), or keep the groups that "
         f"reach it whole with --keep NAME (cut were: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''})",
     )
 
 
-class _LastCall(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Remembers the last operation and the innermost module that began."""
+class _LastOperation(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Remembers the last operation that began."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.op, self.module = "no operation", ""
-        self._names = {id(module): name for name, module in model.named_modules()}
-        self._stack: list[str] = []
-
-    @contextmanager
-    def watching(self) -> Any:
-        """Follow the modules; on an error the innermost one stays."""
-
-        def enter(module: nn.Module, _: Any) -> None:
-            self._stack.append(self.module)
-            self.module = self._names.get(id(module), self.module)
-
-        def leave(_: nn.Module, __: Any, ___: Any) -> None:
-            self.module = self._stack.pop()
-
-        handles = [module_hooks.register_module_forward_pre_hook(enter), module_hooks.register_module_forward_hook(leave)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        self.name = "no operation"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.op = func._schema.name.rpartition("::")[2]
+        self.name = func._schema.name.rpartition("::")[2]
         return func(*args, **(kwargs or {}))

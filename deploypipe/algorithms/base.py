@@ -1,6 +1,7 @@
 """What an algorithm is: a problem in, a keep plan out; and the criterion, which only has to score channels."""
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -80,7 +81,7 @@ class Repairer(Algorithm, Protocol):
 
 
 @dataclass(frozen=True)
-class Criterion:
+class Criterion(ABC):
     """An algorithm that scores every channel by itself; the allocator decides how many stay in each group.
 
     A subclass writes `score`. Which channels stay is the method's; how many is decided by `log_share` of its scores, counted
@@ -89,13 +90,13 @@ class Criterion:
 
     name: ClassVar[str]
 
+    @abstractmethod
     def score(self, group: Group, stats: Statistics) -> Tensor:
         """Return the (C,) scores of a group's channels, higher = keep.
 
         Raises:
             NotApplicable: The criterion cannot judge this group, which then stays whole.
         """
-        raise NotImplementedError
 
     def plan(self, problem: Problem) -> KeepPlan:
         """Score every prunable group, then allocate.

@@ -5,10 +5,8 @@ composite operations such as `linear` arrive whole); a function mode above it ha
 source and keeps the sizes that `forward` wrote.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from deploypipe.errors import ModelError
 from deploypipe.graph.dims import Dim, dims_in
+from deploypipe.graph.frames import failed_in, innermost
 from deploypipe.graph.groups import build_graph
 from deploypipe.graph.labels import Labels, varies
 from deploypipe.graph.rules import rule_for
@@ -76,7 +75,7 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Graph:
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors_in(example))
         raise ModelError(
             f"the model fails on its example input: {type(error).__name__}: {error}",
-            at=f"module '{tracer.failed_in(error) or '(root)'}', input shapes {shapes}",
+            at=f"module '{failed_in(error, tracer.paths) or '(root)'}', input shapes {shapes}",
             fix="give an input that the model accepts (the factory may return (model, example_inputs))",
         ) from error
     finally:
@@ -95,35 +94,8 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.state = state
         self.ops: Counter[str] = Counter()
         self.sizes: Sequence[Any] | None = None
-        self._names = {id(module): name for name, module in state.modules.items()}
+        self.paths = {id(module): path for path, module in state.modules.items()}
         self._rules: dict[Any, tuple[Rule | None, str, tuple[str, ...], dict[str, Any]]] = {}
-
-    def innermost(self) -> str:
-        """Return the path of the module whose method is running, "" for the model itself or for none.
-
-        Read off the stack of Python frames: hooks on every module would cost more than the rest of an operation's handling.
-        """
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            name = self._module_of(frame)
-            if name is not None:
-                return name
-            frame = frame.f_back
-        return ""
-
-    def failed_in(self, error: BaseException) -> str:
-        """Return the path of the innermost module on the way to where `error` was raised."""
-        found, trail = "", error.__traceback__
-        while trail is not None:
-            found = self._module_of(trail.tb_frame) or found
-            trail = trail.tb_next
-        return found
-
-    def _module_of(self, frame: FrameType) -> str | None:
-        code = frame.f_code
-        if code.co_argcount and code.co_varnames[0] == "self":
-            return self._names.get(id(frame.f_locals.get("self")))
-        return None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -140,7 +112,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 bound = defaults | dict(zip(names, args, strict=False)) | kwargs
                 rest = args[1:]
                 bound["func"] = lambda labels: func(labels, *rest, **kwargs)
-                self._apply(rule, Call(name, bound, out, self.innermost(), self.sizes))
+                self._apply(rule, Call(name, bound, out, innermost(self.paths), self.sizes))
         return out
 
     def _concerns_us(self, values: Iterable[Any]) -> bool:
@@ -224,11 +196,11 @@ class _Sizes(TorchFunctionMode):
         return torch.Size([measure(value, axis) for axis, value in enumerate(shape)])
 
     def _escape(self, labels: Labels, how: str) -> None:
-        where = self.tracer.innermost() or "the model"
+        where = innermost(self.tracer.paths) or "the model"
         self.tracer.state.ledger.freeze(labels, f"forward of {where}: the number of channels is {how}")
 
     def _attention(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
-        reason = f"multi-head attention in {self.tracer.innermost()}: its embedding size is fixed"
+        reason = f"multi-head attention in {innermost(self.tracer.paths)}: its embedding size is fixed"
         self.tracer.state.freeze_all([*args[:3], *tensors_in(out)], reason)
         return out

@@ -32,7 +32,7 @@ class Loaded:
     Attributes:
         model: In eval mode.
         example: Arguments of one forward pass.
-        spec: What `rebuild` takes; a file is named by its absolute path.
+        spec: What was given; a file is named by its absolute path.
         key: Hash of the specification, the factory's file, the weights and the example's shapes.
         normalise: Mean and standard deviation per channel that the model wants its inputs normalised by, if known.
         notes: What the user should know.
@@ -87,16 +87,6 @@ def load_model(spec: str = "demo", weights: str | Path | None = None) -> Loaded:
         notes.append(f"{spec} has random weights; give trained ones with --weights FILE")
     _run_once(built, spec)
     return Loaded(built.model, built.example, _absolute(spec), _key(spec, built), built.normalise, tuple(notes))
-
-
-def rebuild(spec: str) -> nn.Module:
-    """Return the module that `spec` builds, in eval mode and without trained weights, to be compacted and filled again.
-
-    Raises:
-        UsageError: The specification is unknown, or a file, module or factory does not exist.
-        ModelError: The factory fails.
-    """
-    return _build(spec).model
 
 
 def _build(spec: str) -> _Built:

@@ -82,7 +82,7 @@ class _Run:
         self.data: Data = load_data(
             request.data,
             normalise=self.loaded.normalise,
-            size=tuple(self.loaded.example[0].shape[1:]),
+            size=self.loaded.input_shape,
             seed=request.seed,
             reporter=reporter,
         )

@@ -70,6 +70,18 @@ def test_literal_size_names_module_operation_and_groups() -> None:
     assert "0.0" in text
 
 
+def test_an_assertion_without_words_is_explained_too() -> None:
+    class Strict(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.shape[1] == 8
+            return x
+
+    model = nn.Sequential(cbr(3, 8), Strict(), head(8))
+    with pytest.raises(ModelError, match="AssertionError") as caught:
+        compact(model, trace(model, (image(),)), KeepPlan({"0.0": (0, 1, 2)}))
+    assert "module '1' (Strict)" in caught.value.at
+
+
 def test_silent_dependence_on_a_width_is_found_and_blamed() -> None:
     def f(m: Any, x: Tensor) -> Tensor:
         y = m.b(m.a(x))

@@ -88,7 +88,7 @@ def test_option_a_keeps_the_channels_that_meet_padding() -> None:
         ("fused_attention", "q", "attention"),
         ("multi_head_attention", "stem.0", "embedding size is fixed"),
         ("recurrent", "stem.0", "no rule for"),
-        ("data_dependent", "mid.0", "channels"),
+        ("data_dependent", "mid.0", "reduces over the channels"),
         ("weight_norm", "0.0", "no parameter"),
     ],
 )

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from deploypipe.errors import DeployPipeError, ModelError, UsageError
-from deploypipe.models.load import load_model, rebuild
+from deploypipe.models.load import load_model
 
 torch.set_num_threads(1)
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -82,11 +82,11 @@ def test_example_comes_from_the_factory_or_the_module(net, name, shape):
     assert loaded.input_shape == shape[1:]
 
 
-def test_spec_is_absolute_so_that_rebuild_works_from_elsewhere(net, tmp_path, monkeypatch):
+def test_spec_is_absolute_so_that_it_works_from_elsewhere(net, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     loaded = load_model("net.py:sized")
     monkeypatch.chdir("/")
-    again = rebuild(loaded.spec)
+    again = load_model(loaded.spec).model
     assert {n: t.shape for n, t in again.state_dict().items()} == {n: t.shape for n, t in loaded.model.state_dict().items()}
 
 
@@ -261,13 +261,13 @@ def test_timm_without_timm(monkeypatch):
 
 
 def resnet_module():
-    model = rebuild(RESNET)
+    model = load_model(RESNET).model
     return sys.modules[type(model).__module__]
 
 
 def test_cifar_resnet_select_equals_slice_and_pad():
     module = resnet_module()
-    select, literal = rebuild(RESNET).train(), rebuild(RESNET + "_sliced").train()
+    select, literal = load_model(RESNET).model.train(), load_model(RESNET + "_sliced").model.train()
     assert list(select.state_dict()) == list(literal.state_dict()), "the fixed weight is not part of the state dict"
     literal.load_state_dict(select.state_dict())
     x = torch.randn(4, 3, 32, 32)
@@ -278,7 +278,7 @@ def test_cifar_resnet_select_equals_slice_and_pad():
 
 @pytest.mark.parametrize(("name", "n_parameters"), [("resnet20", 269_722), ("resnet32", 464_154), ("resnet56", 853_018)])
 def test_cifar_resnets_have_the_published_sizes(name, n_parameters):
-    model = rebuild(RESNET.replace("resnet20", name))
+    model = load_model(RESNET.replace("resnet20", name)).model
     assert sum(parameter.numel() for parameter in model.parameters()) == n_parameters
     names = set(model.state_dict())
     assert {"conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "layer3.2.bn2.bias", "linear.bias"} <= names
