@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
@@ -151,14 +152,16 @@ class Graph:
     def __post_init__(self) -> None:
         by_name = {group.name: group for group in self.groups}
         object.__setattr__(self, "_by_name", MappingProxyType(by_name))
+
+    _by_name: Mapping[str, Group] = field(init=False, repr=False)
+
+    @cached_property
+    def _cuts(self) -> Mapping[tuple[str, int], list[tuple[Group, Member]]]:
         cuts: dict[tuple[str, int], list[tuple[Group, Member]]] = {}
         for group in self.groups:
             for member in group.members:
                 cuts.setdefault((member.param, member.axis), []).append((group, member))
-        object.__setattr__(self, "_cuts", MappingProxyType(cuts))
-
-    _by_name: Mapping[str, Group] = field(init=False, repr=False)
-    _cuts: Mapping[tuple[str, int], list[tuple[Group, Member]]] = field(init=False, repr=False)
+        return MappingProxyType(cuts)
 
     @property
     def fixed(self) -> dict[str, str]:

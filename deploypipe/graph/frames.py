@@ -14,9 +14,12 @@ def paths_of(model: nn.Module) -> Paths:
     return {id(module): path for path, module in model.named_modules()}
 
 
-def innermost(paths: Paths) -> str:
-    """Return the path of the module whose method is running, "" for the model itself or for none."""
-    frame: FrameType | None = sys._getframe(1)
+def innermost(paths: Paths, frame: FrameType | None = None) -> str:
+    """Return the path of the module whose method is running, "" for the model itself or for none.
+
+    `frame` is where to start looking, the caller by default.
+    """
+    frame = frame or sys._getframe(1)
     while frame is not None:
         path = _module_of(frame, paths)
         if path is not None:
@@ -35,7 +38,7 @@ def failed_in(error: BaseException, paths: Paths) -> str:
 
 
 def _module_of(frame: FrameType, paths: Paths) -> str | None:
-    code = frame.f_code
-    if code.co_argcount and code.co_varnames[0] == "self":
+    code = frame.f_code  # `f_locals` copies every local, so it is asked for in methods only, and not in torch's hooks
+    if code.co_argcount and code.co_varnames[0] == "self" and not code.co_name.startswith("__torch_"):
         return paths.get(id(frame.f_locals.get("self")))
     return None

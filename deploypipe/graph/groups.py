@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from deploypipe.graph.labels import Ledger, Vector
 from deploypipe.graph.tracer import LayerCall, State
 from deploypipe.types import Attribute, Graph, Group, Layer, Member, Width
 
-Key = tuple[str, int]
+_Part = tuple[int, int, NDArray[np.int64]]  # group, number of slots it owns, owner of each slot (-1: not this group)
+_Place = tuple[int, tuple[tuple[str, int], Vector]]  # position in the order of first use, (parameter, axis), its labels
 
 
 def build_graph(state: State, ops: Mapping[str, int], example: tuple[Any, ...]) -> Graph:
@@ -40,7 +42,7 @@ class _Channels:
         self.state, ledger = state, state.ledger
         self.of = _components(ledger)  # label -> channel
         self._of = np.append(self.of, -1)  # so that label -1 looks up channel -1
-        self._vectors: dict[int, tuple[Vector, NDArray[np.int64]]] = {}
+        self._parts: dict[int, tuple[Vector, list[_Part]]] = {}
         self.n = int(self.of.max()) + 1 if len(self.of) else 0
         self.first = np.full(self.n, len(self.of), dtype=np.int64)  # channel -> its lowest label
         np.minimum.at(self.first, self.of, np.arange(len(self.of)))
@@ -48,6 +50,8 @@ class _Channels:
         self.reason = np.zeros(self.n, dtype=np.int64)  # channel -> index into `reasons`
         for labels, why in [*ledger.frozen, *self._unequal(ledger)]:
             self._freeze(labels, why)
+        self.family = np.full(self.n + 1, -1, dtype=np.int64)  # channel -> group; the last entry serves slots without one
+        self.rank = np.full(self.n + 1, -1, dtype=np.int64)  # channel -> index inside the group
         self.normalised = np.zeros(self.n, dtype=bool)
         for labels in ledger.normalised:
             self.normalised[self.of[labels[labels >= 0]]] = True
@@ -69,36 +73,43 @@ class _Channels:
                 frozen += [(a, why), (b, why)]
         return frozen
 
-    def vector(self, labels: Vector) -> NDArray[np.int64]:
-        """Return the channel of each label, -1 where there is none; the same vectors come again and again."""
-        known = self._vectors.get(id(labels))
+    def parts(self, labels: Vector) -> list[_Part]:
+        """Split the slots of a label vector by family; most belong to a single one. The same vectors come again and again."""
+        known = self._parts.get(id(labels))
         if known is None:
-            known = self._vectors[id(labels)] = (labels, self._of[labels])
+            vector = self._of[labels]
+            families, ranks = self.family[vector], self.rank[vector]
+            first = int(families[0]) if len(families) else -1
+            if (families == first).all():
+                parts = [(first, len(ranks), ranks)] if first >= 0 else []
+            else:
+                counts = np.bincount(families + 1)
+                found = np.flatnonzero(counts[1:]).tolist()
+                parts = [(i, int(counts[i + 1]), np.where(families == i, ranks, -1)) for i in found]
+            known = self._parts[id(labels)] = (labels, parts)
         return known[1]
 
     def groups(self) -> tuple[Group, ...]:
         """Sort the channels into groups: equal slots in equal axes, equal fate."""
-        axes: dict[int, tuple[NDArray[np.int64], list[Key]]] = {}  # parameters of one norm share a vector: look at it once
-        for key, labels in self.state.axes.items():
-            axes.setdefault(id(labels), (self.vector(labels), []))[1].append(key)
+        axes: dict[int, tuple[Vector, list[_Place]]] = {}  # parameters of one norm share a vector: look once
+        for place in enumerate(self.state.axes.items()):
+            labels = place[1][1]
+            axes.setdefault(id(labels), (labels, []))[1].append(place)
         families = self._families(list(axes.values()))
-        family = np.full(self.n + 1, -1, dtype=np.int64)  # the last entry serves slots without a channel
-        rank = np.full(self.n + 1, -1, dtype=np.int64)
         for i, channels in enumerate(families):
-            family[channels], rank[channels] = i, np.arange(len(channels))
-        members: list[dict[Key, NDArray[np.int64]]] = [{} for _ in families]
-        for vector, keys in axes.values():
-            mine = family[vector]
-            for i in np.flatnonzero(np.bincount(mine + 1)[1:]).tolist():
-                members[i] |= dict.fromkeys(keys, np.where(mine == i, rank[vector], -1))
-        order = {key: i for i, key in enumerate(self.state.axes)}
+            self.family[channels], self.rank[channels] = i, np.arange(len(channels))
+        members: list[list[tuple[int, Member]]] = [[] for _ in families]
+        roles = self.state.roles
+        for labels, places in axes.values():
+            for i, _, owner in self.parts(labels):
+                members[i] += [(order, Member(*key, roles[key], owner)) for order, (key, _) in places]
         coupled, names = self._coupled_by(), dict[str, int]()
         return tuple(
-            self._group(channels, sorted(found.items(), key=lambda item: order[item[0]]), names, coupled)
+            self._group(channels, tuple(member for _, member in sorted(found, key=itemgetter(0))), names, coupled)
             for channels, found in zip(families, members, strict=True)
         )
 
-    def _families(self, axes: list[tuple[NDArray[np.int64], list[Key]]]) -> list[NDArray[np.int64]]:
+    def _families(self, axes: list[tuple[Vector, list[_Place]]]) -> list[NDArray[np.int64]]:
         """Split the channels that some layer produces by what they own and by their fate, in order of first appearance.
 
         What a channel owns is summed up in 64 random bits for each slot's axis: equal for equal channels, and for others with
@@ -108,11 +119,14 @@ class _Channels:
         fates = random.integers(0, 2**64, size=(len(self.reasons), 2), dtype=np.uint64)
         signature = fates[self.reason, self.normalised.astype(np.int64)]
         produced = np.zeros(self.n, dtype=bool)
-        for vector, keys in axes:
-            owned = vector[vector >= 0]
-            np.add.at(signature, owned, random.integers(0, 2**64, dtype=np.uint64))
-            if any(self.state.roles[key] == "produces" for key in keys):
-                produced[owned] = True
+        if axes:
+            slots = self._of[np.concatenate([labels for labels, _ in axes])]
+            lengths, owned = [len(labels) for labels, _ in axes], slots >= 0
+            bits = np.repeat(random.integers(0, 2**64, size=len(axes), dtype=np.uint64), lengths)
+            np.add.at(signature, slots[owned], bits[owned])
+            roles = self.state.roles
+            emits = np.repeat([any(roles[key] == "produces" for _, (key, _) in places) for _, places in axes], lengths)
+            produced[slots[owned & emits]] = True
         channels = np.flatnonzero(produced)
         channels = channels[np.argsort(self.first[channels], kind="stable")]
         if not len(channels):
@@ -126,11 +140,10 @@ class _Channels:
     def _group(
         self,
         channels: NDArray[np.int64],
-        found: list[tuple[Key, NDArray[np.int64]]],
+        members: tuple[Member, ...],
         names: dict[str, int],
         coupled: dict[int, list[str]],
     ) -> Group:
-        members = tuple(Member(*key, self.state.roles[key], owner) for key, owner in found)
         base = next(m.param for m in members if m.role == "produces").removesuffix(".weight").removesuffix(".bias")
         names[base] = names.get(base, 0) + 1
         name = base if names[base] == 1 else f"{base}#{names[base]}"
@@ -167,30 +180,10 @@ class _Widths:
     channels: _Channels
     groups: tuple[Group, ...]
 
-    def __post_init__(self) -> None:
-        self.known: dict[int, tuple[Vector, NDArray[np.int64], list[tuple[int, int]]]] = {}
-        self.home = np.full(self.channels.n + 1, -1, dtype=np.int64)  # channel -> group
-        self.rank = np.full(self.channels.n + 1, -1, dtype=np.int64)  # channel -> index inside the group
-        for i, group in enumerate(self.groups):
-            member = group.members[0]
-            vector = self.channels.vector(self.channels.state.axes[member.param, member.axis])
-            mine = member.owner >= 0
-            self.home[vector[mine]] = i
-            self.rank[vector[mine]] = member.owner[mine]
-
-    def _homes(self, labels: Vector) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
-        """Return the group of each slot of a label vector, and (group, number of slots) for each group that has some."""
-        if id(labels) not in self.known:
-            homes = self.home[self.channels.vector(labels)]
-            counts = np.bincount(homes + 1, minlength=1)
-            found = [(int(i), int(counts[i + 1])) for i in np.flatnonzero(counts[1:])]
-            self.known[id(labels)] = (labels, homes, found)
-        return self.known[id(labels)][1:]
-
     def width(self, labels: Vector, divisor: int = 1) -> Width:
         """Return the length of a label vector, divided by `divisor`, as a function of the plan."""
         parts, const = [], len(labels)
-        for i, slots in self._homes(labels)[1]:
+        for i, slots, _ in self.channels.parts(labels):
             group = self.groups[i]
             if group.fixed:
                 continue
@@ -220,17 +213,9 @@ class _Widths:
     def attributes(self) -> list[Attribute]:
         """Return the integers to keep true; a module that is called several times counts once."""
         found: dict[tuple[str, str, int | None], Attribute] = {}
-        owners: dict[int, dict[str, NDArray[np.int64]]] = {}
         for use in self.channels.state.attributes:
-            key = id(use.labels)
-            if key not in owners:
-                homes, groups = self._homes(use.labels)
-                ranks = self.rank[self.channels.vector(use.labels)]
-                owners[key] = {
-                    self.groups[i].name: np.where(homes == i, ranks, -1) for i, _ in groups if not self.groups[i].fixed
-                }
-            if owners[key]:
-                size = len(use.labels)
-                attribute = Attribute(use.module, use.name, size, use.divisor, use.index, owners[key])
-                found.setdefault((use.module, use.name, use.index), attribute)
+            key = (use.module, use.name, use.index)
+            owners = {self.groups[i].name: owner for i, _, owner in self.channels.parts(use.labels) if not self.groups[i].fixed}
+            if owners and key not in found:
+                found[key] = Attribute(use.module, use.name, len(use.labels), use.divisor, use.index, owners)
         return list(found.values())

@@ -54,12 +54,20 @@ def widen(labels: Labels, shape: Sequence[int]) -> Labels:
 
 def tighten(labels: Labels) -> Labels:
     """Return equal labels with stride 0 wherever they are constant (an op may have copied them out)."""
-    for axis in varies(labels):
-        first = labels.narrow(axis, 0, 1)
-        if bool((labels == first).all()):
-            labels = first.expand(labels.shape)
-    axes = varies(labels)
-    return expand_along(flat(labels), axes[0], labels.shape) if len(axes) == 1 else labels
+    if along(labels) is not None:
+        return labels
+    busy, shape = varies(labels), labels.shape
+    small = labels[tuple(slice(None) if axis in busy else slice(0, 1) for axis in range(len(shape)))]
+    found = small.numpy()
+    axes = []
+    for axis in busy:
+        if (found == found.take([0], axis)).all():
+            found = found.take([0], axis)
+        else:
+            axes.append(axis)
+    if len(axes) == 1:
+        return expand_along(found.reshape(-1), axes[0], shape)
+    return (small if len(axes) == len(busy) else torch.from_numpy(found)).expand(shape)
 
 
 def drop_axes(labels: Labels, axes: Iterable[int]) -> Labels:

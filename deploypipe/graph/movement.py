@@ -1,9 +1,10 @@
 """Rules of the operations that move elements: permute, slice, split, join, broadcast, pad."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from deploypipe.graph.labels import Labels, drop_axes, expand_along, tighten, varies
+from deploypipe.graph.labels import Labels, Vector, along, drop_axes, expand_along, tighten, varies
 from deploypipe.graph.tracer import Call, Layers, Rule, State, constant
 
 
@@ -17,7 +18,7 @@ def _axis(call: Call, key: str = "dim") -> int:
 def move(state: State, call: Call) -> Layers | list[Layers]:
     """An operation that only moves elements: apply it to the labels."""
     x = call.args["self"]
-    moved = [call.args["func"](labels) for labels in state.layers_of(x)]
+    moved = [call.on(labels) for labels in state.layers_of(x)]
     if isinstance(call.out, (tuple, list)):
         return [tuple(tighten(results[i]) for results in moved) for i in range(len(call.out))]
     return tuple(tighten(labels) for labels in moved)
@@ -63,7 +64,7 @@ def index(state: State, call: Call) -> Layers:
     on, off = state.split_on(x, axes)
     for labels in on:
         state.ledger.freeze(labels, f"{call.where}: channels are picked by position")
-    return tuple(tighten(call.args["func"](labels)) for labels in on + off)
+    return tuple(tighten(call.on(labels)) for labels in on + off)
 
 
 def chunk(state: State, call: Call) -> list[Layers]:
@@ -103,16 +104,20 @@ def split(state: State, call: Call) -> list[Layers]:
 def cat(state: State, call: Call) -> Layers:
     """Concatenation of labels; parts without channels count as constants. Also stack."""
     tensors = call.args["tensors"]
-    if not any(state.layers_of(tensor) for tensor in tensors):
+    found = [state.layers_of(tensor) for tensor in tensors]
+    if not any(found):
         return ()
+    axis = int(call.args["dim"]) % call.out.dim()
+    joined = _joined(found, axis) if call.name != "stack" else None
+    if joined is not None:
+        return (expand_along(joined, axis, call.out.shape),)
     parts = []
-    for tensor in tensors:
-        layers = [labels for labels in state.layers_of(tensor) if varies(labels)] or list(state.layers_of(tensor))
+    for tensor, own in zip(tensors, found, strict=True):
+        layers = [labels for labels in own if varies(labels)] or list(own)
         if len(layers) > 1:
             state.freeze_all(tensors, f"{call.where}: joins tensors with channels along several axes")
             return ()
         parts.append(layers[0] if layers else torch.full((), -1, dtype=torch.int32).expand(tensor.shape))
-    axis = int(call.args["dim"]) % call.out.dim()
     if call.name == "stack":
         parts = [labels.unsqueeze(axis) for labels in parts]
     busy = {d for labels in parts for d in varies(labels)}
@@ -123,6 +128,17 @@ def cat(state: State, call: Call) -> Layers:
         return (small[0].expand(call.out.shape),)
     calm = set(range(call.out.dim())) - busy - {axis}
     return (tighten(torch.cat([drop_axes(labels, calm) for labels in parts], axis)).expand(call.out.shape),)
+
+
+def _joined(found: list[Layers], axis: int) -> Vector | None:
+    """Return the labels along `axis` of the joined tensors, if channels lie there and nowhere else: the usual, quick case."""
+    vectors = []
+    for layers in found:
+        spread = along(layers[0]) if len(layers) == 1 else None
+        if spread is None or spread[0] != axis:
+            return None
+        vectors.append(spread[1])
+    return np.concatenate(vectors)
 
 
 def expand(state: State, call: Call) -> Layers:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from deploypipe.graph.labels import Labels, varies, widen
+from deploypipe.graph.labels import Labels, along, varies, widen
 from deploypipe.graph.tracer import Call, Layers, State, tensors_in
 
 
@@ -10,15 +10,29 @@ def elementwise(state: State, call: Call) -> Layers:
     """Positions meet positions: tie the labels found there; a parameter that takes part becomes a member."""
     shape = call.out.shape
     operands = [t for t in tensors_in(tuple(call.args.values())) if t.numel() > 1]
+    found = [state.layers_of(t) for t in operands]
+    if len(operands) == 1 and operands[0].shape == shape:
+        return found[0]
+    if len(operands) == 2 and _alike(operands, found):
+        state.ledger.tie(found[0][0], found[1][0], call.where)
+        return found[0]
     merged: list[Labels] = []
-    for tensor in operands:
-        for labels in state.layers_of(tensor):
+    for layers in found:
+        for labels in layers:
             _merge(state, call, merged, widen(labels, shape))
     for labels in merged:
         for axis in varies(labels):
             for tensor in operands:
                 _check_rigid(state, call, labels, axis, tensor)
     return tuple(merged)
+
+
+def _alike(operands: list[Tensor], found: list[Layers]) -> bool:
+    """Say whether two tensors of one shape carry channels along the same single axis: the residual sum, and the quick case."""
+    if operands[0].shape != operands[1].shape or len(found[0]) != 1 or len(found[1]) != 1:
+        return False
+    one, other = along(found[0][0]), along(found[1][0])
+    return one is not None and other is not None and one[0] == other[0]
 
 
 def _merge(state: State, call: Call, merged: list[Labels], labels: Labels) -> None:

@@ -5,8 +5,11 @@ composite operations such as `linear` arrive whole); a function mode above it ha
 source and keeps the sizes that `forward` wrote.
 """
 
+import gc
+import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +42,19 @@ _SIZED = {  # functions whose written sizes a rule looks at -> position of the f
 }
 
 
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Keep the garbage collector out: what tracing makes, stays, and a collection walks everything torch has loaded."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_collector_paused()
 def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Graph:
     """Run `model` once on `example_inputs` and return its layers and groups of coupled channels.
 
@@ -62,10 +78,11 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Graph:
     example = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     state = State(model)
     tracer = _Tracer(state)
-    training = [module for module in model.modules() if module.training]
+    training = [module for module in state.modules.values() if module.training]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
-        model.eval()
+        if training:
+            model.eval()
         torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel hides the layers inside
         with torch.inference_mode(), _Sizes(tracer), tracer:
             outputs = model(*example)
@@ -95,11 +112,16 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.ops: Counter[str] = Counter()
         self.sizes: Sequence[Any] | None = None
         self.paths = {id(module): path for path, module in state.modules.items()}
-        self._rules: dict[Any, tuple[Rule | None, str, tuple[str, ...], dict[str, Any]]] = {}
+        self._rules: dict[int, tuple[Rule | None, str, tuple[str, ...], dict[str, Any]]] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nobody compiles while tracing; guarding against it costs as much as the rules."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        rule, name, names, defaults = self._row(func)
+        rule, name, names, defaults = self._rules.get(id(func)) or self._row(func)
         if rule is None:
             with self:
                 result = func.decompose(*args, **kwargs)
@@ -110,9 +132,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._concerns_us(args) or self._concerns_us(kwargs.values()):
             with torch._C.DisableTorchFunction():
                 bound = defaults | dict(zip(names, args, strict=False)) | kwargs
-                rest = args[1:]
-                bound["func"] = lambda labels: func(labels, *rest, **kwargs)
-                self._apply(rule, Call(name, bound, out, innermost(self.paths), self.sizes))
+                self._apply(rule, Call(name, func, (args, kwargs), bound, out, sys._getframe(1), self.paths, self.sizes))
         return out
 
     def _concerns_us(self, values: Iterable[Any]) -> bool:
@@ -126,20 +146,19 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False
 
     def _row(self, func: Any) -> tuple[Rule | None, str, tuple[str, ...], dict[str, Any]]:
-        if func not in self._rules:
-            schema = func._schema.arguments
-            short = func._schema.name.rpartition("::")[2]
-            defaults = {a.name: a.default_value if a.has_default_value() else None for a in schema}
-            self._rules[func] = (rule_for(func), short, tuple(defaults), defaults)
-        return self._rules[func]
+        schema = func._schema.arguments
+        short = func._schema.name.rpartition("::")[2]
+        defaults = {a.name: a.default_value if a.has_default_value() else None for a in schema}
+        self._rules[id(func)] = row = (rule_for(func), short, tuple(defaults), defaults)
+        return row
 
     def _apply(self, rule: Rule | None, call: Call) -> None:
-        results = [t for t in (call.out if isinstance(call.out, (tuple, list)) else [call.out]) if isinstance(t, Tensor)]
         if rule is None:
             self.state.freeze_all(tensors_in(tuple(call.args.values())), f"{call.where}: deploypipe has no rule for it")
             layers: Any = ()
         else:
             layers = rule(self.state, call)
+        results = tensors_in(call.out)
         if isinstance(layers, tuple):
             layers = [layers] * len(results)
         for tensor, found in zip(results, layers, strict=True):

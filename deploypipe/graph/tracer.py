@@ -1,29 +1,45 @@
 """What the rules work on: the state of one forward pass, and the calls they are asked about."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor, nn
 
+from deploypipe.graph.frames import Paths, innermost
 from deploypipe.graph.labels import Labels, Ledger, Vector, along, drop_axes, expand_along, flat, varies
 from deploypipe.types import Kind, Role
 
 LABELS = "_deploypipe_labels"  # attribute on activations; parameters are looked up by identity
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: there is one for every operation, and setting frozen fields takes four times as long
 class Call:
-    """One aten operation: its short name, arguments by schema name, result, and where it happened."""
+    """One aten operation: its short name, arguments by schema name and result. Alive while the operation runs, no longer."""
 
     name: str
+    func: Callable[..., Any]
+    given: tuple[tuple[Any, ...], Mapping[str, Any]]  # arguments as they came
     args: Mapping[str, Any]
     out: Any
-    module: str
+    frame: FrameType  # where it was called
+    paths: Paths
     sizes: Sequence[Any] | None  # the sizes as `forward` wrote them (view, reshape, ...), if it did
 
-    @property
+    def on(self, labels: Labels) -> Any:
+        """Apply the operation to labels in the place of its first argument."""
+        args, kwargs = self.given
+        return self.func(labels, *args[1:], **kwargs)
+
+    @cached_property
+    def module(self) -> str:
+        """Path of the module whose method is running; read off the frames only if a rule asks."""
+        return innermost(self.paths, self.frame)
+
+    @cached_property
     def where(self) -> str:
         """Human-readable place."""
         return f"{self.name} in {self.module or 'the model'}"
@@ -76,25 +92,25 @@ class State:
         self.ledger = Ledger()
         self.modules = dict(model.named_modules())
         self.names: dict[int, str] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._name("_parameters")
-        n_parameters = len(self.shapes)
-        self._name("_buffers")
-        self.buffers = frozenset(list(self.shapes)[n_parameters:])
+        parameters, buffers = self._named("_parameters"), self._named("_buffers")
+        self.shapes = parameters | buffers
+        self.buffers = frozenset(buffers)
         self.axes: dict[tuple[str, int], Vector] = {}
         self.roles: dict[tuple[str, int], Role] = {}
         self.layers: list[LayerCall] = []
         self.attributes: list[AttributeUse] = []
         self.owner_axis: list[tuple[int, int, tuple[str, int]]] = []  # label ranges born on a parameter axis
 
-    def _name(self, table: str) -> None:
-        """Name the tensors of every module as `named_parameters` and `named_buffers` do, in one quick pass."""
+    def _named(self, table: str) -> dict[str, tuple[int, ...]]:
+        """Name the tensors of every module as `named_parameters` and `named_buffers` do; return their shapes."""
+        names, shapes = self.names, {}
         for path, module in self.modules.items():
             for leaf, tensor in getattr(module, table).items():
-                if tensor is not None and id(tensor) not in self.names:
+                if tensor is not None and id(tensor) not in names:
                     name = f"{path}.{leaf}" if path else leaf
-                    self.names[id(tensor)] = name
-                    self.shapes[name] = tuple(tensor.shape)
+                    names[id(tensor)] = name
+                    shapes[name] = tuple(tensor.shape)
+        return shapes
 
     def layers_of(self, tensor: Any) -> tuple[Labels, ...]:
         """Return the label layers of an activation, or one layer for each axis of a parameter."""

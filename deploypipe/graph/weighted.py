@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from deploypipe.graph.labels import Labels, Vector, drop_axes, varies
+from deploypipe.graph.labels import Labels, Vector, along, drop_axes, varies
 from deploypipe.graph.tracer import Call, LayerCall, State, constant, spread
 from deploypipe.types import Kind
 
@@ -23,6 +23,10 @@ def convolution_transposed(state: State, call: Call) -> tuple[Labels, ...]:
 
 def _channels(state: State, call: Call, x: Tensor, axis: int) -> Vector:
     """Return the labels along the channel axis of a convolution's input; freeze those that lie elsewhere."""
+    layers = state.layers_of(x)
+    known = along(layers[0]) if len(layers) == 1 else None
+    if known is not None and known[0] == axis:  # the quick case
+        return known[1]
     on, off = state.split_on(x, {axis})
     for labels in off:
         state.ledger.freeze(labels, f"{call.where}: channels lie along a spatial axis")
