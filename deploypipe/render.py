@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import sqrt
 from pathlib import Path
 
-from deploypipe.report import JSON_NAME, MARKDOWN_NAME, BudgetOutcome, GroupOutcome, Latency, Report, Side
+from deploypipe.measurement import Latency
+from deploypipe.report import JSON_NAME, MARKDOWN_NAME, BudgetOutcome, GroupOutcome, Report, Side
 
 Row = tuple[str, ...]
 _UNKNOWN = "not measured"
@@ -141,9 +142,25 @@ def _latency_section(report: Report) -> str:
     origin = f"The latency table is **{report.table}**." if report.table else "No latency table was needed."
     if report.table_error is not None:
         origin += f" Its median error on whole models is {100 * report.table_error:.1f} %."
-    again = report.budget.n_corrections
-    corrections = f" The table was corrected by a measurement and the plan made again {again} time(s)." if again else ""
-    return f"## Latency, {_threads(report)}\n\n{origin}{corrections}\n\n" + _table(columns, rows) + _certificate(report)
+    parts = (f"## Latency, {_threads(report)}", origin, _table(columns, rows), _rounds(report.budget), _certificate(report))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _rounds(budget: BudgetOutcome) -> str:
+    """Say what was measured before training, plan by plan, and what became of it."""
+    if not budget.rounds:
+        return ""
+    times = [(r.factor, r.predicted_us, r.pruned.median_us, r.upper_us, r.limit_us, r.fits) for r in budget.rounds]
+    rows = [
+        (f"{i + 1}" + ", taken" * (i == budget.chosen), f"{factor:.3f}", *map(microseconds, us), "yes" if fits else "no")
+        for i, (factor, *us, fits) in enumerate(times)
+    ]
+    columns = ("plan", "table times", "predicted", "measured", "at most", "allowed", "fits")
+    text = (
+        "Each plan was built and measured before training; if it missed the budget, or left much of it unused, the table was "
+        'corrected by that and the plan made again. "At most" is the measurement and two standard errors.'
+    )
+    return f"{text}\n\n" + _table(columns, rows)
 
 
 def _latency_row(name: str, side: Side) -> Row:
@@ -159,9 +176,9 @@ def _latency_row(name: str, side: Side) -> Row:
 def _certificate(report: Report) -> str:
     proof = report.certificate
     if proof is None:
-        return "\n\nThe algorithm chose the widths itself; no solver proved a bound."
+        return "The algorithm chose the widths itself; no solver proved a bound."
     return (
-        f"\n\nAllocator: {proof.status}, value {proof.value:.6g}, proven bound {proof.bound:.6g}, gap {100 * proof.gap:.2f} %, "
+        f"Allocator: {proof.status}, value {proof.value:.6g}, proven bound {proof.bound:.6g}, gap {100 * proof.gap:.2f} %, "
         f"{amount(proof.predicted, proof.unit)} predicted of {amount(proof.budget, proof.unit)}, "
         f"{proof.n_variables} variables."
     )

@@ -7,24 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from deploypipe.errors import UsageError
+from deploypipe.measurement import Latency, Round
 from deploypipe.plan import Certificate
 
-REPORT_SCHEMA = 1
+REPORT_SCHEMA = 2
 JSON_NAME, MARKDOWN_NAME = "report.json", "report.md"
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Measured time of one forward pass, in microseconds: median, spread and number of runs.
-
-    `foreign_load` is the share of our cores' time that other programs took meanwhile; None if unknown.
-    """
-
-    median_us: float
-    p10_us: float
-    p90_us: float
-    n_runs: int
-    foreign_load: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +46,8 @@ class BudgetOutcome:
         limit: The most that was allowed; a share of the latency is one of the dense latency measured beside the pruned one.
         predicted: Of the plan, by the cost table.
         reached: Of the built model: measured latency, or counted.
-        n_corrections: How often the table was corrected by a measurement and the plan made again.
+        rounds: The plans that were measured before training, in order; none if the budget is counted.
+        chosen: Which of them was taken.
     """
 
     asked: str
@@ -68,7 +56,13 @@ class BudgetOutcome:
     limit: float
     predicted: float
     reached: float
-    n_corrections: int = 0
+    rounds: tuple[Round, ...] = ()
+    chosen: int = 0
+
+    @property
+    def n_corrections(self) -> int:
+        """How often the table was corrected by a measurement and the plan made again."""
+        return max(0, len(self.rounds) - 1)
 
     @property
     def met(self) -> bool:
@@ -173,7 +167,12 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, with the schema and the derived figures that scripts ask for first."""
-        derived = {"speedup": self.speedup, "budget_met": self.budget.met, "checks_passed": all(c.passed for c in self.checks)}
+        derived = {
+            "speedup": self.speedup,
+            "budget_met": self.budget.met,
+            "n_corrections": self.budget.n_corrections,
+            "checks_passed": all(c.passed for c in self.checks),
+        }
         return {"schema": REPORT_SCHEMA, **derived, **_plain(self)}
 
     @classmethod
@@ -247,7 +246,7 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "dense": side(values["dense"]),
         "pruned": side(values["pruned"]),
-        "budget": BudgetOutcome(**values["budget"]),
+        "budget": BudgetOutcome(**{**values["budget"], "rounds": tuple(map(Round.from_json, values["budget"]["rounds"]))}),
         "groups": tuple(group(state) for state in values["groups"]),
         "checks": tuple(Check(**state) for state in values["checks"]),
         "certificate": Certificate(**values["certificate"]) if values["certificate"] else None,

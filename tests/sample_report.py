@@ -2,9 +2,14 @@
 
 from dataclasses import replace
 
+from deploypipe.measurement import Latency, Round
 from deploypipe.plan import Certificate
-from deploypipe.report import BudgetOutcome, Check, GroupOutcome, Latency, Report, Side
+from deploypipe.report import BudgetOutcome, Check, GroupOutcome, Report, Side
 
+ROUNDS = (
+    Round(1.0, 59.5, 59.4, 60.1, Latency(61.0, 60.1, 64.0, 200), Latency(120.2, 118.1, 130.0, 200)),
+    Round(1.026, 59.5, 59.1, 60.2, Latency(59.6, 58.8, 62.9, 200), Latency(120.4, 118.0, 131.2, 200)),
+)
 REPORT = Report(
     model="demo",
     data="demo",
@@ -17,7 +22,7 @@ REPORT = Report(
     pruned=Side(0.9722, 12_030, 1_090_400, 62_001, Latency(59.7, 58.8, 64.2, 200, 0.02), 60.0),
     compacted_accuracy=0.9361,
     n_test=360,
-    budget=BudgetOutcome("50%", "latency", "us", 60.2, 60.0, 59.7, 1),
+    budget=BudgetOutcome("50%", "latency", "us", 60.2, 60.0, 59.7, ROUNDS, 1),
     groups=(
         GroupOutcome("stem.conv", 16, 8, ("stem.conv.weight[0] produces", "a.conv1.weight[1] consumes"), ("add",)),
         GroupOutcome("a.gate", 8, 8, ("a.gate.weight[0] produces",), (), "", "no batch norm"),

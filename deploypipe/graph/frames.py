@@ -14,12 +14,9 @@ def paths_of(model: nn.Module) -> Paths:
     return {id(module): path for path, module in model.named_modules()}
 
 
-def innermost(paths: Paths, frame: FrameType | None = None) -> str:
-    """Return the path of the module whose method is running, "" for the model itself or for none.
-
-    `frame` is where to start looking, the caller by default.
-    """
-    frame = frame or sys._getframe(1)
+def innermost(paths: Paths) -> str:
+    """Return the path of the module whose method is running, "" for the model itself or for none."""
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         path = _module_of(frame, paths)
         if path is not None:

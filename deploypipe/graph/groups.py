@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from operator import itemgetter
 from typing import Any
 
@@ -115,14 +116,15 @@ class _Channels:
         What a channel owns is summed up in 64 random bits for each slot's axis: equal for equal channels, and for others with
         a chance of 2^-64.
         """
-        random = np.random.default_rng(0)
-        fates = random.integers(0, 2**64, size=(len(self.reasons), 2), dtype=np.uint64)
+        n_fates = 2 * len(self.reasons)
+        random = _random_bits(1 << (n_fates + len(axes)).bit_length())
+        fates = random[:n_fates].reshape(-1, 2)
         signature = fates[self.reason, self.normalised.astype(np.int64)]
         produced = np.zeros(self.n, dtype=bool)
         if axes:
             slots = self._of[np.concatenate([labels for labels, _ in axes])]
             lengths, owned = [len(labels) for labels, _ in axes], slots >= 0
-            bits = np.repeat(random.integers(0, 2**64, size=len(axes), dtype=np.uint64), lengths)
+            bits = np.repeat(random[n_fates : n_fates + len(axes)], lengths)
             np.add.at(signature, slots[owned], bits[owned])
             roles = self.state.roles
             emits = np.repeat([any(roles[key] == "produces" for _, (key, _) in places) for _, places in axes], lengths)
@@ -161,6 +163,11 @@ class _Channels:
             for label in (a, b):
                 texts.setdefault(int(self.of[label]), []).append(why)
         return texts
+
+
+@cache
+def _random_bits(n: int) -> NDArray[np.uint64]:
+    return np.random.default_rng(0).integers(0, 2**64, size=n, dtype=np.uint64)
 
 
 def _components(ledger: Ledger) -> NDArray[np.int64]:

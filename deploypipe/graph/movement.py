@@ -2,17 +2,16 @@
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from deploypipe.graph.labels import Labels, Vector, along, drop_axes, expand_along, tighten, varies
-from deploypipe.graph.tracer import Call, Layers, Rule, State, constant
+from deploypipe.graph.tracer import Call, Layers, Rule, Seen, State, constant
 
 
 def _axis(call: Call, key: str = "dim") -> int:
     """Return a dimension argument as a non-negative axis of the first tensor."""
     value = int(call.args[key])
     first = call.args.get("self", call.args.get("input"))
-    return value % first.dim() if isinstance(first, Tensor) else value
+    return value % first.dim() if isinstance(first, Seen) else value
 
 
 def move(state: State, call: Call) -> Layers | list[Layers]:
@@ -57,7 +56,7 @@ def index(state: State, call: Call) -> Layers:
     x, indices = call.args["self"], call.args["indices"]
     axes, axis = set(), 0
     for entry in indices:
-        rank = entry.dim() if isinstance(entry, Tensor) and entry.dtype == torch.bool else 1
+        rank = entry.dim() if isinstance(entry, Seen) and entry.dtype == torch.bool else 1
         if entry is not None:
             axes |= set(range(axis, axis + rank))
         axis += rank
@@ -72,7 +71,7 @@ def chunk(state: State, call: Call) -> list[Layers]:
     return _chunk(state, call, call.args["self"], int(call.args["chunks"]), call.args["dim"])
 
 
-def _chunk(state: State, call: Call, x: Tensor, n: int, dim: int) -> list[Layers]:
+def _chunk(state: State, call: Call, x: Seen, n: int, dim: int) -> list[Layers]:
     axis = dim % x.dim()
     on, off = state.split_on(x, {axis})
     results: list[list[Labels]] = [[] for _ in range(n)]

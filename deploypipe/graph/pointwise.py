@@ -1,9 +1,7 @@
 """Rules of the operations that work element by element."""
 
-from torch import Tensor
-
 from deploypipe.graph.labels import Labels, along, varies, widen
-from deploypipe.graph.tracer import Call, Layers, State, tensors_in
+from deploypipe.graph.tracer import Call, Layers, Seen, State, tensors_in
 
 
 def elementwise(state: State, call: Call) -> Layers:
@@ -27,7 +25,7 @@ def elementwise(state: State, call: Call) -> Layers:
     return tuple(merged)
 
 
-def _alike(operands: list[Tensor], found: list[Layers]) -> bool:
+def _alike(operands: list[Seen], found: list[Layers]) -> bool:
     """Say whether two tensors of one shape carry channels along the same single axis: the residual sum, and the quick case."""
     if operands[0].shape != operands[1].shape or len(found[0]) != 1 or len(found[1]) != 1:
         return False
@@ -51,10 +49,10 @@ def _merge(state: State, call: Call, merged: list[Labels], labels: Labels) -> No
         merged.append(labels)
 
 
-def _check_rigid(state: State, call: Call, labels: Labels, axis: int, tensor: Tensor) -> None:
+def _check_rigid(state: State, call: Call, labels: Labels, axis: int, tensor: Seen) -> None:
     """Freeze labels that meet a tensor which has a size of its own, but no channels, along `axis`."""
     axis -= labels.dim() - tensor.dim()
-    if axis < 0 or tensor.size(axis) == 1 or tensor.stride(axis) == 0:
+    if axis < 0 or not tensor.rigid(axis):
         return
     if not any(axis in varies(own) for own in state.layers_of(tensor)):
         state.ledger.freeze(labels, f"{call.where}: combined with a tensor of fixed size (an input, a mask or a constant)")

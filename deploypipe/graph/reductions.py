@@ -1,10 +1,9 @@
 """Rules of pooling, resizing, reductions, softmax and attention."""
 
 import numpy as np
-from torch import Tensor
 
 from deploypipe.graph.labels import along, drop_axes, expand_along, varies
-from deploypipe.graph.tracer import Call, Layers, Rule, State, spread, tensors_in
+from deploypipe.graph.tracer import Call, Layers, Rule, Seen, State, spread, tensors_in
 
 
 def over_space(n: int) -> Rule:
@@ -39,7 +38,7 @@ def unfold(state: State, call: Call) -> Layers:
 
 def _reduced_axes(call: Call) -> set[int]:
     x = call.args.get("self", call.args.get("input"))
-    assert isinstance(x, Tensor)
+    assert isinstance(x, Seen)
     dim = call.args.get("dim", call.args.get("dims"))
     if dim is None or dim == []:
         return set(range(x.dim()))

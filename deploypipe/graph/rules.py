@@ -81,6 +81,9 @@ RULES: dict[str, Rule] = {
 }
 
 
+MOVES = frozenset(name for name, rule in RULES.items() if rule.__module__ == move.__module__)  # they may replay the operation
+
+
 def rule_for(op: torch._ops.OpOverload) -> Rule | None:
     """Return the rule of an aten operation: its row, or `elementwise` if torch tags it as pointwise."""
     name = op._schema.name.rpartition("::")[2]

@@ -6,10 +6,10 @@ source and keeps the sizes that `forward` wrote.
 """
 
 import gc
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,10 +24,11 @@ from deploypipe.graph.dims import Dim, dims_in
 from deploypipe.graph.frames import failed_in, innermost
 from deploypipe.graph.groups import build_graph
 from deploypipe.graph.labels import Labels, varies
-from deploypipe.graph.rules import rule_for
-from deploypipe.graph.tracer import LABELS, Call, Rule, State, tensors_in
+from deploypipe.graph.rules import MOVES, rule_for
+from deploypipe.graph.tracer import Call, Rule, Seen, State, tensors_in
 from deploypipe.types import Graph
 
+_SEEN = "_deploypipe_seen"  # attribute on activations; parameters are looked up by identity
 _SHAPE_GETTERS = {torch.Tensor.shape.__get__, torch.Tensor.size}  # type: ignore[attr-defined]
 _SIZED = {  # functions whose written sizes a rule looks at -> position of the first size among the arguments
     torch.Tensor.view: 1,
@@ -89,7 +90,7 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Graph:
     except ModelError:
         raise
     except Exception as error:
-        shapes = ", ".join(str(tuple(t.shape)) for t in tensors_in(example))
+        shapes = ", ".join(str(tuple(t.shape)) for t in tree_leaves(example) if isinstance(t, Tensor))
         raise ModelError(
             f"the model fails on its example input: {type(error).__name__}: {error}",
             at=f"module '{failed_in(error, tracer.paths) or '(root)'}', input shapes {shapes}",
@@ -99,12 +100,30 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Graph:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         for module in training:
             module.training = True
-    state.freeze_all(tensors_in(tree_leaves(outputs)), "output of the model")
+    tracer.ask().freeze_all(tensors_in(tracer.look(tree_leaves(outputs))), "output of the model")
     return build_graph(state, tracer.ops, example)
 
 
+@dataclass(frozen=True)
+class _Operation:
+    """What is known of an aten operation before it is called."""
+
+    rule: Rule | None
+    moves: bool  # the rule applies the operation to labels
+    name: str
+    parameters: tuple[str, ...]
+    defaults: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, func: Any) -> "_Operation":
+        schema = func._schema
+        defaults = {a.name: a.default_value if a.has_default_value() else None for a in schema.arguments}
+        name = schema.name.rpartition("::")[2]
+        return cls(rule_for(func), name in MOVES, name, tuple(defaults), defaults)
+
+
 class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Carries labels through every aten operation."""
+    """Notes every aten operation that labels could pass through, and asks the rules about them."""
 
     def __init__(self, state: State) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -112,7 +131,10 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.ops: Counter[str] = Counter()
         self.sizes: Sequence[Any] | None = None
         self.paths = {id(module): path for path, module in state.modules.items()}
-        self._rules: dict[int, tuple[Rule | None, str, tuple[str, ...], dict[str, Any]]] = {}
+        self._operations: dict[int, _Operation] = {}
+        self._noted: list[tuple[_Operation, Any, Any, Any, Any, Any, str, Any]] = []
+        self._touched = False  # whether a parameter, or something computed from one, is among the arguments
+        self._asking = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -121,40 +143,69 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        rule, name, names, defaults = self._rules.get(id(func)) or self._row(func)
-        if rule is None:
+        if self._asking:
+            return func(*args, **kwargs)
+        operation = self._operations.get(id(func))
+        if operation is None:
+            operation = self._operations[id(func)] = _Operation.of(func)
+        if operation.rule is None:
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         out = func(*args, **kwargs)
-        self.ops[name] += 1
-        if self._concerns_us(args) or self._concerns_us(kwargs.values()):
-            with torch._C.DisableTorchFunction():
-                bound = defaults | dict(zip(names, args, strict=False)) | kwargs
-                self._apply(rule, Call(name, func, (args, kwargs), bound, out, sys._getframe(1), self.paths, self.sizes))
+        self.ops[operation.name] += 1
+        with torch._C.DisableTorchFunction():
+            self._touched = False
+            seen = self.look(args)
+            named = {key: self.look(value) for key, value in kwargs.items()} if kwargs else kwargs
+            if self._touched:
+                rest = (
+                    [None if isinstance(v, Tensor) and v.is_floating_point() else v for v in args[1:]]
+                    if operation.moves
+                    else ()
+                )
+                where = innermost(self.paths)
+                self._noted.append((operation, func, seen, named, (rest, kwargs), self._result(out), where, self.sizes))
         return out
 
-    def _concerns_us(self, values: Iterable[Any]) -> bool:
-        """Say whether an activation with labels, a parameter or a buffer is among (nested) arguments."""
-        for value in values:
-            if isinstance(value, Tensor):
-                if id(value) in self.state.names or hasattr(value, LABELS):
-                    return True
-            elif isinstance(value, (tuple, list)) and self._concerns_us(value):
-                return True
-        return False
+    def look(self, value: Any) -> Any:
+        """Return a (nested) argument with `Seen` in the place of tensors."""
+        if isinstance(value, Tensor):
+            found = self.state.stored.get(id(value)) or getattr(value, _SEEN, None)
+            if found is None:
+                return Seen(value)
+            self._touched = True
+            return found
+        if type(value) in {tuple, list}:
+            return [self.look(part) for part in value]
+        return value
 
-    def _row(self, func: Any) -> tuple[Rule | None, str, tuple[str, ...], dict[str, Any]]:
-        schema = func._schema.arguments
-        short = func._schema.name.rpartition("::")[2]
-        defaults = {a.name: a.default_value if a.has_default_value() else None for a in schema}
-        self._rules[id(func)] = row = (rule_for(func), short, tuple(defaults), defaults)
-        return row
+    def _result(self, out: Any) -> Any:
+        """Return the same for a result, new and without labels yet; parameters that are written in place stay parameters."""
+        if isinstance(out, Tensor):
+            if id(out) in self.state.stored:
+                return self.state.stored[id(out)]
+            seen = Seen(out)
+            setattr(out, _SEEN, seen)
+            return seen
+        return [self._result(part) for part in out] if isinstance(out, (tuple, list)) else out
+
+    def ask(self) -> State:
+        """Ask the rules about all operations noted so far; return the state, which is up to date then."""
+        noted, self._noted, self._asking = self._noted, [], True
+        try:
+            with torch._C.DisableTorchFunction(), torch.inference_mode():
+                for operation, func, seen, named, rest, out, where, sizes in noted:
+                    bound = dict(operation.defaults) | dict(zip(operation.parameters, seen, strict=False)) | named
+                    self._apply(operation.rule, Call(operation.name, bound, out, where, sizes, func, rest))
+        finally:
+            self._asking = False
+        return self.state
 
     def _apply(self, rule: Rule | None, call: Call) -> None:
         if rule is None:
-            self.state.freeze_all(tensors_in(tuple(call.args.values())), f"{call.where}: deploypipe has no rule for it")
+            self.state.freeze_all(tensors_in(list(call.args.values())), f"{call.where}: deploypipe has no rule for it")
             layers: Any = ()
         else:
             layers = rule(self.state, call)
@@ -162,8 +213,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(layers, tuple):
             layers = [layers] * len(results)
         for tensor, found in zip(results, layers, strict=True):
-            if id(tensor) not in self.state.names:
-                setattr(tensor, LABELS, found)
+            tensor.labels = found
 
 
 class _Sizes(TorchFunctionMode):
@@ -182,7 +232,7 @@ class _Sizes(TorchFunctionMode):
             return self._attention(func, args, kwargs)
         if func in _SIZED:
             written = [*args[_SIZED[func] :], *kwargs.values()]
-            if not self.tracer.state.layers_of(args[0]):  # no rule will look at it: a width must not leave this way
+            if self.measured and not self._layers(args[0]):  # no rule will look at it: a width must not leave this way
                 self._let_go((args[1:], kwargs), func)
             nested = bool(written) and isinstance(written[0], (tuple, list))
             if func in (torch.Tensor.split, torch.split):
@@ -203,7 +253,7 @@ class _Sizes(TorchFunctionMode):
                 self._escape(size.source, f"used as an argument of {getattr(func, '__name__', func)}")
 
     def _sized(self, tensor: Tensor, shape: Any, dim: tuple[Any, ...]) -> Any:
-        layers = self.tracer.state.layers_of(tensor) if hasattr(tensor, LABELS) else ()
+        layers = self._layers(tensor) if hasattr(tensor, _SEEN) else ()
 
         def measure(value: int, axis: int) -> Dim:
             source: Labels | None = next((labels for labels in layers if axis in varies(labels)), None)
@@ -214,6 +264,9 @@ class _Sizes(TorchFunctionMode):
             return measure(shape, int(dim[0]) % max(tensor.dim(), 1))
         return torch.Size([measure(value, axis) for axis, value in enumerate(shape)])
 
+    def _layers(self, tensor: Tensor) -> tuple[Labels, ...]:
+        return self.tracer.ask().layers_of(self.tracer.look(tensor))
+
     def _escape(self, labels: Labels, how: str) -> None:
         where = innermost(self.tracer.paths) or "the model"
         self.tracer.state.ledger.freeze(labels, f"forward of {where}: the number of channels is {how}")
@@ -221,5 +274,5 @@ class _Sizes(TorchFunctionMode):
     def _attention(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
         reason = f"multi-head attention in {innermost(self.tracer.paths)}: its embedding size is fixed"
-        self.tracer.state.freeze_all([*args[:3], *tensors_in(out)], reason)
+        self.tracer.ask().freeze_all(tensors_in(self.tracer.look([*args[:3], *tree_leaves(out)])), reason)
         return out

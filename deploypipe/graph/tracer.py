@@ -1,43 +1,66 @@
-"""What the rules work on: the state of one forward pass, and the calls they are asked about."""
+"""What the rules work on: the state of one forward pass, and the calls they are asked about.
+
+Rules are asked after the operations, many at a time: right after a convolution the caches are full of its data, and Python
+runs at a third of its speed. So they see what is left of a tensor then, its shape and its labels.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from types import FrameType
+from math import prod
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
-from deploypipe.graph.frames import Paths, innermost
 from deploypipe.graph.labels import Labels, Ledger, Vector, along, drop_axes, expand_along, flat, varies
 from deploypipe.types import Kind, Role
 
-LABELS = "_deploypipe_labels"  # attribute on activations; parameters are looked up by identity
+Layers = tuple[Labels, ...]
+
+
+class Seen:
+    """What rules know of a tensor. A parameter or buffer has a name; an activation has labels once its rule was asked."""
+
+    __slots__ = ("dtype", "labels", "name", "shape", "strides")
+
+    def __init__(self, tensor: Tensor, name: str = "") -> None:
+        self.shape: tuple[int, ...] = tensor.shape
+        self.strides: tuple[int, ...] = tensor.stride() if tensor.layout is torch.strided else ()
+        self.dtype = tensor.dtype
+        self.name = name
+        self.labels: Layers = ()
+
+    def dim(self) -> int:
+        """Return the number of axes."""
+        return len(self.shape)
+
+    def numel(self) -> int:
+        """Return the number of elements."""
+        return prod(self.shape)
+
+    def rigid(self, axis: int) -> bool:
+        """Say whether an axis has a size of its own: more than one position, and not a broadcast."""
+        return self.shape[axis] != 1 and (not self.strides or self.strides[axis] != 0)
 
 
 @dataclass  # not frozen: there is one for every operation, and setting frozen fields takes four times as long
 class Call:
-    """One aten operation: its short name, arguments by schema name and result. Alive while the operation runs, no longer."""
+    """One aten operation: its short name, arguments by schema name and result, with `Seen` in the place of tensors."""
 
     name: str
-    func: Callable[..., Any]
-    given: tuple[tuple[Any, ...], Mapping[str, Any]]  # arguments as they came
     args: Mapping[str, Any]
     out: Any
-    frame: FrameType  # where it was called
-    paths: Paths
+    module: str  # path of the module whose method called it
     sizes: Sequence[Any] | None  # the sizes as `forward` wrote them (view, reshape, ...), if it did
+    func: Callable[..., Any]
+    rest: tuple[Sequence[Any], Mapping[str, Any]]  # the arguments after the first as they came, without activations
 
     def on(self, labels: Labels) -> Any:
         """Apply the operation to labels in the place of its first argument."""
-        args, kwargs = self.given
-        return self.func(labels, *args[1:], **kwargs)
-
-    @cached_property
-    def module(self) -> str:
-        """Path of the module whose method is running; read off the frames only if a rule asks."""
-        return innermost(self.paths, self.frame)
+        args, kwargs = self.rest
+        return self.func(labels, *args, **kwargs)
 
     @cached_property
     def where(self) -> str:
@@ -71,9 +94,6 @@ class AttributeUse:
     labels: Vector
 
 
-Layers = tuple[Labels, ...]
-
-
 class Rule(Protocol):
     """Says which labels the results of a call carry, and ties or freezes those it met.
 
@@ -91,8 +111,9 @@ class State:
     def __init__(self, model: nn.Module) -> None:
         self.ledger = Ledger()
         self.modules = dict(model.named_modules())
-        self.names: dict[int, str] = {}
-        parameters, buffers = self._named("_parameters"), self._named("_buffers")
+        self.stored: dict[int, Seen] = {}  # parameters and buffers, by identity
+        parameters = self._named("_parameters")
+        buffers = self._named("_buffers")
         self.shapes = parameters | buffers
         self.buffers = frozenset(buffers)
         self.axes: dict[tuple[str, int], Vector] = {}
@@ -103,25 +124,23 @@ class State:
 
     def _named(self, table: str) -> dict[str, tuple[int, ...]]:
         """Name the tensors of every module as `named_parameters` and `named_buffers` do; return their shapes."""
-        names, shapes = self.names, {}
+        stored, shapes = self.stored, {}
         for path, module in self.modules.items():
             for leaf, tensor in getattr(module, table).items():
-                if tensor is not None and id(tensor) not in names:
+                if tensor is not None and id(tensor) not in stored:
                     name = f"{path}.{leaf}" if path else leaf
-                    names[id(tensor)] = name
+                    stored[id(tensor)] = Seen(tensor, name)
                     shapes[name] = tuple(tensor.shape)
         return shapes
 
-    def layers_of(self, tensor: Any) -> tuple[Labels, ...]:
+    def layers_of(self, tensor: Any) -> Layers:
         """Return the label layers of an activation, or one layer for each axis of a parameter."""
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Seen):
             return ()
-        name = self.names.get(id(tensor))
-        if name is None:
-            return getattr(tensor, LABELS, ())
-        return tuple(
-            expand_along(self.axis(name, axis, "carries"), axis, tensor.shape) for axis, n in enumerate(tensor.shape) if n > 1
-        )
+        name, shape = tensor.name, tensor.shape
+        if not name:
+            return tensor.labels
+        return tuple(expand_along(self.axis(name, axis, "carries"), axis, shape) for axis, n in enumerate(shape) if n > 1)
 
     def axis(self, name: str, axis: int, role: Role) -> Vector:
         """Return the labels of a parameter's axis, new ones if it has none yet."""
@@ -144,12 +163,12 @@ class State:
             if start <= first < end:
                 self._set_role(key, role)
 
-    def attach(self, tensor: Any, axis: int, vector: Vector, role: Role, where: str) -> None:
+    def attach(self, tensor: Seen | None, axis: int, vector: Vector, role: Role, where: str) -> None:
         """State that the channels `vector` meet `axis` of `tensor` (a parameter, or something computed from one)."""
         if tensor is None:
             return
-        name = self.names.get(id(tensor))
-        if name is not None and (name, axis) not in self.axes:
+        name = tensor.name
+        if name and (name, axis) not in self.axes:
             self.axes[name, axis] = vector
             self._set_role((name, axis), role)
             return
@@ -159,11 +178,10 @@ class State:
         else:
             self.ledger.tie_flat(theirs, vector, where)
 
-    def along(self, tensor: Tensor, axis: int, where: str, role: Role) -> Vector | None:
+    def along(self, tensor: Seen, axis: int, where: str, role: Role) -> Vector | None:
         """Return the labels along one axis of a weight, None if it carries none there."""
-        name = self.names.get(id(tensor))
-        if name is not None:
-            return self.axis(name, axis, role)
+        if tensor.name:
+            return self.axis(tensor.name, axis, role)
         for labels in self.layers_of(tensor):
             if axis in varies(labels):
                 self.set_role_by_labels(labels, role)
@@ -181,7 +199,7 @@ class State:
         vector: Vector = drop_axes(labels, (d for d in range(labels.dim()) if d != axis)).reshape(-1).numpy()
         return vector
 
-    def split_on(self, tensor: Tensor, axes: set[int]) -> tuple[list[Labels], list[Labels]]:
+    def split_on(self, tensor: Seen, axes: set[int]) -> tuple[list[Labels], list[Labels]]:
         """Return the label layers of a tensor that change along one of `axes`, and the others."""
         on: list[Labels] = []
         off: list[Labels] = []
@@ -211,16 +229,16 @@ def constant(n: int) -> Vector:
     return np.full(n, -1, dtype=np.int32)
 
 
-def spread(vector: Vector, axis: int, out: Tensor) -> tuple[Labels, ...]:
+def spread(vector: Vector, axis: int, out: Seen) -> tuple[Labels, ...]:
     """Return the layers of an activation with these labels along `axis`; none if there is no channel at all."""
     if not (vector >= 0).any():
         return ()
     return (expand_along(vector, axis, out.shape),)
 
 
-def tensors_in(values: Any) -> list[Tensor]:
+def tensors_in(values: Any) -> list[Seen]:
     """Return the tensors among (nested) arguments."""
-    if isinstance(values, Tensor):
+    if isinstance(values, Seen):
         return [values]
     if isinstance(values, (tuple, list)):
         return [tensor for value in values for tensor in tensors_in(value)]

@@ -4,10 +4,9 @@ from math import prod
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from deploypipe.graph.labels import Labels, Vector, along, drop_axes, varies
-from deploypipe.graph.tracer import Call, LayerCall, State, constant, spread
+from deploypipe.graph.tracer import Call, LayerCall, Seen, State, constant, spread
 from deploypipe.types import Kind
 
 
@@ -21,7 +20,7 @@ def convolution_transposed(state: State, call: Call) -> tuple[Labels, ...]:
     return _convolution(state, call, transposed=True)
 
 
-def _channels(state: State, call: Call, x: Tensor, axis: int) -> Vector:
+def _channels(state: State, call: Call, x: Seen, axis: int) -> Vector:
     """Return the labels along the channel axis of a convolution's input; freeze those that lie elsewhere."""
     layers = state.layers_of(x)
     known = along(layers[0]) if len(layers) == 1 else None
@@ -127,8 +126,7 @@ def linear(state: State, call: Call) -> tuple[Labels, ...]:
 
 
 def _record(state: State, call: Call, kind: Kind, geometry: dict[str, Any], vec: Vector, out_vec: Vector, groups: int) -> None:
-    weight = state.names.get(id(call.args["weight"]), "")
-    bias = state.names.get(id(call.args.get("bias")), "")
+    weight, bias = call.args["weight"].name, "" if call.args.get("bias") is None else call.args["bias"].name
     owner = weight.rpartition(".")[0]
     name = owner if owner and weight.endswith(".weight") else weight or call.module
     group_labels = vec[:: len(vec) // groups] if groups > 1 else None
@@ -157,28 +155,28 @@ def matmul(state: State, call: Call) -> tuple[Labels, ...]:
         tensor, summed = ((a, a.dim() - 1), (b, b.dim() - 2))[side]
         view = drop_axes(labels, [summed]).expand(*call.out.shape[: -tensor.dim()], *_out_shape(call.out, tensor, side))
         results.append(view)
-        if id(tensor) in state.names:
+        if tensor.name:
             state.set_role_by_labels(labels, "produces")
     _batch_axes(state, call, (a, b), passing)
     for weight, other, summed_labels in ((b, a, contracted[0]), (a, b, contracted[1])):
-        if id(weight) in state.names and weight.dim() == 2:
+        if weight.name and weight.dim() == 2:
             _record_product(state, call, weight, other, summed_labels)
             break
     return tuple(results)
 
 
-def _operands(call: Call) -> tuple[Tensor, Tensor]:
-    keys = [key for key, value in call.args.items() if isinstance(value, Tensor)]
+def _operands(call: Call) -> tuple[Seen, Seen]:
+    keys = [key for key, value in call.args.items() if isinstance(value, Seen)]
     return call.args[keys[-2]], call.args[keys[-1]]
 
 
-def _out_shape(out: Tensor, tensor: Tensor, side: int) -> list[int]:
+def _out_shape(out: Seen, tensor: Seen, side: int) -> list[int]:
     shape = list(out.shape[out.dim() - tensor.dim() :])
     shape[-1 if side == 0 else -2] = out.shape[-1 if side == 0 else -2]
     return shape
 
 
-def _contract(state: State, call: Call, a: Tensor, b: Tensor, contracted: list[Labels | None]) -> None:
+def _contract(state: State, call: Call, a: Seen, b: Seen, contracted: list[Labels | None]) -> None:
     left, right = contracted
     if left is not None and right is not None:
         state.ledger.tie_flat(
@@ -192,16 +190,16 @@ def _contract(state: State, call: Call, a: Tensor, b: Tensor, contracted: list[L
         state.set_role_by_labels(labels, "consumes")
 
 
-def _batch_axes(state: State, call: Call, pair: tuple[Tensor, Tensor], passing: list[tuple[int, Labels]]) -> None:
+def _batch_axes(state: State, call: Call, pair: tuple[Seen, Seen], passing: list[tuple[int, Labels]]) -> None:
     """Freeze channels along a batch axis of a product: the other operand has that axis too (attention heads)."""
     for side, labels in passing:
         if any(d < pair[side].dim() - 2 for d in varies(labels)) and pair[1 - side].dim() > 2:
             state.ledger.freeze(labels, f"{call.where}: channels lie along a batch axis (attention heads)")
 
 
-def _record_product(state: State, call: Call, weight: Tensor, other: Tensor, contracted: Labels | None) -> None:
+def _record_product(state: State, call: Call, weight: Seen, other: Seen, contracted: Labels | None) -> None:
     """Record a matrix product with a parameter as a layer; its output axis is the one that is not summed."""
-    name = state.names[id(weight)]
+    name = weight.name
     right = weight is _operands(call)[1]
     summed = other.dim() - 1 if right else other.dim() - 2
     vec = constant(other.shape[summed]) if contracted is None else state.collapse(contracted, summed, call.where)

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -88,6 +88,16 @@ class LatencyTable:
             if context.structure == structure:
                 return context
         raise self._unmeasured("the model has not been profiled as a whole")
+
+    def corrected(self, graph: Graph, factor: float) -> "LatencyTable":
+        """Return the table with the prices of the model of `graph` multiplied by `factor`.
+
+        Raises:
+            TargetError: The model has not been profiled with this runtime.
+        """
+        mine = self.context(graph)
+        contexts = tuple(replace(c, factor=c.factor * factor) if c is mine else c for c in self.contexts)
+        return replace(self, contexts=contexts)
 
     def kernel_us(self, layer: Layer, n_in: int, n_out: int) -> float:
         """Return what the kernel of `layer` takes alone at these widths.

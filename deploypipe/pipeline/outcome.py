@@ -15,9 +15,10 @@ from deploypipe.data.load import Data
 from deploypipe.doctor import versions
 from deploypipe.inspection import member_text
 from deploypipe.latency.table import LatencyTable
+from deploypipe.measurement import Latency, Round
 from deploypipe.pipeline.request import Request
 from deploypipe.plan import KeepPlan
-from deploypipe.report import BudgetOutcome, Check, GroupOutcome, Latency, Report, Side
+from deploypipe.report import BudgetOutcome, Check, GroupOutcome, Report, Side
 from deploypipe.targets import Target
 from deploypipe.types import Graph
 
@@ -33,6 +34,8 @@ class Findings:
     cost: CostTable
     budget: float
     table: LatencyTable | None
+    chosen: int
+    rounds: tuple[Round, ...]
     checks: list[Check]
     latencies: Mapping[str, Any]
     accuracies: Mapping[str, Any]
@@ -44,7 +47,8 @@ class Findings:
 
 def assemble(request: Request, data: Data, target: Target, found: Findings) -> Report:
     """Return the report of a run."""
-    predicted = found.cost.predict(found.graph, found.plan)
+    factor = found.rounds[found.chosen].factor if found.rounds else 1.0
+    predicted = factor * found.cost.predict(found.graph, found.plan)
     limit, reached = _judged(request, found)
     return Report(
         model=str(request.model),
@@ -54,11 +58,13 @@ def assemble(request: Request, data: Data, target: Target, found: Findings) -> R
         options=asdict(make(request.algo, request.options)),
         seed=request.seed,
         epochs=request.epochs,
-        dense=_side("dense", None, found),
-        pruned=_side("pruned", found.plan, found),
+        dense=_side("dense", None, found, 1.0),
+        pruned=_side("pruned", found.plan, found, factor),
         compacted_accuracy=found.accuracies["compacted"],
         n_test=found.accuracies["n_test"],
-        budget=BudgetOutcome(request.budget, request.metric, found.cost.unit, limit, predicted, reached),
+        budget=BudgetOutcome(
+            request.budget, request.metric, found.cost.unit, limit, predicted, reached, found.rounds, found.chosen
+        ),
         groups=tuple(_group(found.graph, found.plan)),
         checks=tuple(found.checks),
         certificate=found.plan.certificate,
@@ -100,14 +106,14 @@ def _drift(found: Findings) -> tuple[str, ...]:
     )
 
 
-def _side(name: str, plan: KeepPlan | None, found: Findings) -> Side:
+def _side(name: str, plan: KeepPlan | None, found: Findings, factor: float) -> Side:
     return Side(
         accuracy=found.accuracies[name],
         n_parameters=params(found.graph, plan),
         n_macs=macs(found.graph, plan),
         artifact_bytes=found.files[name].stat().st_size,
         latency=Latency(**found.latencies[name]),
-        predicted_us=found.table.predict(found.graph, plan) if found.table else None,
+        predicted_us=factor * found.table.predict(found.graph, plan) if found.table else None,
     )
 
 

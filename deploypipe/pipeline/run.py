@@ -7,7 +7,7 @@ exactly what depends on it.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from deploypipe.latency.table import LatencyTable
 from deploypipe.models.load import Loaded, load_model
 from deploypipe.pipeline import stages
 from deploypipe.pipeline.outcome import Findings, assemble
+from deploypipe.pipeline.planning import Planner, read_rounds
 from deploypipe.pipeline.request import Request
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler.measure import profile
@@ -123,27 +124,12 @@ class _Run:
     @cached_property
     def plan(self) -> Kept[KeepPlan]:
         """Which channels stay."""
-        request = self.request
-        algorithm = make(request.algo, request.options)
-
-        def choose(folder: Path) -> None:
-            plan = algorithm.plan(self.problem).replace(fingerprint=self.graph.fingerprint)
-            plan.check(self.graph)
-            plan.save(folder / saved.PLAN)
-
-        source = self.table if request.metric == "latency" else request.metric
-        key = [
-            1,
-            request.algo,
-            asdict(algorithm),
-            self.budget,
-            source,
-            self.data.key,
-            request.seed,
-            request.keep,
-            self.dense_key,
-        ]
-        return self.store.keep("plan", key, choose, lambda root: KeepPlan.load(root / saved.PLAN))
+        request, timed = self.request, self.request.metric == "latency"
+        algorithm = asdict(make(request.algo, request.options))
+        source = self.table if timed else request.metric
+        key = [request.algo, algorithm, self.budget, source, self.data.key, request.seed, request.keep, self.dense_key]
+        planner = Planner(request, self.store, self.device, self.problem, key, lambda: self.artifact("dense"))
+        return planner.measured(self.table.value) if timed else planner.once()
 
     @cached_property
     def compacted(self) -> Kept[nn.Module]:
@@ -177,12 +163,13 @@ class _Run:
         key = [1, self.compacted, settings, torch.get_num_threads()]
         return self.store.keep("finetune", key, tune, lambda root: self._small(root / saved.WEIGHTS))
 
-    @cached_property
+    @property
     def artifacts(self) -> dict[str, Kept[Path]]:
         """The built files of the dense and of the pruned model."""
-        return {side: self._built(side) for side in ("dense", "pruned")}
+        return {side: self.artifact(side) for side in ("dense", "pruned")}
 
-    def _built(self, side: str) -> Kept[Path]:
+    @cache  # noqa: B019 - lives as long as the run, as the stages above do
+    def artifact(self, side: str) -> Kept[Path]:
         """Export, simplify and build one model; return the stage of the built file."""
         spec, example = self.target.build, self.loaded.example
         model, origin = (self.loaded.model, self.dense_key) if side == "dense" else (self.tuned.value, self.tuned)
@@ -212,7 +199,7 @@ class _Run:
     @cached_property
     def checks(self) -> Kept[list[Check]]:
         """Each stage's outputs against those of the stage before."""
-        artifact = self.artifacts["pruned"]
+        artifact = self.artifact("pruned")
         files = {"onnx": "pruned.onnx", "simplified": "pruned-simplified.onnx", "built": artifact.value.name}
 
         def compare(folder: Path) -> None:
@@ -269,6 +256,7 @@ class _Run:
         return order
 
     def _assembled(self, order: Sequence[Kept[Any]]) -> Report:
+        chosen, rounds = read_rounds(self.store.root)
         notes = [json.loads(file.read_text()) for file in sorted(self.store.root.glob("*-simplified.json"))]
         found = Findings(
             graph=self.graph,
@@ -276,6 +264,8 @@ class _Run:
             cost=self.cost,
             budget=self.budget,
             table=self.table.value if self.request.metric == "latency" else None,
+            chosen=chosen,
+            rounds=rounds,
             checks=self.checks.value,
             latencies=self.latencies.value,
             accuracies=self.accuracies.value,

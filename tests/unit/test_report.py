@@ -10,7 +10,8 @@ from sample_report import BARE, REPORT
 
 from deploypipe import render
 from deploypipe.errors import UsageError
-from deploypipe.report import Check, Latency, Report
+from deploypipe.measurement import Latency
+from deploypipe.report import Check, Report
 
 
 @pytest.mark.parametrize("report", [REPORT, BARE])
@@ -26,7 +27,7 @@ def test_json_and_back_is_the_identity(report: Report, tmp_path: Path) -> None:
 def test_json_holds_the_derived_figures() -> None:
     state = json.loads(json.dumps(REPORT.to_json()))
     assert state["speedup"] == pytest.approx(120.4 / 59.7)
-    assert (state["budget_met"], state["checks_passed"], state["schema"]) == (True, True, 1)
+    assert (state["budget_met"], state["checks_passed"], state["schema"]) == (True, True, 2)
 
 
 @pytest.mark.parametrize("missing", [part.name for part in fields(Report)])
@@ -39,7 +40,7 @@ def test_a_missing_field_is_named(missing: str) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "not JSON"), ("[]", "not a JSON object"), ('{"schema": 99}', "schema 99"), ('{"schema": 1}', "malformed: 'model'")],
+    [("{", "not JSON"), ("[]", "not a JSON object"), ('{"schema": 99}', "schema 99"), ('{"schema": 2}', "malformed: 'model'")],
 )
 def test_a_broken_report_is_explained(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "report.json").write_text(content)

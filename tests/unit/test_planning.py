@@ -1,0 +1,161 @@
+"""The loop that keeps a latency budget: plan, measure, correct the table, plan again."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from deploypipe.algorithms.base import Problem
+from deploypipe.count import MacTable
+from deploypipe.graph import trace
+from deploypipe.measurement import Latency, Round
+from deploypipe.pipeline import planning
+from deploypipe.pipeline.planning import MOST_CORRECTIONS, Planner, best, read_rounds
+from deploypipe.pipeline.request import Request
+from deploypipe.plan import KeepPlan
+from deploypipe.progress import Recorder
+from deploypipe.store import Kept, Store
+from deploypipe.targets import Target, load_target
+
+
+def latency(us: float, spread: float = 0.0, runs: int = 100) -> Latency:
+    return Latency(us, us * (1 - spread), us * (1 + spread), runs)
+
+
+def found(pruned: float, limit: float = 50.0, *, factor: float = 1.0, predicted: float = 50.0) -> Round:
+    return Round(factor, 50.0, predicted, limit, latency(pruned), latency(100.0))
+
+
+class Table(MacTable):
+    """A table in microseconds that says one MAC takes `factor` ns."""
+
+    unit = "us"
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self.factor = factor
+
+    def terms(self, graph):
+        return tuple(replace(t, price=lambda i, o, t=t: self.factor * t.price(i, o) / 1e3) for t in super().terms(graph))
+
+    def predict(self, graph, plan=None):
+        return self.factor * super().predict(graph, plan) / 1e3
+
+    def candidates(self, graph):
+        return {group.name: tuple(range(1, group.size + 1)) for group in graph.prunable}
+
+    def corrected(self, graph, factor):
+        return Table(self.factor * factor)
+
+
+@dataclass
+class FakeDevice:
+    """Takes `slower` times what the table says for pruned models, and what it says for the dense one."""
+
+    graph: object
+    slower: float
+    facts: ClassVar[dict[str, str]] = {"runtime": "fake"}
+    target: ClassVar[Target] = load_target("cpu")
+
+    def bench(self, files: dict[str, Path]) -> dict[str, dict[str, float]]:
+        plan = KeepPlan.load(files["pruned"])
+        times = {"dense": Table().predict(self.graph), "pruned": self.slower * Table().predict(self.graph, plan)}
+        return {side: {"median_us": us, "p10_us": us, "p90_us": us, "n_runs": 100} for side, us in times.items()}
+
+
+def settle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slower: float, budget: str = "50%"):
+    model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.ReLU(), nn.Conv2d(40, 48, 3), nn.ReLU(), nn.Conv2d(48, 4, 3)).eval()
+    graph = trace(model, torch.zeros(1, 3, 12, 12))
+    plans: list[KeepPlan] = []
+    monkeypatch.setattr(planning, "compact", lambda model, graph, plan: plans.append(plan))
+
+    def built(small, graph, device, folder):
+        plans[-1].save(folder / "plan.json")
+        return folder / "plan.json"
+
+    monkeypatch.setattr(planning, "built", built)
+    table, recorder = Table(), Recorder()
+    dense_us = table.predict(graph)
+    limit = dense_us * float(budget[:-1]) / 100
+    problem = Problem(model, graph, table, limit, None, 0, recorder)
+    with Store(tmp_path / "run", recorder) as store:
+        dense = Kept("build-dense", tmp_path, "key", 0.0, reused=False)
+        planner = Planner(Request(algo="l1", budget=budget), store, FakeDevice(graph, slower), problem, [], lambda: dense)
+        kept = planner.measured(table)
+    chosen, rounds = read_rounds(tmp_path / "run")
+    return kept.value, chosen, rounds, slower * table.predict(graph, kept.value) / limit, recorder
+
+
+def test_a_table_that_is_right_needs_no_correction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, chosen, rounds, used, _ = settle(tmp_path, monkeypatch, slower=1.0)
+    assert (chosen, len(rounds)) == (0, 1)
+    assert 0.97 < used <= 1.0
+
+
+@pytest.mark.parametrize("slower", [1.01, 1.1, 1.4])
+def test_a_model_that_is_slower_than_predicted_is_planned_again_and_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slower: float
+) -> None:
+    plan, chosen, rounds, used, _ = settle(tmp_path, monkeypatch, slower)
+    assert not rounds[0].fits
+    assert chosen == 1
+    assert rounds[1].factor == pytest.approx(slower, rel=1e-6)
+    assert 0.9 < used <= 1.0
+    assert KeepPlan.load(tmp_path / "run" / "plan.json").keep == plan.keep
+
+
+def test_a_model_that_is_much_quicker_than_predicted_gets_the_rest_of_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, chosen, rounds, used, _ = settle(tmp_path, monkeypatch, slower=0.8)
+    assert rounds[0].fits
+    assert chosen == 1
+    assert 0.97 < used <= 1.0
+
+
+def test_a_budget_that_turns_out_to_be_out_of_reach_is_reported_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, chosen, rounds, used, recorder = settle(tmp_path, monkeypatch, slower=5000.0, budget="20%")
+    assert chosen == len(rounds) - 1
+    assert used > 1.0
+    assert any("out of reach" in note for note in recorder.notes)
+
+
+def test_the_same_command_reuses_plans_and_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = settle(tmp_path, monkeypatch, slower=1.1)
+    again = settle(tmp_path, monkeypatch, slower=1.1)
+    assert again[0].keep == first[0].keep
+    assert not again[-1].ran
+    assert {"plan-1", "measure-plan-1", "plan-2", "measure-plan-2", "plan"} == set(again[-1].was_reused)
+
+
+def test_never_more_than_the_allowed_corrections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Round, "next_factor", property(lambda self: self.factor * 1.02))
+    _, chosen, rounds, _, _ = settle(tmp_path, monkeypatch, slower=1.5)
+    assert len(rounds) == 1 + MOST_CORRECTIONS
+    assert chosen == MOST_CORRECTIONS
+
+
+def test_best_takes_the_slowest_that_fits_else_the_least_miss() -> None:
+    assert best([found(55), found(48), found(44)]) == 1
+    assert best([found(60), found(52), found(53)]) == 1
+
+
+def test_the_next_factor_would_have_put_the_plan_on_its_measurement() -> None:
+    trial = found(60.0, limit=48.0, factor=1.1, predicted=49.0)
+    corrected = 49.0 / 1.1 * trial.next_factor  # what the table so corrected says about this plan
+    assert corrected / 50.0 == pytest.approx(60.0 / 48.0)
+
+
+def test_a_noisy_measurement_must_leave_room_for_its_error() -> None:
+    noisy = replace(found(49.9), pruned=latency(49.9, spread=0.1), dense=latency(100.0, spread=0.1))
+    assert not noisy.fits
+    assert noisy.upper_us > 50.0
+    assert found(49.9).fits
+
+
+def test_more_runs_make_the_median_surer() -> None:
+    assert latency(10, 0.1, 400).relative_error == pytest.approx(latency(10, 0.1, 100).relative_error / 2)
