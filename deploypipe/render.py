@@ -141,7 +141,7 @@ def _latency_section(report: Report) -> str:
     columns = ("model", "predicted", "median", "p10", "p90", "runs", "foreign load", "prediction error")
     origin = f"The latency table is **{report.table}**." if report.table else "No latency table was needed."
     if report.table_error is not None:
-        origin += f" Its median error on whole models is {100 * report.table_error:.1f} %."
+        origin += f" Its mean error on random plans of this model is {100 * report.table_error:.1f} %."
     parts = (f"## Latency, {_threads(report)}", origin, _table(columns, rows), _rounds(report.budget), _certificate(report))
     return "\n\n".join(part for part in parts if part)
 

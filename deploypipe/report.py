@@ -126,7 +126,7 @@ class Report:
         n_test: Samples in the test set.
         threads: Of the runtime, while measuring.
         table: Where the latency table comes from: "measured", "estimated", or "" if the run needed none.
-        table_error: Median relative error of the table on whole models, 0.03 = 3 %; None if not checked.
+        table_error: Mean relative error of the table on random plans of this model, 0.03 = 3 %; None if not checked.
         seconds: Stage -> time that computing it took, also if its result was reused.
         artifacts: What -> path below the run folder.
         notes: What else the user should know, in sentences.

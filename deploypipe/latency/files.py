@@ -13,7 +13,7 @@ from deploypipe.errors import TargetError
 from deploypipe.latency.widths import AllSteps, Steps
 from deploypipe.types import Layer
 
-SCHEMA = 2
+SCHEMA = 3
 _MEASURE = "measure it again: deploypipe profile --model MODEL --target TARGET"
 
 
@@ -114,6 +114,8 @@ class Context:
         additivity: Sum of the profiled kernels, less what profiling adds to an empty one, over `whole_us`.
         foreign_load: Of the measurement of the whole; None if unknown.
         runs: Of the measurement of the whole.
+        trim: By what the ratios of the narrow form were multiplied after a check on whole models.
+        errors: Relative errors on those models, each of a plan that did not take part in its own `trim`; none if unchecked.
     """
 
     structure: str
@@ -125,6 +127,13 @@ class Context:
     additivity: float
     foreign_load: float | None
     runs: int
+    trim: float = 1.0
+    errors: tuple[float, ...] = ()
+
+    @property
+    def error(self) -> float | None:
+        """Mean absolute relative error on whole models that the table never saw; None if unchecked."""
+        return sum(map(abs, self.errors)) / len(self.errors) if self.errors else None
 
     def ratio(self, layer: str, work: int) -> float:
         """Return the time of a layer inside the model over its time alone, at a product of widths."""
@@ -228,7 +237,7 @@ def _context(state: dict[str, Any]) -> Context:
     state = {name: value for name, value in state.items() if name != "schema"}
     scale = {layer: tuple((int(work), float(ratio)) for work, ratio in anchors) for layer, anchors in state["scale"].items()}
     overhead = tuple(Overhead(**{**kernel, "layers": tuple(kernel["layers"])}) for kernel in state["overhead"])
-    return Context(**{**state, "overhead": overhead, "scale": MappingProxyType(scale)})
+    return Context(**{**state, "overhead": overhead, "scale": MappingProxyType(scale), "errors": tuple(state["errors"])})
 
 
 def _channels(layer: Layer) -> tuple[int, int]:

@@ -59,6 +59,9 @@ def _summary(target: str, table: LatencyTable, graph: Graph) -> dict[str, Any]:
         "dense_predicted_us": round(predicted, 1),
         "sum_of_kernels_over_whole": round(context.additivity, 3),
         "correction_factor": round(context.factor, 3),
+        "checked_plans": len(context.errors),
+        "error_on_them": None if context.error is None else round(context.error, 4),
+        "worst_error": round(max(map(abs, context.errors)), 4) if context.errors else None,
         "foreign_load": context.foreign_load,
     }
 

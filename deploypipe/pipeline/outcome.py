@@ -70,6 +70,7 @@ def assemble(request: Request, data: Data, target: Target, found: Findings) -> R
         certificate=found.plan.certificate,
         threads=target.measure.threads,
         table="measured" if found.table else "",
+        table_error=found.table.context(found.graph).error if found.table else None,
         seconds=found.seconds,
         artifacts={"artifact": found.files["pruned"].name, "onnx": "pruned.onnx", "weights": saved.WEIGHTS, "plan": saved.PLAN},
         versions=versions(),

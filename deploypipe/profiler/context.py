@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -10,13 +9,12 @@ from torch import nn
 from deploypipe.backends.base import Profile, Timing
 from deploypipe.compact import compact
 from deploypipe.errors import ModelError
-from deploypipe.export import export_onnx, simplify_onnx
 from deploypipe.latency.files import Anchors, Context, Overhead
 from deploypipe.latency.table import LatencyTable, overhead_terms, structure_of, width_of
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler.bench import Bench
+from deploypipe.profiler.export import exported
 from deploypipe.progress import Reporter
-from deploypipe.targets import Target
 from deploypipe.types import Graph, Kept, Layer
 
 _NARROW = 0.5  # share of its channels that each group keeps in the narrow form, as far as whole steps allow
@@ -56,10 +54,10 @@ def in_context(bench: Bench, model: nn.Module, example: Any, graph: Graph, table
         BackendError: The runtime failed.
     """
     plans: dict[str, KeepPlan] = {"dense": KeepPlan({}), "narrow": narrow_plan(graph, table)}
-    files = {"dense": _exported(model, example, bench.target, bench.folder / "dense")}
+    files = {"dense": exported(model, example, bench.target, bench.folder / "dense")}
     try:
         small = compact(model, graph, plans["narrow"])
-        files["narrow"] = _exported(small, example, bench.target, bench.folder / "narrow")
+        files["narrow"] = exported(small, example, bench.target, bench.folder / "narrow")
     except ModelError as error:
         reporter.note(f"the model cannot be narrowed, so only its full width is known in context: {error.message}")
     reporter.advance(1)
@@ -149,8 +147,3 @@ def _judge(context: Context, whole: Timing, graph: Graph, reporter: Reporter) ->
         reporter.note(
             f"{len(unseen)} layers have no kernel of their own in the runtime's profile and are priced alone: {names}"
         )
-
-
-def _exported(model: nn.Module, example: Any, target: Target, folder: Path) -> Path:
-    path = export_onnx(model, example, folder / "model.onnx", target.build.opset).path
-    return simplify_onnx(path, folder / "simple.onnx").path if target.build.simplify else path

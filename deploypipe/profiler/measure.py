@@ -16,6 +16,7 @@ from deploypipe.latency import files as latency_file
 from deploypipe.latency.table import Context, LatencyTable, Shape, structure_of
 from deploypipe.latency.widths import AllSteps, legal_widths, reachable, steps_of
 from deploypipe.profiler.bench import HEAVY_MACS, Bench, opened
+from deploypipe.profiler.check import checked
 from deploypipe.profiler.context import in_context
 from deploypipe.profiler.learn import flat, learn_steps
 from deploypipe.profiler.probe import Probe
@@ -75,7 +76,11 @@ def profile(
             tell.reused("profile model")
             return table
         tell.stage("profile model", 3)
-        return store.keep(in_context(store.bench, model, example, graph, table, tell))
+        found = in_context(store.bench, model, example, graph, table, tell)
+        if found.narrow_us is not None:
+            unchecked = replace(table, contexts=(*table.contexts, found))
+            found = checked(store.bench, model, example, graph, unchecked, tell)
+        return store.keep(found)
 
 
 def needed(graph: Graph, steps: AllSteps) -> list[Probe]:

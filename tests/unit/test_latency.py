@@ -188,7 +188,7 @@ def test_saving_and_loading_is_the_identity(net, kernels, tmp_path):
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
-        ("device.json", '"schema": 2', '"schema": 9', "schema 9, this version reads 2"),
+        ("device.json", '"schema": 3', '"schema": 9', "schema 9, this version reads 3"),
         ("device.json", "{", "", "damaged"),
         ("device.json", '"steps"', '"stops"', "malformed"),
         ("kernels.csv", "n_in", "inputs", "other columns"),

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -12,6 +13,7 @@ from deploypipe.latency.widths import Steps
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler import bench
 from deploypipe.profiler import measure as profiler
+from deploypipe.profiler.check import N_PLANS, scaled
 from deploypipe.profiler.measure import device_key, needed, profile
 from deploypipe.profiler.probe import Probe
 from deploypipe.progress import Recorder
@@ -85,7 +87,9 @@ def test_a_profile_prices_every_term_and_reproduces_the_dense_model(net, graph, 
     assert 0.5 < context.factor < 2.0
     assert set(context.scale) == {"stem", "a", "b", "head"}
     half = KeepPlan({name: tuple(range(16)) for name in ("stem", "a")})
-    assert table.predict(graph, half) == pytest.approx(context.narrow_us), "the narrow form is the second anchor"
+    unchecked = replace(table, contexts=(scaled(context, 1 / context.trim),))
+    assert unchecked.predict(graph, half) == pytest.approx(context.narrow_us), "the narrow form is the second anchor"
+    assert len(context.errors) == N_PLANS
     kept = {name: widths[0] for name, widths in table.candidates(graph).items()}
     assert kept == {"stem": 8, "a": 8}
     for term in table.terms(graph):
@@ -97,7 +101,7 @@ def test_a_profile_prices_every_term_and_reproduces_the_dense_model(net, graph, 
 def test_a_second_profile_measures_nothing(net, graph, tmp_path, monkeypatch, counting):
     target = prepared(tmp_path, monkeypatch)
     first = profile(net, EXAMPLE, target, graph=graph, cache_dir=tmp_path)
-    assert counting.jobs[-2:] == ["bench", "profile"]
+    assert counting.jobs[-3:] == ["bench", "profile", "bench"]
     counting.jobs.clear()
     told = Recorder()
     again = profile(net, EXAMPLE, target, graph=graph, cache_dir=tmp_path, reporter=told)
