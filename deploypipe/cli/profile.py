@@ -14,13 +14,14 @@ def profile(
     weights: Weights = None,
     target: TargetName = "cpu",
     threads: Threads = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what was measured on this target before.")] = False,
     as_json: Json = False,
 ) -> None:
     """Measure a model's layers at many widths, on the target."""
     from deploypipe import pipeline
 
     with console.progress() as reporter:
-        summary = pipeline.profile_model(model, weights, target, threads, reporter)
+        summary = pipeline.profile_model(model, weights, target, threads, reporter, fresh=fresh)
     if as_json:
         console.answer_json(summary)
     else:

@@ -23,13 +23,19 @@ def inspect(model: str = "demo", weights: str | Path | None = None) -> Inspectio
 
 
 def profile_model(
-    model: str, weights: str | Path | None, target: str | Path, threads: int | None, reporter: Reporter | None = None
+    model: str,
+    weights: str | Path | None,
+    target: str | Path,
+    threads: int | None,
+    reporter: Reporter | None = None,
+    *,
+    fresh: bool = False,
 ) -> dict[str, Any]:
-    """Measure (or find) the latency table of a model and return what was learned, in plain values."""
+    """Measure (or find, unless `fresh`) the latency table of a model and return what was learned, in plain values."""
     chosen = Request(target=target, threads=threads).resolved_target()
     loaded = load_model(model, weights)
     graph = trace(loaded.model, loaded.example)
-    table = profile(loaded.model, loaded.example, chosen, graph=graph, reporter=reporter)
+    table = profile(loaded.model, loaded.example, chosen, graph=graph, reporter=reporter, fresh=fresh)
     return _summary(chosen.name, table, graph)
 
 
