@@ -62,6 +62,30 @@ def test_artifact_computes_what_the_loaded_model_computes(reference: Path) -> No
     assert not kinds & {"Where", "Gather", "GatherND", "ScatterND"}, "no mask and no index survives in the graph"
 
 
+def recorded(start: Start, out: Path) -> list[dict[str, object]]:
+    """Return the rows of the ledger that a run wrote."""
+    shown = start("ledger", "--json").wait()
+    assert shown.code == 0, shown.err
+    return [entry for entry in json.loads(shown.out)["entries"] if entry["run"] == str(out)]
+
+
+def test_a_build_stands_in_the_ledger_once(reference: Path, start: Start) -> None:
+    (entry,) = recorded(start, reference)
+    report, table = json.loads((reference / "report.json").read_text()), dp.LatencyTable.load(reference / "table")
+    for side in ("dense", "pruned"):
+        latency = report[side]["latency"]
+        assert entry[f"predicted_{side}_us"] == report[side]["predicted_us"]
+        assert [entry[f"{side}_{part}us"] for part in ("", "p10_", "p90_")] == [
+            latency["median_us"],
+            latency["p10_us"],
+            latency["p90_us"],
+        ]
+    assert (entry["table"], entry["limit_us"]) == (table.id, report["budget"]["limit"])
+    assert (entry["runtime"], entry["runtime_version"]) == ("onnxruntime", onnxruntime.__version__)
+    again(start, reference)
+    assert recorded(start, reference) == [entry], "a reused report is no new measurement"
+
+
 def done(out: Path) -> list[str]:
     return [stage for stage in STAGES if finished(out, stage)] if out.is_dir() else []
 
@@ -86,6 +110,7 @@ def test_killed_at_every_stage_it_ends_as_if_it_had_not_been(reference: Path, st
     for name in ("plan.json", "tuned.safetensors", "compact.safetensors", "pruned.onnx", "accuracy.json"):
         assert (out / name).read_bytes() == (reference / name).read_bytes(), name
     assert not (out / ".partial").exists()
+    assert len(recorded(start, out)) == 1
     ours, theirs = (json.loads((folder / "report.json").read_text()) for folder in (out, reference))
     assert ours["pruned"]["accuracy"] == theirs["pruned"]["accuracy"]
     assert ours["groups"] == theirs["groups"]
@@ -108,6 +133,7 @@ def test_the_same_command_computes_nothing_and_a_changed_option_what_depends_on_
     computed, reused = again(start, out)
     assert computed == set()
     assert reused == set(STAGES)
+    assert recorded(start, out) == [], "a copy's report is put together anew from the same measurement"
     computed, reused = again(start, out, epochs=1)
     assert reused == {"profile", "plan", "compact", "export-dense", "simplify-dense", "build-dense"}
     assert computed == set(STAGES) - reused

@@ -29,7 +29,7 @@ from deploypipe.inspection import GroupFacts, Inspection, LayerFacts
 from deploypipe.progress import Reporter
 from deploypipe.report import Check, Report
 
-COMMANDS = ("build", "profile", "bench", "inspect", "algos", "targets", "doctor", "compare", "report")
+COMMANDS = ("build", "profile", "bench", "inspect", "algos", "targets", "doctor", "compare", "ledger", "report")
 INSPECTION = Inspection(
     model="demo",
     n_parameters=41_290,
@@ -101,8 +101,8 @@ class FakePipeline(ModuleType):
     def inspect(self, *arguments: Any) -> Any:
         return self._call(*arguments)
 
-    def profile_model(self, *arguments: Any) -> Any:
-        return self._call(*arguments)
+    def profile_model(self, *arguments: Any, **options: Any) -> Any:
+        return self._call(*arguments, *options.values())
 
     def bench_artifact(self, *arguments: Any) -> Any:
         return self._call(*arguments)
@@ -176,7 +176,8 @@ def test_inspect_shows_layers_groups_and_reasons(
 @pytest.mark.parametrize(
     ("line", "passed"),
     [
-        ("profile --model m --target t --threads 2", ["m", None, "t", 2]),
+        ("profile --model m --target t --threads 2", ["m", None, "t", 2, False]),
+        ("profile --fresh", ["demo", None, "cpu", None, True]),
         ("bench a.onnx --target t --threads 2", [Path("a.onnx"), "t", 2]),
         ("bench a.onnx", [Path("a.onnx"), "cpu", None]),
     ],
@@ -207,13 +208,15 @@ def test_targets_lists_every_target(capsys: pytest.CaptureFixture[str]) -> None:
     assert "cpu" in [target["name"] for target in json.loads(capsys.readouterr().out)]
 
 
-def test_doctor_tells_versions_backends_and_the_cache(
+def test_doctor_tells_versions_backends_and_folders(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DEPLOYPIPE_CACHE", "/somewhere/else")
+    monkeypatch.setenv("DEPLOYPIPE_DATA", "/for/good")
     assert run(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "/somewhere/else" in out
+    assert re.search(r"^data +/for/good$", out, re.MULTILINE)
     assert re.search(r"^torch +\d+\.\d+", out, re.MULTILINE)
     assert re.search(r"^onnxruntime +yes", out, re.MULTILINE)
     assert run(["doctor", "--json"]) == 0
