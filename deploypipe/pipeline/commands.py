@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from deploypipe.artifact import ArtifactTimes
 from deploypipe.errors import UsageError
 from deploypipe.graph import trace
 from deploypipe.inspection import Inspection, inspect_graph
@@ -13,6 +14,7 @@ from deploypipe.pipeline.request import Request
 from deploypipe.pipeline.stages import Device
 from deploypipe.profiler.measure import profile
 from deploypipe.progress import Reporter, Silent
+from deploypipe.report import Latency
 from deploypipe.types import Graph
 
 
@@ -40,16 +42,28 @@ def profile_model(
 
 
 def bench_artifact(
-    artifact: str | Path, target: str | Path = "cpu", threads: int | None = None, reporter: Reporter | None = None
-) -> dict[str, Any]:
-    """Measure an artifact or ONNX file on a target."""
-    path = Path(artifact)
+    artifact: str | Path,
+    target: str | Path = "cpu",
+    threads: int | None = None,
+    reporter: Reporter | None = None,
+    *,
+    layers: bool = True,
+) -> ArtifactTimes:
+    """Measure an artifact or ONNX file on a target: the whole, and with `layers` each kernel.
+
+    Raises:
+        UsageError: There is no such file.
+    """
+    path, tell = Path(artifact), reporter or Silent()
     if not path.is_file():
         raise UsageError("there is no such file", at=str(path), fix="give a built artifact or an .onnx file")
-    (reporter or Silent()).stage("bench")
     device = Device(Request(target=target, threads=threads).resolved_target())
-    measured: dict[str, Any] = device.bench({"model": path})["model"]
-    return {"artifact": str(path), "target": device.target.name, "threads": device.target.measure.threads} | measured
+    tell.stage("bench")
+    whole = Latency(**device.bench({"model": path})["model"])
+    if layers:
+        tell.stage("profile kernels")
+    profiled = device.profile(path) if layers else None
+    return ArtifactTimes(str(path), device.target.name, device.target.measure.threads, whole, profiled)
 
 
 def _summary(target: str, table: LatencyTable, graph: Graph) -> dict[str, Any]:

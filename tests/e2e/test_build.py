@@ -62,6 +62,23 @@ def test_artifact_computes_what_the_loaded_model_computes(reference: Path) -> No
     assert not kinds & {"Where", "Gather", "GatherND", "ScatterND"}, "no mask and no index survives in the graph"
 
 
+@pytest.mark.parametrize(("name", "weights"), [("pruned.onnx", {"stem.0.weight", "head.weight"}), ("pruned-built.onnx", set())])
+def test_bench_times_every_kernel_of_a_file(reference: Path, start: Start, name: str, weights: set[str]) -> None:
+    shown = start("bench", str(reference / name), "--json").wait()
+    assert shown.code == 0, shown.err
+    times = json.loads(shown.out)
+    layers = [kernel for kernel in times["kernels"] if kernel["weight"]]
+    assert len(layers) == len(
+        [part for part in dp.load(reference).modules() if hasattr(part, "weight") and part.weight.dim() > 1]
+    )
+    assert weights <= {kernel["weight"] for kernel in layers}
+    for kernel in times["kernels"]:
+        assert 0 < kernel["p10_us"] <= kernel["p90_us"]
+        assert kernel["n_runs"] > 0
+    assert times["kernels_sum_us"] == pytest.approx(sum(kernel["median_us"] for kernel in times["kernels"]))
+    assert 0 < times["p10_us"] <= times["median_us"] <= times["p90_us"]
+
+
 def recorded(start: Start, out: Path) -> list[dict[str, object]]:
     """Return the rows of the ledger that a run wrote."""
     shown = start("ledger", "--json").wait()
