@@ -78,15 +78,20 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders of `deploypipe build`.")],
     as_json: Json = False,
 ) -> None:
-    """Lay finished runs side by side, the most accurate first."""
-    from deploypipe import render
+    """Lay finished runs side by side, the most accurate first: what they reached, and their widths."""
+    from deploypipe import compare as shown
     from deploypipe.report import Report
 
     reports = {str(run): Report.load(run) for run in runs}
     if as_json:
         console.answer_json({run: report.to_json() for run, report in reports.items()})
-    else:
-        console.table(render.COMPARISON_COLUMNS, render.comparison(reports))
+        return
+    console.table(shown.COLUMNS, shown.outcome_rows(reports))
+    widths = shown.widths(reports)
+    console.answer("")
+    if widths.rows:
+        console.table(widths.columns, widths.rows)
+    console.pairs(("note", note) for note in widths.notes)
 
 
 def ledger(target: Annotated[str | None, typer.Option(help="Only runs on this target.")] = None, as_json: Json = False) -> None:

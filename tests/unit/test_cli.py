@@ -287,7 +287,9 @@ def runs(tmp_path: Path) -> tuple[str, str]:
 
 def test_compare_sorts_by_accuracy(runs: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["compare", *runs]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["run", runs[1], runs[0]]
+    outcomes, widths = capsys.readouterr().out.split("\n\n")
+    assert [line.split()[0] for line in outcomes.splitlines()] == ["run", runs[1], runs[0]]
+    assert widths.split() == ["group", runs[1], runs[0], "stem.conv", "16", "->", "8", "16", "->", "8"]
     assert run(["compare", *runs, "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)) == list(runs)
 
