@@ -7,7 +7,7 @@ from typing import Any
 from deploypipe.backends import BACKENDS, ENTRY_POINTS
 from deploypipe.errors import TargetError
 from deploypipe.plugins import known, resolve
-from deploypipe.targets import cache_folder
+from deploypipe.targets import cache_folder, data_folder
 
 _PACKAGES = {
     "deploypipe": "this program",
@@ -43,6 +43,7 @@ class Diagnosis:
     packages: tuple[tuple[str, str, str], ...]
     backends: tuple[BackendState, ...]
     cache: str
+    data: str
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -58,7 +59,7 @@ def diagnose() -> Diagnosis:
     """Look at this machine."""
     packages = tuple((name, _version(name) or MISSING, purpose) for name, purpose in _PACKAGES.items())
     states = tuple(_backend(name) for name in sorted(known(BACKENDS, ENTRY_POINTS)))
-    return Diagnosis(packages, states, str(cache_folder()))
+    return Diagnosis(packages, states, str(cache_folder()), str(data_folder()))
 
 
 def _backend(name: str) -> BackendState:

@@ -1,6 +1,6 @@
-"""A report as text for people: rows for the terminal, a Markdown page, a comparison of runs."""
+"""A report as text for people: rows for the terminal, a Markdown page."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from math import sqrt
 from pathlib import Path
 
@@ -10,7 +10,6 @@ from deploypipe.report import JSON_NAME, MARKDOWN_NAME, BudgetOutcome, GroupOutc
 Row = tuple[str, ...]
 _UNKNOWN = "not measured"
 SUMMARY_COLUMNS = ("", "dense", "pruned", "change")
-COMPARISON_COLUMNS = ("run", "algorithm", "budget", "met", "accuracy", "lost", "latency", "faster", "parameters", "MACs")
 
 
 def write(report: Report, folder: Path) -> None:
@@ -31,11 +30,16 @@ def summary_rows(report: Report) -> tuple[Row, ...]:
     return (
         (
             "accuracy",
-            _accuracy(dense.accuracy, report.n_test),
-            _accuracy(pruned.accuracy, report.n_test),
+            accuracy_text(dense.accuracy, report.n_test),
+            accuracy_text(pruned.accuracy, report.n_test),
             _points(dense, pruned),
         ),
-        (f"latency, {_threads(report)}", _latency(dense.latency), _latency(pruned.latency), _faster(report.speedup)),
+        (
+            f"latency, {_threads(report)}",
+            latency_text(dense.latency),
+            latency_text(pruned.latency),
+            faster_text(report.speedup),
+        ),
         ("parameters", count(dense.n_parameters), count(pruned.n_parameters), _change(dense.n_parameters, pruned.n_parameters)),
         ("MACs", count(dense.n_macs), count(pruned.n_macs), _change(dense.n_macs, pruned.n_macs)),
         ("file", size(dense.artifact_bytes), size(pruned.artifact_bytes), _change(dense.artifact_bytes, pruned.artifact_bytes)),
@@ -53,7 +57,7 @@ def verdict(report: Report) -> tuple[Row, ...]:
 
 def next_step(report: Report) -> str:
     """Say in one sentence what the user should try next."""
-    lost = _lost(report.dense, report.pruned)
+    lost = points_lost(report.dense, report.pruned)
     if not all(check.passed for check in report.checks):
         return "do not ship this model: a numeric check failed, see report.md"
     if not report.budget.met:
@@ -66,12 +70,6 @@ def next_step(report: Report) -> str:
         longer = f"--epochs {max(10, 3 * report.epochs)}"
         return f"{100 * lost:.1f} points were lost: fine-tune longer ({longer}) or allow a larger --budget"
     return "the loss is small: try a smaller --budget, or `deploypipe compare` with another --algo"
-
-
-def comparison(reports: Mapping[str, Report]) -> tuple[Row, ...]:
-    """Return one row for each run, the most accurate first: the columns are COMPARISON_COLUMNS."""
-    ordered = sorted(reports.items(), key=lambda item: -(item[1].pruned.accuracy or 0.0))
-    return tuple(_comparison_row(name, report) for name, report in ordered)
 
 
 def markdown(report: Report) -> str:
@@ -118,6 +116,26 @@ def amount(value: float, unit: str) -> str:
     return microseconds(value) if unit == "us" else f"{count(value)} {unit}"
 
 
+def accuracy_text(value: float | None, n_test: int) -> str:
+    """Return an accuracy with its standard error: 97.22 % ± 0.87."""
+    return _UNKNOWN if value is None else f"{100 * value:.2f} % ± {100 * _standard_error(value, n_test):.2f}"
+
+
+def points_lost(dense: Side, pruned: Side) -> float | None:
+    """Return the accuracy that pruning cost, 0.01 = one point; None unless both were measured."""
+    return None if dense.accuracy is None or pruned.accuracy is None else dense.accuracy - pruned.accuracy
+
+
+def latency_text(latency: Latency | None) -> str:
+    """Return the median of a measured latency."""
+    return microseconds(latency.median_us) if latency else _UNKNOWN
+
+
+def faster_text(speedup: float | None) -> str:
+    """Return a speed-up in words: 1.93x faster."""
+    return "" if speedup is None else f"{speedup:.2f}x faster" if speedup >= 1 else f"{1 / speedup:.2f}x slower"
+
+
 def _head(report: Report) -> str:
     return (
         f"# {report.model} on {report.target}\n\n"
@@ -130,7 +148,7 @@ def _accuracy_section(report: Report) -> str:
     if report.dense.accuracy is None:
         return ""
     steps = (("dense", report.dense.accuracy), ("compacted", report.compacted_accuracy), ("fine-tuned", report.pruned.accuracy))
-    rows = [(step, _accuracy(value, report.n_test)) for step, value in steps]
+    rows = [(step, accuracy_text(value, report.n_test)) for step, value in steps]
     return f"## Accuracy\n\nOn {report.n_test} test samples, read once; ± is one standard error.\n\n" + _table(
         ("step", "accuracy"), rows
     )
@@ -222,22 +240,6 @@ def _origin_section(report: Report) -> str:
     return "## Where this comes from\n\n" + _table(("what", "value"), rows) if rows else ""
 
 
-def _comparison_row(name: str, report: Report) -> Row:
-    lost = _lost(report.dense, report.pruned)
-    return (
-        name,
-        report.algorithm,
-        f"{report.budget.asked} {report.budget.metric}",
-        "yes" if report.budget.met else "no",
-        _accuracy(report.pruned.accuracy, report.n_test),
-        "" if lost is None else f"{100 * lost:.2f}",
-        _latency(report.pruned.latency),
-        _faster(report.speedup),
-        count(report.pruned.n_parameters),
-        count(report.pruned.n_macs),
-    )
-
-
 def _budget_sentence(budget: BudgetOutcome) -> str:
     how = "measured" if budget.unit == "us" else "counted"
     limit, reached, predicted = (amount(value, budget.unit) for value in (budget.limit, budget.reached, budget.predicted))
@@ -261,28 +263,12 @@ def _threads(report: Report) -> str:
     return f"{report.threads} thread{'s' * (report.threads != 1)}"
 
 
-def _latency(latency: Latency | None) -> str:
-    return microseconds(latency.median_us) if latency else _UNKNOWN
-
-
-def _faster(speedup: float | None) -> str:
-    return "" if speedup is None else f"{speedup:.2f}x faster" if speedup >= 1 else f"{1 / speedup:.2f}x slower"
-
-
-def _accuracy(value: float | None, n_test: int) -> str:
-    return _UNKNOWN if value is None else f"{100 * value:.2f} % ± {100 * _standard_error(value, n_test):.2f}"
-
-
 def _standard_error(accuracy: float | None, n_test: int) -> float:
     return sqrt(accuracy * (1 - accuracy) / n_test) if accuracy is not None and n_test else 0.0
 
 
-def _lost(dense: Side, pruned: Side) -> float | None:
-    return None if dense.accuracy is None or pruned.accuracy is None else dense.accuracy - pruned.accuracy
-
-
 def _points(dense: Side, pruned: Side) -> str:
-    lost = _lost(dense, pruned)
+    lost = points_lost(dense, pruned)
     return "" if lost is None else f"{-100 * lost:+.2f} points"
 
 

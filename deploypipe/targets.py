@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from platformdirs import user_cache_dir
+from platformdirs import user_cache_dir, user_data_dir
 
 from deploypipe.errors import TargetError, nearest
 
@@ -172,3 +172,9 @@ def cache_folder() -> Path:
     """Return the user's cache for measurements; the environment variable DEPLOYPIPE_CACHE puts it elsewhere."""
     chosen = os.environ.get("DEPLOYPIPE_CACHE")
     return Path(chosen).expanduser() if chosen else Path(user_cache_dir("deploypipe", appauthor=False))
+
+
+def data_folder() -> Path:
+    """Return the user's folder for what must outlive a cache; the environment variable DEPLOYPIPE_DATA puts it elsewhere."""
+    chosen = os.environ.get("DEPLOYPIPE_DATA")
+    return Path(chosen).expanduser() if chosen else Path(user_data_dir("deploypipe", appauthor=False))

@@ -17,8 +17,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the user's cache out of the tests."""
+    """Keep the user's cache and ledger out of the tests."""
     monkeypatch.setenv("DEPLOYPIPE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("DEPLOYPIPE_DATA", str(tmp_path_factory.getbasetemp() / "data"))
 
 
 @pytest.fixture

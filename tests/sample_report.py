@@ -1,7 +1,8 @@
-"""Two made-up reports: one with everything in it, one with as little as possible."""
+"""Two made-up reports: one with everything in it, one with as little as possible; and a row of the ledger."""
 
 from dataclasses import replace
 
+from deploypipe.ledger import Entry
 from deploypipe.measurement import Latency, Round
 from deploypipe.plan import Certificate
 from deploypipe.report import BudgetOutcome, Check, GroupOutcome, Report, Side
@@ -55,4 +56,30 @@ BARE = replace(
     table_error=None,
     notes=(),
     artifacts={},
+)
+ENTRY = Entry(
+    date="2026-11-24T08:00:00+00:00",
+    target="cpu",
+    threads=1,
+    runtime="onnxruntime",
+    runtime_version="1.32.0",
+    processor="Some CPU, 2.9 GHz",
+    model="demo",
+    algorithm="thinet",
+    budget="50%",
+    limit_us=60.2,
+    predicted_dense_us=119.0,
+    predicted_pruned_us=60.0,
+    dense_us=120.4,
+    dense_p10_us=118.0,
+    dense_p90_us=131.9,
+    pruned_us=59.7,
+    pruned_p10_us=58.8,
+    pruned_p90_us=64.2,
+    n_runs=200,
+    foreign_load=None,
+    n_corrections=1,
+    version="0.1.0",
+    run='/runs/"x", a',
+    table="0123456789abcdef",
 )

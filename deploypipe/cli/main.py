@@ -37,6 +37,7 @@ app.command("algos")(show.algos)
 app.command("targets")(show.targets)
 app.command("doctor")(show.doctor)
 app.command("compare")(show.compare)
+app.command("ledger")(show.ledger)
 app.command("report")(show.report)
 
 

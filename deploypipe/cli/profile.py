@@ -14,13 +14,14 @@ def profile(
     weights: Weights = None,
     target: TargetName = "cpu",
     threads: Threads = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what was measured on this target before.")] = False,
     as_json: Json = False,
 ) -> None:
     """Measure a model's layers at many widths, on the target."""
     from deploypipe import pipeline
 
     with console.progress() as reporter:
-        summary = pipeline.profile_model(model, weights, target, threads, reporter)
+        summary = pipeline.profile_model(model, weights, target, threads, reporter, fresh=fresh)
     if as_json:
         console.answer_json(summary)
     else:
@@ -31,14 +32,21 @@ def bench(
     artifact: Annotated[Path, typer.Argument(help="A built artifact, or an ONNX file.")],
     target: TargetName = "cpu",
     threads: Threads = None,
+    layers: Annotated[bool, typer.Option(help="Also measure each kernel; takes about as long again.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Measure the latency of an artifact on the target."""
+    """Measure the latency of an artifact on the target, whole and kernel by kernel."""
+    from deploypipe import artifact as shown
     from deploypipe import pipeline
 
     with console.progress() as reporter:
-        summary = pipeline.bench_artifact(artifact, target, threads, reporter)
+        times = pipeline.bench_artifact(artifact, target, threads, reporter, layers=layers)
     if as_json:
-        console.answer_json(summary)
-    else:
-        console.pairs((name.replace("_", " "), str(value)) for name, value in summary.items())
+        console.answer_json(times.to_json())
+        return
+    console.pairs(shown.whole_pairs(times))
+    if times.profile is not None:
+        console.answer("")
+        console.table(shown.COLUMNS, shown.kernel_rows(times.profile))
+        console.answer("")
+        console.pairs(shown.sum_pairs(times, times.profile))

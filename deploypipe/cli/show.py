@@ -66,7 +66,8 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         console.answer_json(facts.to_json())
         return
-    console.pairs([("python", f"{platform.python_version()} ({sys.executable})"), ("cache", facts.cache)])
+    python = f"{platform.python_version()} ({sys.executable})"
+    console.pairs([("python", python), ("cache", facts.cache), ("data", facts.data)])
     console.answer("")
     console.table(("package", "version", "needed for"), facts.packages)
     console.answer("")
@@ -77,15 +78,38 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders of `deploypipe build`.")],
     as_json: Json = False,
 ) -> None:
-    """Lay finished runs side by side, the most accurate first."""
-    from deploypipe import render
+    """Lay finished runs side by side, the most accurate first: what they reached, and their widths."""
+    from deploypipe import compare as shown
     from deploypipe.report import Report
 
     reports = {str(run): Report.load(run) for run in runs}
     if as_json:
         console.answer_json({run: report.to_json() for run, report in reports.items()})
+        return
+    console.table(shown.COLUMNS, shown.outcome_rows(reports))
+    widths = shown.widths(reports)
+    console.answer("")
+    if widths.rows:
+        console.table(widths.columns, widths.rows)
+    console.pairs(("note", note) for note in widths.notes)
+
+
+def ledger(target: Annotated[str | None, typer.Option(help="Only runs on this target.")] = None, as_json: Json = False) -> None:
+    """Show how far latency predictions were off in all builds so far."""
+    from deploypipe import drift
+
+    found = drift.overview(target)
+    if as_json:
+        console.answer_json(found.to_json())
+    elif not found.entries:
+        console.answer("no build has been recorded yet: `deploypipe build` with a latency budget adds a row")
+        console.pairs(drift.remarks(found)[1:])
     else:
-        console.table(render.COMPARISON_COLUMNS, render.comparison(reports))
+        console.table(drift.COLUMNS, drift.rows(found))
+        console.answer("")
+        console.table(drift.NEWEST_COLUMNS, drift.newest_rows(found))
+        console.answer("")
+        console.pairs(drift.remarks(found))
 
 
 def report(

@@ -166,19 +166,21 @@ def write_device(folder: Path, facts: Mapping[str, Any], steps: AllSteps) -> Non
 
 def write_kernels(folder: Path, kernels: Iterable[Entry]) -> None:
     """Write `kernels.csv`, sorted, one row per shape and pair of widths."""
-    rows = sorted(kernels, key=lambda entry: (entry.shape, entry.n_in, entry.n_out))
-    lines = [",".join(_columns())]
-    for entry in rows:
-        shape = [_packed(value) for value in vars(entry.shape).values()]
-        times = [f"{value:.3f}" for value in (entry.median_us, entry.p10_us, entry.p90_us)]
-        lines.append(",".join([*shape, str(entry.n_in), str(entry.n_out), *times, str(entry.runs)]))
-    _write(folder / "kernels.csv", "\n".join(lines) + "\n")
+    _write(folder / "kernels.csv", "\n".join([",".join(_columns()), *_lines(kernels)]) + "\n")
+
+
+def identity(facts: Mapping[str, Any], steps: AllSteps, kernels: Iterable[Entry], contexts: Iterable[Context]) -> str:
+    """Return a short key of all that a table predicts from, as its files hold it: the same before and after saving."""
+    learned = {kind: asdict(item) for kind, item in steps.items()}
+    models = {context.structure: _state(context) for context in contexts}
+    state = {"facts": dict(facts), "steps": learned, "kernels": _lines(kernels), "models": models}
+    return hashed(json.loads(json.dumps(state, sort_keys=True)))
 
 
 def write_context(folder: Path, context: Context) -> None:
     """Write `models/<structure>.json`."""
-    state = {**vars(context), "scale": dict(context.scale), "overhead": [vars(kernel) for kernel in context.overhead]}
-    _write(folder / "models" / f"{context.structure}.json", json.dumps({"schema": SCHEMA, **state}, indent=1) + "\n")
+    state = {"schema": SCHEMA, **_state(context)}
+    _write(folder / "models" / f"{context.structure}.json", json.dumps(state, indent=1) + "\n")
 
 
 def read_table(folder: Path) -> tuple[dict[str, Any], dict[str, Steps], tuple[Entry, ...], tuple[Context, ...]]:
@@ -217,6 +219,20 @@ def read_kernels(folder: Path) -> tuple[Entry, ...]:
         except (ValueError, IndexError) as error:
             raise TargetError(f"latency table is malformed: {error}", at=f"{path}:{number}", fix=_MEASURE) from error
     return tuple(entries)
+
+
+def _lines(kernels: Iterable[Entry]) -> list[str]:
+    """Return the rows of `kernels.csv`."""
+    lines = []
+    for entry in sorted(kernels, key=lambda entry: (entry.shape, entry.n_in, entry.n_out)):
+        shape = [_packed(value) for value in vars(entry.shape).values()]
+        times = [f"{value:.3f}" for value in (entry.median_us, entry.p10_us, entry.p90_us)]
+        lines.append(",".join([*shape, str(entry.n_in), str(entry.n_out), *times, str(entry.runs)]))
+    return lines
+
+
+def _state(context: Context) -> dict[str, Any]:
+    return {**vars(context), "scale": dict(context.scale), "overhead": [vars(kernel) for kernel in context.overhead]}
 
 
 def _columns() -> list[str]:

@@ -3,7 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -49,6 +49,11 @@ class LatencyTable:
         for entry in self.kernels:
             points.setdefault(entry.shape, {})[entry.key] = entry.median_us
         object.__setattr__(self, "_grids", MappingProxyType({shape: _Grid(grid) for shape, grid in points.items()}))
+
+    @cached_property
+    def id(self) -> str:
+        """A short key of all measurements that the table predicts from; saving and loading keep it."""
+        return latency_file.identity(self.facts, self.steps, self.kernels, self.contexts)
 
     def terms(self, graph: Graph) -> tuple[CostTerm, ...]:
         """Return one term per layer, one per group for the other kernels, and a constant one. Prices are in microseconds.

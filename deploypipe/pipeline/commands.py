@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from deploypipe.artifact import ArtifactTimes
 from deploypipe.errors import UsageError
 from deploypipe.graph import trace
 from deploypipe.inspection import Inspection, inspect_graph
 from deploypipe.latency.table import LatencyTable
 from deploypipe.latency.widths import Steps
+from deploypipe.measurement import Latency
 from deploypipe.models.load import load_model
 from deploypipe.pipeline.request import Request
 from deploypipe.pipeline.stages import Device
@@ -23,27 +25,45 @@ def inspect(model: str = "demo", weights: str | Path | None = None) -> Inspectio
 
 
 def profile_model(
-    model: str, weights: str | Path | None, target: str | Path, threads: int | None, reporter: Reporter | None = None
+    model: str,
+    weights: str | Path | None,
+    target: str | Path,
+    threads: int | None,
+    reporter: Reporter | None = None,
+    *,
+    fresh: bool = False,
 ) -> dict[str, Any]:
-    """Measure (or find) the latency table of a model and return what was learned, in plain values."""
+    """Measure (or find, unless `fresh`) the latency table of a model and return what was learned, in plain values."""
     chosen = Request(target=target, threads=threads).resolved_target()
     loaded = load_model(model, weights)
     graph = trace(loaded.model, loaded.example)
-    table = profile(loaded.model, loaded.example, chosen, graph=graph, reporter=reporter)
+    table = profile(loaded.model, loaded.example, chosen, graph=graph, reporter=reporter, fresh=fresh)
     return _summary(chosen.name, table, graph)
 
 
 def bench_artifact(
-    artifact: str | Path, target: str | Path = "cpu", threads: int | None = None, reporter: Reporter | None = None
-) -> dict[str, Any]:
-    """Measure an artifact or ONNX file on a target."""
-    path = Path(artifact)
+    artifact: str | Path,
+    target: str | Path = "cpu",
+    threads: int | None = None,
+    reporter: Reporter | None = None,
+    *,
+    layers: bool = True,
+) -> ArtifactTimes:
+    """Measure an artifact or ONNX file on a target: the whole, and with `layers` each kernel.
+
+    Raises:
+        UsageError: There is no such file.
+    """
+    path, tell = Path(artifact), reporter or Silent()
     if not path.is_file():
         raise UsageError("there is no such file", at=str(path), fix="give a built artifact or an .onnx file")
-    (reporter or Silent()).stage("bench")
     device = Device(Request(target=target, threads=threads).resolved_target())
-    measured: dict[str, Any] = device.bench({"model": path})["model"]
-    return {"artifact": str(path), "target": device.target.name, "threads": device.target.measure.threads} | measured
+    tell.stage("bench")
+    whole = Latency(**device.bench({"model": path})["model"])
+    if layers:
+        tell.stage("profile kernels")
+    profiled = device.profile(path) if layers else None
+    return ArtifactTimes(str(path), device.target.name, device.target.measure.threads, whole, profiled)
 
 
 def _summary(target: str, table: LatencyTable, graph: Graph) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from deploypipe.models.load import Loaded, load_model
 from deploypipe.pipeline import stages
 from deploypipe.pipeline.outcome import Findings, assemble
 from deploypipe.pipeline.planning import Planner, read_rounds
+from deploypipe.pipeline.record import recorded
 from deploypipe.pipeline.request import Request
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler.measure import profile
@@ -274,7 +275,9 @@ class _Run:
             facts=self.device.facts,
             notes=tuple(note for note in (*self.loaded.notes, *self.graph.notes, *notes) if note),
         )
-        return assemble(self.request, self.data, self.target, found)
+        report = assemble(self.request, self.data, self.target, found)
+        # The first plan, on the table as it was measured, beside the measurement that followed: nothing corrected since.
+        return recorded(report, self.store.root, found.table, self.graph)
 
 
 def _write_json(path: Path, value: Any) -> None:

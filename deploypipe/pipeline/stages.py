@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from deploypipe.backends import load_backend
-from deploypipe.backends.base import Arrays, Facts
+from deploypipe.backends.base import Arrays, Facts, Profile
 from deploypipe.compact import mask
 from deploypipe.data.batches import count, take
 from deploypipe.data.load import Data
@@ -71,6 +71,12 @@ class Device:
             }
             for name, t in timings.items()
         }
+
+    def profile(self, model: Path) -> Profile:
+        """Measure the kernels of a model."""
+        with tempfile.TemporaryDirectory(prefix="deploypipe-") as folder:
+            result = self.runner.run(self.backend.profile_job({"model": model}, self.target), Path(folder))
+            return self.backend.read_profile(result, {"model": model})["model"]
 
 
 def real_inputs(data: Data, example: Sequence[Any], n: int = N_INPUTS) -> list[tuple[Tensor, ...]]:

@@ -1,5 +1,6 @@
 """Measure a model's latency table on its target; whatever has been measured before is reused."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -37,6 +38,7 @@ def profile(
     cache_dir: str | Path | None = None,
     graph: Graph | None = None,
     reporter: Reporter | None = None,
+    fresh: bool = False,
 ) -> LatencyTable:
     """Measure what `model` costs on `target` at all widths that an allocator may choose.
 
@@ -51,6 +53,7 @@ def profile(
         cache_dir: Where measurements are kept; by default the user's cache.
         graph: Of the model, if it has been traced already.
         reporter: Told about progress.
+        fresh: Forget first what has been measured for this runtime, version, threads, precision and processor.
 
     Raises:
         TargetError: The target is unknown or its precision is not supported.
@@ -63,7 +66,7 @@ def profile(
     graph = graph or trace(model, example)
     backend, runner = load_backend(chosen), load_runner(chosen)
     with opened(backend, runner, chosen) as bench:
-        store = _Store(Path(cache_dir) if cache_dir else cache_folder() / "profiles", bench, tell)
+        store = _Store(Path(cache_dir) if cache_dir else cache_folder() / "profiles", bench, tell, fresh)
         table = store.table
         missing = _missing(table, graph)
         if missing:
@@ -111,9 +114,11 @@ def _missing(table: LatencyTable, graph: Graph) -> list[Probe]:
 class _Store:
     """The measurements of one runtime on one device, on disk."""
 
-    def __init__(self, root: Path, bench: Bench, reporter: Reporter) -> None:
+    def __init__(self, root: Path, bench: Bench, reporter: Reporter, fresh: bool) -> None:
         facts = bench.facts()
         self.folder, self.reporter = root / device_key(facts), reporter
+        if fresh and self.folder.exists():
+            shutil.rmtree(self.folder)
         if not (self.folder / "device.json").is_file():
             reporter.stage("profile device")
             timer, node, session = bench.cost_of_measuring()

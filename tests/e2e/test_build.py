@@ -19,7 +19,8 @@ from deploypipe.models.load import load_model
 from deploypipe.store import finished
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
-STAGES = ["profile", "plan", "compact", "finetune"]
+PLANNING = ["profile", "export-dense", "simplify-dense", "build-dense", "plan-1", "measure-plan-1", "plan"]
+STAGES = ["profile", "plan-1", "measure-plan-1", "plan", "compact", "finetune"]
 STAGES += [f"{step}-{side}" for side in ("dense", "pruned") for step in ("export", "simplify", "build")]
 STAGES += ["verify", "bench", "accuracy"]
 
@@ -62,8 +63,60 @@ def test_artifact_computes_what_the_loaded_model_computes(reference: Path) -> No
     assert not kinds & {"Where", "Gather", "GatherND", "ScatterND"}, "no mask and no index survives in the graph"
 
 
+@pytest.mark.parametrize(("name", "weights"), [("pruned.onnx", {"stem.0.weight", "head.weight"}), ("pruned-built.onnx", set())])
+def test_bench_times_every_kernel_of_a_file(reference: Path, start: Start, name: str, weights: set[str]) -> None:
+    shown = start("bench", str(reference / name), "--json").wait()
+    assert shown.code == 0, shown.err
+    times = json.loads(shown.out)
+    layers = [kernel for kernel in times["kernels"] if kernel["weight"]]
+    assert len(layers) == len(
+        [part for part in dp.load(reference).modules() if hasattr(part, "weight") and part.weight.dim() > 1]
+    )
+    assert weights <= {kernel["weight"] for kernel in layers}
+    for kernel in times["kernels"]:
+        assert 0 < kernel["p10_us"] <= kernel["p90_us"]
+        assert kernel["n_runs"] > 0
+    assert times["kernels_sum_us"] == pytest.approx(sum(kernel["median_us"] for kernel in times["kernels"]))
+    assert 0 < times["p10_us"] <= times["median_us"] <= times["p90_us"]
+
+
+def recorded(start: Start, out: Path) -> list[dict[str, object]]:
+    """Return the rows of the ledger that a run wrote."""
+    shown = start("ledger", "--json").wait()
+    assert shown.code == 0, shown.err
+    return [entry for entry in json.loads(shown.out)["entries"] if entry["run"] == str(out)]
+
+
+def test_a_build_stands_in_the_ledger_once(reference: Path, start: Start) -> None:
+    (entry,) = recorded(start, reference)
+    report, table = json.loads((reference / "report.json").read_text()), dp.LatencyTable.load(reference / "table")
+    first = report["budget"]["rounds"][0]
+    for side in ("dense", "pruned"):
+        assert [entry[f"{side}_{part}us"] for part in ("p10_", "p90_")] == [first[side]["p10_us"], first[side]["p90_us"]]
+        assert entry[f"{side}_us"] == first[side]["median_us"]
+    assert (entry["predicted_dense_us"], entry["predicted_pruned_us"]) == (
+        report["dense"]["predicted_us"],
+        first["predicted_us"],
+    )
+    assert (entry["table"], entry["limit_us"]) == (table.id, first["limit_us"])
+    assert (entry["runtime"], entry["runtime_version"]) == ("onnxruntime", onnxruntime.__version__)
+    again(start, reference)
+    assert recorded(start, reference) == [entry], "a reused report is no new measurement"
+
+
 def done(out: Path) -> list[str]:
     return [stage for stage in STAGES if finished(out, stage)] if out.is_dir() else []
+
+
+def undisturbed(start: Start, killed: Path, out: Path) -> None:
+    """Let one undisturbed run go on from the plan of `killed`: the plan rests on measurements, which never repeat exactly."""
+    out.mkdir()
+    for key in [path for path in killed.glob("*.key") if path.stem in PLANNING or path.stem.startswith(("plan-", "measure-"))]:
+        for file in [key.name, *json.loads(key.read_text())["files"]]:
+            (out / file).parent.mkdir(parents=True, exist_ok=True)
+            (out / file).write_bytes((killed / file).read_bytes())
+    command = start(*arguments(out)).wait()
+    assert command.code == 0, command.err
 
 
 def test_killed_at_every_stage_it_ends_as_if_it_had_not_been(reference: Path, start: Start, tmp_path: Path) -> None:
@@ -83,10 +136,15 @@ def test_killed_at_every_stage_it_ends_as_if_it_had_not_been(reference: Path, st
     assert finished_run.code == 0, finished_run.err
     assert kills >= 6
     assert "reused" in finished_run.err
+    name = "plan-1/plan.json"
+    assert (out / name).read_bytes() == (reference / name).read_bytes(), "the same table gives the same first plan"
+    whole = tmp_path / "whole"
+    undisturbed(start, out, whole)
     for name in ("plan.json", "tuned.safetensors", "compact.safetensors", "pruned.onnx", "accuracy.json"):
-        assert (out / name).read_bytes() == (reference / name).read_bytes(), name
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
     assert not (out / ".partial").exists()
-    ours, theirs = (json.loads((folder / "report.json").read_text()) for folder in (out, reference))
+    assert len(recorded(start, out)) == 1
+    ours, theirs = (json.loads((folder / "report.json").read_text()) for folder in (out, whole))
     assert ours["pruned"]["accuracy"] == theirs["pruned"]["accuracy"]
     assert ours["groups"] == theirs["groups"]
 
@@ -108,8 +166,9 @@ def test_the_same_command_computes_nothing_and_a_changed_option_what_depends_on_
     computed, reused = again(start, out)
     assert computed == set()
     assert reused == set(STAGES)
+    assert recorded(start, out) == [], "a copy's report is put together anew from the same measurement"
     computed, reused = again(start, out, epochs=1)
-    assert reused == {"profile", "plan", "compact", "export-dense", "simplify-dense", "build-dense"}
+    assert reused == {*PLANNING, "compact"}
     assert computed == set(STAGES) - reused
 
 

@@ -21,15 +21,18 @@ from sample_report import REPORT
 
 import deploypipe
 from deploypipe.algorithms import algorithms
+from deploypipe.artifact import ArtifactTimes
+from deploypipe.backends.base import KernelTime, Profile
 from deploypipe.cli import console
 from deploypipe.cli.build import parse_settings
 from deploypipe.cli.main import app, run
 from deploypipe.errors import BackendError, BudgetError, DeployPipeError, ModelError, TargetError, UsageError
 from deploypipe.inspection import GroupFacts, Inspection, LayerFacts
+from deploypipe.measurement import Latency
 from deploypipe.progress import Reporter
 from deploypipe.report import Check, Report
 
-COMMANDS = ("build", "profile", "bench", "inspect", "algos", "targets", "doctor", "compare", "report")
+COMMANDS = ("build", "profile", "bench", "inspect", "algos", "targets", "doctor", "compare", "ledger", "report")
 INSPECTION = Inspection(
     model="demo",
     n_parameters=41_290,
@@ -81,7 +84,7 @@ class FakePipeline(ModuleType):
 
     def __init__(self) -> None:
         super().__init__("deploypipe.pipeline")
-        self.answer: Report | Inspection | dict[str, Any] | BaseException = REPORT
+        self.answer: Report | Inspection | ArtifactTimes | dict[str, Any] | BaseException = REPORT
         self.got: list[Any] = []
 
     def _call(self, *arguments: Any) -> Any:
@@ -101,11 +104,11 @@ class FakePipeline(ModuleType):
     def inspect(self, *arguments: Any) -> Any:
         return self._call(*arguments)
 
-    def profile_model(self, *arguments: Any) -> Any:
-        return self._call(*arguments)
+    def profile_model(self, *arguments: Any, **options: Any) -> Any:
+        return self._call(*arguments, *options.values())
 
-    def bench_artifact(self, *arguments: Any) -> Any:
-        return self._call(*arguments)
+    def bench_artifact(self, *arguments: Any, **options: Any) -> Any:
+        return self._call(*arguments, *options.values())
 
 
 @pytest.fixture
@@ -176,12 +179,11 @@ def test_inspect_shows_layers_groups_and_reasons(
 @pytest.mark.parametrize(
     ("line", "passed"),
     [
-        ("profile --model m --target t --threads 2", ["m", None, "t", 2]),
-        ("bench a.onnx --target t --threads 2", [Path("a.onnx"), "t", 2]),
-        ("bench a.onnx", [Path("a.onnx"), "cpu", None]),
+        ("profile --model m --target t --threads 2", ["m", None, "t", 2, False]),
+        ("profile --fresh", ["demo", None, "cpu", None, True]),
     ],
 )
-def test_measuring_commands(
+def test_profile_shows_what_was_learned(
     pipeline: FakePipeline, capsys: pytest.CaptureFixture[str], line: str, passed: list[object]
 ) -> None:
     pipeline.answer = {"median_us": 12.5, "n_runs": 100}
@@ -190,6 +192,60 @@ def test_measuring_commands(
     assert capsys.readouterr().out.splitlines() == ["median us  12.5", "n runs     100"]
     assert run([*line.split(), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == pipeline.answer
+
+
+TIMES = ArtifactTimes(
+    "a.onnx",
+    "cpu",
+    1,
+    Latency(50.0, 49.0, 52.0, 100, 0.01),
+    Profile(
+        (
+            KernelTime("relu_nchwc", "Conv", "stem.weight", (), 44.5, 44.0, 45.5, 60),
+            KernelTime("ReorderOutput", "ReorderOutput", "", ("stem.weight",), 2.5, 2.5, 2.5, 60),
+            KernelTime("node_linear", "Gemm", "head.weight", (), 8.0, 7.5, 9.0, 60),
+        ),
+        0.02,
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "passed"),
+    [
+        ("bench a.onnx --target t --threads 2", [Path("a.onnx"), "t", 2, True]),
+        ("bench a.onnx --no-layers", [Path("a.onnx"), "cpu", None, False]),
+    ],
+)
+def test_bench_passes_its_options_on(pipeline: FakePipeline, line: str, passed: list[object]) -> None:
+    pipeline.answer = TIMES
+    assert run(line.split()) == 0
+    assert pipeline.got == passed
+
+
+def test_bench_shows_the_whole_and_each_kernel(
+    pipeline: FakePipeline, capsys: pytest.CaptureFixture[str], golden: Callable[[str, str], None]
+) -> None:
+    pipeline.answer = TIMES
+    assert run(["bench", "a.onnx"]) == 0
+    golden("cli_bench.txt", capsys.readouterr().out)
+    assert run(["bench", "a.onnx", "--json"]) == 0
+    state = json.loads(capsys.readouterr().out)
+    assert (state["median_us"], state["n_runs"], state["kernels_sum_us"], state["kernels_foreign_load"]) == (50, 100, 55, 0.02)
+    assert [kernel["name"] for kernel in state["kernels"]] == ["relu_nchwc", "ReorderOutput", "node_linear"]
+    assert sum(kernel["share"] for kernel in state["kernels"]) == pytest.approx(1)
+    assert state["kernels"][0] == {
+        "name": "relu_nchwc", "op": "Conv", "weight": "stem.weight",
+        "median_us": 44.5, "p10_us": 44.0, "p90_us": 45.5, "n_runs": 60, "share": pytest.approx(44.5 / 55),
+    }  # fmt: skip
+
+
+def test_bench_without_layers_shows_the_whole_alone(pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline.answer = replace(TIMES, profile=None)
+    assert run(["bench", "a.onnx", "--no-layers"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert run(["bench", "a.onnx", "--no-layers", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kernels"] is None
 
 
 def test_algos_lists_every_algorithm(capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,13 +263,15 @@ def test_targets_lists_every_target(capsys: pytest.CaptureFixture[str]) -> None:
     assert "cpu" in [target["name"] for target in json.loads(capsys.readouterr().out)]
 
 
-def test_doctor_tells_versions_backends_and_the_cache(
+def test_doctor_tells_versions_backends_and_folders(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DEPLOYPIPE_CACHE", "/somewhere/else")
+    monkeypatch.setenv("DEPLOYPIPE_DATA", "/for/good")
     assert run(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "/somewhere/else" in out
+    assert re.search(r"^data +/for/good$", out, re.MULTILINE)
     assert re.search(r"^torch +\d+\.\d+", out, re.MULTILINE)
     assert re.search(r"^onnxruntime +yes", out, re.MULTILINE)
     assert run(["doctor", "--json"]) == 0
@@ -230,7 +288,9 @@ def runs(tmp_path: Path) -> tuple[str, str]:
 
 def test_compare_sorts_by_accuracy(runs: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["compare", *runs]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["run", runs[1], runs[0]]
+    outcomes, widths = capsys.readouterr().out.split("\n\n")
+    assert [line.split()[0] for line in outcomes.splitlines()] == ["run", runs[1], runs[0]]
+    assert widths.split() == ["group", runs[1], runs[0], "stem.conv", "16", "->", "8", "16", "->", "8"]
     assert run(["compare", *runs, "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)) == list(runs)
 

@@ -179,10 +179,24 @@ def test_saving_and_loading_is_the_identity(net, kernels, tmp_path):
     assert (loaded.facts, loaded.steps, loaded.contexts) == (table.facts, table.steps, table.contexts)
     assert set(loaded.kernels) == set(table.kernels)
     assert loaded.predict(net, plan(a=8)) == table.predict(net, plan(a=8))
+    assert loaded.id == table.id
     before = {path.name: path.read_bytes() for path in tmp_path.rglob("*.*")}
     loaded.save(tmp_path)
     assert before == {path.name: path.read_bytes() for path in tmp_path.rglob("*.*")}
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_table_of_other_measurements_has_another_id(net, kernels):
+    table = LatencyTable({"threads": 1}, STEPS, kernels, (context(net),))
+    assert LatencyTable({"threads": 1}, STEPS, kernels[::-1], (context(net),)).id == table.id, "the order says nothing"
+    others = [
+        replace(table, facts={"threads": 2}),
+        replace(table, kernels=kernels[1:]),
+        replace(table, kernels=(replace(kernels[0], median_us=1.0), *kernels[1:])),
+        replace(table, contexts=(context(net, factor=1.1),)),
+        replace(table, steps={}),
+    ]
+    assert len({table.id, *(other.id for other in others)}) == 1 + len(others)
 
 
 @pytest.mark.parametrize(

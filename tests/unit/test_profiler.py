@@ -115,6 +115,19 @@ def test_a_second_profile_measures_nothing(net, graph, tmp_path, monkeypatch, co
     assert counting.jobs.count("profile") == 0
 
 
+def test_a_fresh_profile_forgets_what_was_measured_on_this_device_alone(net, graph, tmp_path, monkeypatch, counting):
+    target = prepared(tmp_path, monkeypatch)
+    old = profile(net, EXAMPLE, target, graph=graph, cache_dir=tmp_path)
+    (tmp_path / "other-device").mkdir()
+    counting.jobs.clear()
+    monkeypatch.setattr(profiler, "learn_steps", lambda measure: STEPS)
+    new = profile(net, EXAMPLE, target, graph=graph, cache_dir=tmp_path, fresh=True)
+    assert counting.jobs[0] == "describe"
+    assert counting.jobs.count("bench") > 1
+    assert new.id != old.id
+    assert (tmp_path / "other-device").is_dir()
+
+
 def test_what_was_measured_survives_an_interruption(net, graph, tmp_path, monkeypatch, counting):
     target = prepared(tmp_path, monkeypatch)
     monkeypatch.setattr(profiler, "_PER_JOB", 4)

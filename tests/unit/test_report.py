@@ -114,12 +114,6 @@ def test_slower_is_not_called_faster() -> None:
     assert ("latency, 1 thread", "120 us", "241 us", "2.00x slower") in render.summary_rows(slow)
 
 
-def test_comparison_puts_the_most_accurate_first() -> None:
-    rows = render.comparison({"a": replace(REPORT, pruned=replace(REPORT.pruned, accuracy=0.9)), "b": REPORT, "c": BARE})
-    assert [row[0] for row in rows] == ["b", "a", "c"]
-    assert all(len(row) == len(render.COMPARISON_COLUMNS) for row in rows)
-
-
 @pytest.mark.parametrize(
     ("number", "text"),
     [(0, "0"), (999, "999"), (1000, "1.00 k"), (41_290, "41.3 k"), (999_600, "1000 k"), (1_820_000_000, "1.82 G")],
