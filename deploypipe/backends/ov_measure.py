@@ -21,10 +21,14 @@ SETTLED = 3  # first runs of a freshly compiled model: it allocates, and lays it
 
 def read(core: Any, path: str) -> Any:
     """Read an ONNX file or an artefact."""
-    if not zipfile.is_zipfile(path):
-        return core.read_model(path)
-    with zipfile.ZipFile(path) as packed:
-        return core.read_model(*map(packed.read, PARTS))
+    try:
+        if not zipfile.is_zipfile(path):
+            return core.read_model(path)
+        with zipfile.ZipFile(path) as packed:
+            return core.read_model(*map(packed.read, PARTS))
+    except (RuntimeError, KeyError, zipfile.BadZipFile) as error:
+        # The reason is the last line, behind lines of OpenVINO's own source.
+        raise SystemExit(f"OpenVINO cannot read '{path}': {str(error).strip().splitlines()[-1]}") from error
 
 
 def compiled(core: Any, path: str, request: dict[str, Any], *, counters: bool = False) -> Any:
