@@ -1,6 +1,7 @@
 """Predicted against measured latency of whole models under random plans: how far the latency table may be trusted.
 
     python benchmarks/latency.py --models resnet20 resnet18 mobilenet_v2 demo --plans 12
+    python benchmarks/latency.py --target cpu-openvino      # another target's table goes to latency-BACKEND.csv
 
 Widths are drawn from the table's own candidates, so most pairs of widths of a plan were never measured as such. All plans of
 a model are exported and timed in one job, in turns, together with the dense model. `ratio_error` compares predicted and
@@ -42,7 +43,8 @@ from deploypipe.runners import load_runner
 from deploypipe.targets import Target, load_target
 from deploypipe.types import Graph
 
-RESULTS = Path(__file__).with_name("results") / "latency.csv"
+RESULTS = Path(__file__).with_name("results")
+DEFAULT_TARGET = "cpu"
 Row = dict[str, Any]
 
 
@@ -113,9 +115,10 @@ def summary(name: str, rows: list[Row], table: LatencyTable, graph: Graph, dense
     }  # fmt: skip
 
 
-def write(rows: list[Row], facts: Mapping[str, Any]) -> None:
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
+def write(rows: list[Row], facts: Mapping[str, Any], target: Target) -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    name = "latency.csv" if target.name == DEFAULT_TARGET else f"latency-{target.build.backend}.csv"
+    with (RESULTS / name).open("w", newline="") as file:
         for key, value in facts.items():
             file.write(f"# {key}: {value}\n")
         writer = csv.DictWriter(file, list(rows[0]))
@@ -136,11 +139,11 @@ def show(row: Row) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["resnet20", "resnet18", "mobilenet_v2", "demo"])
-    parser.add_argument("--target", default="cpu")
+    parser.add_argument("--target", default=DEFAULT_TARGET)
     parser.add_argument("--plans", type=int, default=12)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--cache", type=Path, help="where kernel measurements are kept (default: the user's cache)")
-    parser.add_argument("--dry", action="store_true", help="do not write benchmarks/results/latency.csv")
+    parser.add_argument("--dry", action="store_true", help="do not write into benchmarks/results")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     torch.set_num_threads(1)
@@ -156,7 +159,7 @@ def main() -> None:
     facts = {**facts, "torch": torch.__version__, "date": datetime.now(UTC).isoformat(timespec="seconds")}
     facts["command"] = "python benchmarks/latency.py " + " ".join("DIR" if "/" in arg else arg for arg in sys.argv[1:])
     if not options.dry:
-        write(all_rows, facts)
+        write(all_rows, facts, target)
 
 
 if __name__ == "__main__":

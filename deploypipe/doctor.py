@@ -22,6 +22,7 @@ _PACKAGES = {
     "onnxscript": "export",
     "onnxsim": "simplification",
     "onnxruntime": "target cpu",
+    "openvino": "target cpu-openvino (optional)",
     "timm": "--model timm:NAME (optional)",
 }
 MISSING = "missing"

@@ -7,6 +7,7 @@ from deploypipe.targets import Target
 
 BACKENDS: dict[str, str] = {
     "onnxruntime": "deploypipe.backends.onnxruntime:OnnxRuntime",
+    "openvino": "deploypipe.backends.openvino:OpenVino",
 }
 ENTRY_POINTS = "deploypipe.backends"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from deploypipe.backends.base import Backend, Facts, Profile, Timing
 from deploypipe.errors import BackendError
 from deploypipe.latency.files import Entry
-from deploypipe.profiler.probe import Probe, chain
+from deploypipe.profiler.probe import IDLE_OPS, Probe, chain
 from deploypipe.runners.base import Runner
 from deploypipe.targets import Target
 
@@ -46,13 +46,29 @@ class Bench:
         return self.backend.read_profile(result, models)
 
     def cost_of_measuring(self) -> tuple[float, float, float]:
-        """Return what profiling adds to a kernel, what a kernel without work costs, what a run costs besides (microseconds)."""
-        whole = self.whole({str(length): chain(length) for length in (_SHORT, _LONG)})
+        """Return what profiling adds to a kernel, what a kernel without work costs, what a run costs besides (microseconds).
+
+        Raises:
+            BackendError: The runtime joins all idle operations, so that one kernel cannot be told from another.
+        """
+        op, profiled = self._idle()
+        whole = self.whole({str(length): chain(length, op) for length in (_SHORT, _LONG)})
         short, long = whole[str(_SHORT)].quiet_us, whole[str(_LONG)].quiet_us
         node = max(0.0, (long - short) / (_LONG - _SHORT))
-        profiled = self.profiles({"chain": chain(_LONG)}, self.target)["chain"]
-        timer = max(0.0, profiled.sum_us / max(1, len(profiled.kernels)) - node)
+        timer = max(0.0, profiled.sum_us / len(profiled.kernels) - node)
         return timer, node, max(0.0, short - node * _SHORT)
+
+    def _idle(self) -> tuple[str, Profile]:
+        """Return an operation that this runtime runs as a kernel of its own each time, and the profile of a long chain."""
+        for op in IDLE_OPS:
+            profiled = self.profiles({op: chain(_LONG, op)}, self.target)[op]
+            if len(profiled.kernels) >= _LONG:
+                return op, profiled
+        raise BackendError(
+            f"the runtime fuses chains of {' and of '.join(IDLE_OPS)}: what a kernel without work costs cannot be measured",
+            at=f"backend {self.backend.name}",
+            fix="add an operation that it does not fuse to IDLE_OPS in profiler/probe.py",
+        )
 
     def kernels(self, probes: Sequence[Probe], again: int = _AGAIN) -> dict[Probe, Entry]:
         """Time kernels in two rounds, and those that are still in doubt up to `again` times more; the middle time counts.

@@ -20,6 +20,7 @@ _OPSET, _IR = 20, 10
 _IN = 3  # channels of a probe's input; the tensor that the kernel reads is computed from it
 _WORTH = 3_000_000  # multiply-adds that the copies should add up to: enough to stand out of the clock's noise ...
 _MOST = 8  # ... with no more copies than this
+IDLE_OPS = ("Neg", "Softmax")  # next to no work on eight numbers; the second where a runtime fuses the first with itself
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ class Probe:
         return (*own, *(_entering(self, count) for count in counts)) if self.relay else own
 
 
-def chain(length: int) -> bytes:
-    """Return a model of `length` kernels that do next to nothing: it shows what a kernel costs without work."""
-    nodes = [helper.make_node("Neg", [f"t{i}"], [f"t{i + 1}"], name=f"neg_{i}") for i in range(length)]
+def chain(length: int, op: str) -> bytes:
+    """Return a model of `length` operations that do next to nothing: it shows what a kernel costs without work."""
+    nodes = [helper.make_node(op, [f"t{i}"], [f"t{i + 1}"], name=f"{op}_{i}") for i in range(length)]
     return _Model(nodes).serialised(("t0", [1, 8]), f"t{length}")
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -105,6 +106,7 @@ def _shown(job: Job) -> str:
 def _advice(code: int, stderr: str) -> str:
     if code == -signal.SIGKILL:
         return "the system ended it, most likely for memory: free some, or use a smaller batch"
-    if "No module named" in stderr:
-        return "install the missing Python package for this interpreter: pip install onnxruntime numpy"
+    missing = re.search(r"No module named '([^'.]+)", stderr)
+    if missing:
+        return f"install the missing Python package for this interpreter: pip install {missing[1]}"
     return "see the message above; `deploypipe doctor` checks the runtime"

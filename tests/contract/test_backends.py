@@ -8,6 +8,7 @@ from torch import nn
 from deploypipe.backends import BACKENDS, load_backend
 from deploypipe.errors import TargetError
 from deploypipe.export import export_onnx
+from deploypipe.profiler.bench import opened
 from deploypipe.runners import load_runner
 from deploypipe.targets import load_target
 
@@ -59,6 +60,15 @@ def test_profiles_name_each_layer_once(target, path, tmp_path):
     models = {"m": path}
     profile = backend.read_profile(carried_out(target, backend.profile_job(models, target), tmp_path), models)["m"]
     assert sorted(kernel.weight for kernel in profile.kernels if kernel.weight) == ["0.weight", "2.weight", "4.weight"]
+
+
+def test_what_measuring_costs_can_be_told(target):
+    backend = load_backend(target)
+    with opened(backend, load_runner(target), target) as bench:
+        timer_us, node_us, session_us = bench.cost_of_measuring()
+    assert timer_us >= 0
+    assert 0 < node_us < 100
+    assert session_us > 0
 
 
 def test_facts_name_the_runtime_and_its_version(target, tmp_path):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from deploypipe.backends import BACKENDS
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "deploypipe"
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
@@ -68,6 +70,12 @@ def test_the_environment_decides_nothing_in_the_library(path: Path) -> None:
     """But for the cache folder, and what a runner hands on to the process that it starts."""
     if path.parent.name not in {"cli", "runners"} and path.name != "targets.py":
         assert not re.findall(r"os\.environ\b|os\.getenv\b", path.read_text())
+
+
+@pytest.mark.parametrize("folder", ["profiler", "allocation", "latency", "pipeline"])
+def test_no_stage_knows_a_runtime(folder: str) -> None:
+    for path in (PACKAGE / folder).glob("*.py"):
+        assert not [backend for backend in BACKENDS if backend in path.read_text().lower()], path.name
 
 
 def test_the_top_level_is_as_described() -> None:

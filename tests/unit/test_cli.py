@@ -258,7 +258,9 @@ def test_algos_lists_every_algorithm(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_targets_lists_every_target(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["targets"]) == 0
-    assert re.search(r"^cpu +.*onnxruntime +local", capsys.readouterr().out, re.MULTILINE)
+    out = capsys.readouterr().out
+    assert re.search(r"^cpu +.*onnxruntime +local", out, re.MULTILINE)
+    assert re.search(r"^cpu-openvino +.*openvino +local", out, re.MULTILINE)
     assert run(["targets", "--json"]) == 0
     assert "cpu" in [target["name"] for target in json.loads(capsys.readouterr().out)]
 
@@ -274,6 +276,7 @@ def test_doctor_tells_versions_backends_and_folders(
     assert re.search(r"^data +/for/good$", out, re.MULTILINE)
     assert re.search(r"^torch +\d+\.\d+", out, re.MULTILINE)
     assert re.search(r"^onnxruntime +yes", out, re.MULTILINE)
+    assert re.search(r"^openvino +(yes|no +pip install openvino)", out, re.MULTILINE)
     assert run(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["cache"] == "/somewhere/else"
 
@@ -472,6 +475,7 @@ def test_starting_imports_nothing_heavy_and_is_fast() -> None:
         "torchvision",
         "onnx",
         "onnxruntime",
+        "openvino",
         "onnxscript",
         "scipy",
         "numpy",

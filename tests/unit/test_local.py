@@ -38,7 +38,7 @@ def test_a_failure_shows_the_end_of_what_the_program_said(local, tmp_path):
 
 
 def test_a_missing_package_is_named_in_the_fix(local, tmp_path):
-    with pytest.raises(BackendError, match="pip install onnxruntime"):
+    with pytest.raises(BackendError, match="pip install a_module_that_is_not_there"):
         local.run(job("import a_module_that_is_not_there"), tmp_path)
 
 

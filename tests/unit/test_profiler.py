@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from deploypipe.backends.base import KernelTime, Profile, Timing
+from deploypipe.backends.onnxruntime import OnnxRuntime
 from deploypipe.compact import compact
 from deploypipe.errors import BackendError
 from deploypipe.graph import trace
@@ -167,6 +169,27 @@ def test_needed_kernels_cover_the_candidates_of_every_layer(graph):
 def probes_of(*widths):
     shape = needed(trace(Net().eval(), EXAMPLE), STEPS)[0].shape
     return [Probe(shape, n_in, n_out) for n_in, n_out in widths]
+
+
+@pytest.mark.parametrize(("fused", "taken"), [((), "Neg"), (("Neg",), "Softmax")])
+def test_an_idle_operation_that_the_runtime_fuses_with_itself_is_passed_over(monkeypatch, fused, taken):
+    def profiles(self, models, target):
+        return {op: Profile((KernelTime("k", op, "", (), 1.5, 1, 2, 9),) * (1 if op in fused else 110)) for op in models}
+
+    def whole(self, models, target=None):
+        assert all(taken.encode() in model for model in models.values())
+        return {name: Timing(8.0 + 0.5 * int(name), 1, 2, 9, 0.0) for name in models}
+
+    monkeypatch.setattr(bench.Bench, "profiles", profiles)
+    monkeypatch.setattr(bench.Bench, "whole", whole)
+    assert bench.Bench(None, None, None, None).cost_of_measuring() == (1.0, 0.5, 8.0)
+
+
+def test_a_runtime_that_fuses_all_idle_operations_is_refused(monkeypatch):
+    fused = Profile((KernelTime("k", "Subgraph", "", (), 1.5, 1, 2, 9),))
+    monkeypatch.setattr(bench.Bench, "profiles", lambda self, models, target: dict.fromkeys(models, fused))
+    with pytest.raises(BackendError, match="fuses chains of Neg and of Softmax"):
+        bench.Bench(OnnxRuntime(), None, None, None).cost_of_measuring()
 
 
 def test_times_that_contradict_each_other_are_found():

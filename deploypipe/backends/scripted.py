@@ -1,0 +1,123 @@
+"""A runtime with Python bindings: every job is one script that is pushed to the target, and leaves its answer as JSON."""
+
+import importlib.util
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from deploypipe.backends.base import MAX_FOREIGN, Arrays, Facts, Timing
+from deploypipe.errors import BackendError, TargetError, nearest
+from deploypipe.job import PYTHON, Job, JobResult
+from deploypipe.targets import Target
+
+_FOLDER = Path(__file__).parent
+_SHARED = "stopwatch.py"
+_ATTEMPTS = 3
+
+
+class Scripted:
+    """What such backends have in common; each adds how its profile is asked for and read.
+
+    Attributes:
+        script: The measuring script's file, in this folder.
+        precisions: Those that a target may ask for.
+        options: Sent to the script with every request.
+    """
+
+    name: ClassVar[str]
+    suffix: ClassVar[str]
+    script: ClassVar[str]
+    precisions: ClassVar[tuple[str, ...]] = ("fp32",)
+    options: ClassVar[Mapping[str, Any]] = {}
+
+    def available(self) -> tuple[bool, str]:
+        """Return whether the package is installed here."""
+        found = importlib.util.find_spec(self.name) is not None
+        return found, "" if found else f"pip install {self.name}"
+
+    def describe_job(self, target: Target) -> Job:
+        """Ask for runtime version, processor and its vector extensions."""
+        return self.job("describe", target, {}, timeout_s=120)
+
+    def read_description(self, result: JobResult) -> Facts:
+        """Return the facts: runtime, version, processor, threads."""
+        return answer(result)
+
+    def build_job(self, model: Path, target: Target) -> Job:
+        """Compile the model into one file."""
+        artifact = "artifact" + self.suffix
+        return self.job("build", target, {"model": "model.onnx", "artifact": artifact}, {"model.onnx": model}, (artifact,))
+
+    def bench_job(self, models: Mapping[str, Path | bytes], target: Target) -> Job:
+        """Time whole models in turns; a built artefact is a model like another."""
+        files = {f"model-{i}.onnx": path for i, path in enumerate(models.values())}
+        return self.job("bench", target, {"models": dict(zip(models, files, strict=True))}, files)
+
+    def read_bench(self, result: JobResult) -> dict[str, Timing]:
+        """Return name -> timing."""
+        found = answer(result)
+        load = found["foreign_load"]
+        return {
+            name: Timing(median, p10, p90, runs, load, cpu) for name, (median, p10, p90, runs, cpu) in found["models"].items()
+        }
+
+    def run_job(self, model: Path, inputs: Arrays, target: Target) -> Job:
+        """Run on several inputs: the first axis of every array counts them."""
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **inputs)
+        details = {"model": "model.onnx", "inputs": "inputs.npz", "outputs": "outputs.npz"}
+        return self.job("run", target, details, {"model.onnx": model, "inputs.npz": buffer.getvalue()}, ("outputs.npz",))
+
+    def read_run(self, result: JobResult) -> Arrays:
+        """Return output name -> array with the same first axis, in the model's order."""
+        names = answer(result)["outputs"]
+        with np.load(result.pulled["outputs.npz"], allow_pickle=False) as outputs:
+            return {name: outputs[name] for name in names}
+
+    def job(
+        self,
+        task: str,
+        target: Target,
+        details: Mapping[str, Any],
+        push: Mapping[str, Path | bytes] | None = None,
+        pull: tuple[str, ...] = (),
+        timeout_s: float = 900.0,
+    ) -> Job:
+        """Describe one task of the script.
+
+        Raises:
+            TargetError: The backend does not have the target's precision.
+        """
+        if target.build.precision not in self.precisions:
+            raise TargetError(
+                f"backend {self.name} has no precision '{target.build.precision}'",
+                at=f"{target.path or target.name}: build.precision",
+                fix=nearest(target.build.precision, self.precisions),
+            )
+        measure = target.measure
+        request = {
+            "task": task, "threads": measure.threads, "warmup": measure.warmup, "runs": measure.runs,
+            "max_foreign": MAX_FOREIGN, "attempts": _ATTEMPTS, **self.options, **details,
+        }  # fmt: skip
+        # As content: a linked script would find this package's modules beside it, some of which are called like a runtime.
+        scripts = {file: (_FOLDER / file).read_bytes() for file in (self.script, _SHARED)}
+        files = {**scripts, "request.json": json.dumps(request).encode(), **(push or {})}
+        return Job((PYTHON, self.script, "request.json"), files, ("answer.json", *pull), timeout_s=timeout_s)
+
+
+def answer(result: JobResult) -> dict[str, Any]:
+    """Return what the script answered.
+
+    Raises:
+        BackendError: It is damaged.
+    """
+    try:
+        found = json.loads(result.pulled["answer.json"].read_text())
+    except (KeyError, OSError, ValueError) as error:
+        raise BackendError(f"the measuring script answered nonsense: {error}", at="answer.json", fix="run it again") from error
+    assert isinstance(found, dict)
+    return found

@@ -1,0 +1,158 @@
+"""What every measuring script shares: quiet cores, interleaved runs, facts of the device. Pushed beside the script.
+
+A script runs alone on the target, so this file imports nothing of deploypipe: only Python and NumPy.
+"""
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BLOCKS = 6  # the runs of each model come in this many turns, so that slow drift meets all models alike
+REWARM = 3  # runs at the start of a turn that do not count
+
+Request = dict[str, Any]
+
+
+class Cores:
+    """The processor cores we are pinned to, and how much of their time went to others."""
+
+    def __init__(self, threads: int) -> None:
+        self.cpus: list[int] = []
+        if hasattr(os, "sched_setaffinity"):
+            allowed = sorted(os.sched_getaffinity(0))
+            before = self.busy(allowed)
+            time.sleep(0.1)
+            after = self.busy(allowed)
+            idle_first = sorted(allowed, key=lambda cpu: (after.get(cpu, 0.0) - before.get(cpu, 0.0), cpu))
+            self.cpus = sorted(idle_first[:threads])
+            os.sched_setaffinity(0, self.cpus)
+        self.start()
+
+    @staticmethod
+    def busy(cpus: list[int]) -> dict[int, float]:
+        """Seconds that each core has worked since boot; empty where the system does not tell."""
+        try:
+            lines = Path("/proc/stat").read_text().splitlines()
+        except OSError:
+            return {}
+        rows = {int(row[0][3:]): row for row in map(str.split, lines) if row[0][:3] == "cpu" and row[0] != "cpu"}
+        tick = os.sysconf("SC_CLK_TCK")
+        # user nice system idle iowait irq softirq steal: all but idle and iowait is work, stolen time included
+        return {cpu: sum(map(int, rows[cpu][1:4] + rows[cpu][6:9])) / tick for cpu in cpus if cpu in rows}
+
+    def start(self) -> None:
+        """Begin a measuring window."""
+        self.before = (sum(self.busy(self.cpus).values()), time.process_time(), time.perf_counter())
+
+    def foreign(self) -> float | None:
+        """Share of our cores' time since `start` that went to other programs."""
+        busy, own, wall = self.before
+        now = self.busy(self.cpus)
+        if not now:
+            return None
+        tick = 1.0 / os.sysconf("SC_CLK_TCK")  # both counters move in ticks
+        others = sum(now.values()) - busy - (time.process_time() - own) - tick * len(now)
+        return round(max(0.0, others / ((time.perf_counter() - wall) * len(now))), 4)
+
+
+def guarded(sample: Any, cores: Cores, request: dict[str, Any]) -> tuple[Any, float | None]:
+    """Call `sample` until other programs took no more than `max_foreign`, at most `attempts` times; keep the quietest."""
+    best: tuple[Any, float | None] | None = None
+    for _ in range(request["attempts"]):
+        cores.start()
+        value, load = sample(), cores.foreign()
+        if best is None or (load or 0.0) < (best[1] or 0.0):
+            best = (value, load)
+        if (load or 0.0) <= request["max_foreign"]:
+            break
+    assert best is not None
+    return best
+
+
+def bench(runs: Mapping[str, Callable[[], Any]], cores: Cores, request: Request) -> dict[str, Any]:
+    """Time whole models, each run by a call, in turns."""
+    per_block = per_turn(request)
+    for once in runs.values():
+        for _ in range(request["warmup"]):
+            once()
+
+    def sample() -> dict[str, list[tuple[float, float]]]:
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+        for _ in range(BLOCKS):
+            for name, once in runs.items():
+                for _ in range(REWARM):  # not counted: fetch back what the other models threw out of the cache
+                    once()
+                for _ in range(per_block):
+                    worked, start = time.process_time_ns(), time.perf_counter_ns()
+                    once()
+                    end = time.perf_counter_ns()
+                    times[name].append(((end - start) / 1000, (time.process_time_ns() - worked) / 1000))
+        return times
+
+    times, load = guarded(sample, cores, request)
+    rows = {}
+    for name, values in times.items():
+        wall, worked = zip(*values, strict=True)
+        # With one thread, processor time is latency without the time that other programs took from us.
+        rows[name] = [*spread(wall), len(wall), spread(worked)[0] if request["threads"] == 1 else None]
+    return {"models": rows, "foreign_load": load}
+
+
+def per_turn(request: Request) -> int:
+    """Counted runs of one turn."""
+    runs: int = request["runs"]
+    return max(1, -(-runs // BLOCKS))
+
+
+def spread(values: Any) -> list[float]:
+    """Median, 10th and 90th percentile."""
+    return [float(v) for v in np.percentile(values, [50, 10, 90])]
+
+
+def sample_input(shape: list[int], dtype: Any) -> Any:
+    """Make one input: noise for floating point, zeros for the rest."""
+    dtype = np.dtype(dtype)
+    return np.random.default_rng(0).standard_normal(shape).astype(dtype) if dtype.kind == "f" else np.zeros(shape, dtype)
+
+
+def run_all(names: list[str], compute: Callable[[dict[str, Any]], Any], request: Request) -> dict[str, Any]:
+    """Compute several inputs (first axis of every array); the stacked outputs go into an .npz file."""
+    with np.load(request["inputs"]) as arrays:
+        inputs = {name: arrays[name] for name in arrays.files}
+    n = len(next(iter(inputs.values())))
+    values = [compute({name: array[i] for name, array in inputs.items()}) for i in range(n)]
+    columns = zip(names, zip(*values, strict=True), strict=True)
+    outputs: Any = {name: np.stack(column) for name, column in columns}
+    np.savez(request["outputs"], **outputs)
+    return {"outputs": names}
+
+
+def device(request: Request) -> dict[str, Any]:
+    """Facts of the device that decide whether two measurements may be laid beside each other."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    info = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines()) if key}
+    flags = set((info.get("flags") or info.get("Features") or "").split())
+    vector = sorted(flag for flag in flags if flag.startswith(("avx", "sse4", "fma", "amx", "asimd", "sve", "neon", "f16c")))
+    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    return {
+        "cpu": info.get("model name") or platform.processor() or platform.machine(), "cpu_flags": vector,
+        "arch": platform.machine(), "cores": os.cpu_count(),
+        "governor": governor.read_text().strip() if governor.is_file() else "",
+        "python": platform.python_version(), "system": platform.platform(), "threads": request["threads"],
+    }  # fmt: skip
+
+
+def answer(tasks: Mapping[str, Callable[[Request], dict[str, Any]]]) -> None:
+    """Read the request that the command line names, do its task, write the answer."""
+    request = json.loads(Path(sys.argv[1]).read_text())
+    Path("answer.json").write_text(json.dumps(tasks[request["task"]](request)))
