@@ -10,8 +10,10 @@ from deploypipe.plugins import known, resolve
 ENTRY_POINTS = "deploypipe.algorithms"
 
 ALGORITHMS: dict[str, str] = {
+    "erk": "deploypipe.algorithms.erk:Erk",
     "l1": "deploypipe.algorithms.l1:L1",
     "l2": "deploypipe.algorithms.l2:L2",
+    "lamp": "deploypipe.algorithms.lamp:Lamp",
     "random": "deploypipe.algorithms.random:Random",
     "thinet": "deploypipe.algorithms.thinet:ThiNet",
 }
@@ -40,6 +42,14 @@ class Info:
 
 _LI = "Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, arXiv:1608.08710"
 INFO: dict[str, Info] = {
+    "erk": Info(
+        "erk",
+        "Evci et al., Rigging the Lottery: Making All Tickets Winners, ICML 2020, arXiv:1911.11134",
+        2020,
+        "structured, static, from a trained model, magnitude with layer densities by rule",
+        (),
+        (Option("rule", "erk", "how the densities of layers differ", choices=("erk", "uniform", "uniform+")),),
+    ),
     "l1": Info(
         "l1",
         _LI,
@@ -49,6 +59,12 @@ INFO: dict[str, Info] = {
         (Option("greedy", False, "leave out the input channels that earlier layers have lost, when ranking"),),
     ),
     "l2": Info("l2", _LI, 2017, "structured, static, from a trained model, magnitude"),
+    "lamp": Info(
+        "lamp",
+        "Lee et al., Layer-adaptive Sparsity for the Magnitude-based Pruning, ICLR 2021, arXiv:2010.07611",
+        2021,
+        "structured, static, from a trained model, magnitude with one global threshold",
+    ),
     "random": Info(
         "random",
         "Li et al., Revisiting Random Channel Pruning for Neural Network Compression, CVPR 2022, arXiv:2205.05676",
