@@ -11,6 +11,7 @@ ENTRY_POINTS = "deploypipe.algorithms"
 
 ALGORITHMS: dict[str, str] = {
     "erk": "deploypipe.algorithms.erk:Erk",
+    "halp": "deploypipe.algorithms.halp:Halp",
     "l1": "deploypipe.algorithms.l1:L1",
     "l2": "deploypipe.algorithms.l2:L2",
     "lamp": "deploypipe.algorithms.lamp:Lamp",
@@ -49,6 +50,19 @@ INFO: dict[str, Info] = {
         "structured, static, from a trained model, magnitude with layer densities by rule",
         (),
         (Option("rule", "erk", "how the densities of layers differ", choices=("erk", "uniform", "uniform+")),),
+    ),
+    "halp": Info(
+        "halp",
+        "Shen et al., Structural Pruning via Latency-Saliency Knapsack, NeurIPS 2022, arXiv:2210.06659",
+        2022,
+        "structured, static, from a trained model, gradient and latency",
+        ("data", "labels"),
+        (
+            Option("steps", 10, "pruning steps on the way to the budget", 1),
+            Option("interval", 20, "mini-batches before each step, whose saliencies are averaged", 1),
+            Option("batch", 64, "images of one mini-batch", 2),
+            Option("lr", 0.01, "learning rate while the network adapts; 0 only measures", 0),
+        ),
     ),
     "l1": Info(
         "l1",

@@ -30,6 +30,7 @@ NETS = ["plain", "residual", "depthwise", "concat"]
 EVERY = pytest.mark.parametrize("name", sorted(ALGORITHMS))
 EVERYWHERE = pytest.mark.parametrize("net", NETS)
 FAST = {
+    "halp": {"steps": 2, "interval": 2, "batch": 16},
     "thinet": {"images": 48, "locations": 5},
 }
 
