@@ -15,6 +15,7 @@ ALGORITHMS: dict[str, str] = {
     "l1": "deploypipe.algorithms.l1:L1",
     "l2": "deploypipe.algorithms.l2:L2",
     "lamp": "deploypipe.algorithms.lamp:Lamp",
+    "netadapt": "deploypipe.algorithms.netadapt:NetAdapt",
     "random": "deploypipe.algorithms.random:Random",
     "thinet": "deploypipe.algorithms.thinet:ThiNet",
 }
@@ -78,6 +79,27 @@ INFO: dict[str, Info] = {
         "Lee et al., Layer-adaptive Sparsity for the Magnitude-based Pruning, ICLR 2021, arXiv:2010.07611",
         2021,
         "structured, static, from a trained model, magnitude with one global threshold",
+    ),
+    "netadapt": Info(
+        "netadapt",
+        "Yang et al., NetAdapt: Platform-Aware Neural Network Adaptation for Mobile Applications, ECCV 2018, arXiv:1804.03230",
+        2018,
+        "structured, static, from a trained model, greedy search by latency and accuracy",
+        ("data", "labels"),
+        (
+            Option("reduction", 0.025, "what the first round takes off the cost, as a share of the dense cost", 1e-4, 1),
+            Option("decay", 0.96, "factor on the reduction from one round to the next", 0.01, 1),
+            Option(
+                "prefer",
+                "accuracy",
+                "takes the most accurate, or the smallest loss of accuracy for what is saved",
+                choices=("accuracy", "ratio"),
+            ),
+            Option("images", 512, "training images that are held out to judge candidates, at most half of all", 1),
+            Option("norm_images", 256, "training images that renew a candidate's batch norms; 0 leaves them as they are", 0),
+            Option("steps", 0, "steps of short-term training before a candidate is judged", 0),
+            Option("lr", 0.001, "learning rate of the short-term training", 0),
+        ),
     ),
     "random": Info(
         "random",

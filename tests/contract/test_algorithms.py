@@ -31,6 +31,7 @@ EVERY = pytest.mark.parametrize("name", sorted(ALGORITHMS))
 EVERYWHERE = pytest.mark.parametrize("net", NETS)
 FAST = {
     "halp": {"steps": 2, "interval": 2, "batch": 16},
+    "netadapt": {"reduction": 0.1, "images": 16, "norm_images": 16},
     "thinet": {"images": 48, "locations": 5},
 }
 
