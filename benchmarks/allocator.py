@@ -14,7 +14,8 @@ candidates and is judged by the table's own prediction; over the budget counts a
 - `uniform`: one share for all groups.
 
 `random` rows are small nets with uneven stairs as prices, solved by brute force as well: `optimal` is the share of nets in
-which a method reached the best value, `value` and `worst` are mean and minimum of value over best value.
+which a method reached the best value, `value` and `worst` are mean and minimum of value over best value. Seconds hold for a
+machine that may have been busy.
 """
 
 import argparse
@@ -148,8 +149,8 @@ def marginal(task: Task) -> tuple[Kept, None]:
         try:
             frozen = _frozen(task, now)
             now, _ = allocate_widths(task.graph, task.values, frozen, wanted)
-        except BudgetError:
-            continue  # at these frozen widths nothing fits: the next step prices anew
+        except BudgetError:  # at these frozen widths nothing fits: narrow all, and price anew
+            now = now | {name: widths[0] for name, widths in frozen.widths.items()}
         true = task.cost(now)
         if true <= task.budget and (found == dense or task.value(now) > task.value(found)):
             found = now
