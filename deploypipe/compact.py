@@ -51,12 +51,20 @@ def mask(model: nn.Module, graph: Graph, plan: KeepPlan) -> nn.Module:
     masked = copy.deepcopy(model)
     state = _tensors(masked)
     with torch.no_grad():
-        for name, channels in plan.keep.items():
-            for member in graph.group(name).members:
-                if member.role == "consumes":
-                    dropped = (member.owner >= 0) & ~np.isin(member.owner, channels)
-                    state[member.param].index_fill_(member.axis, torch.from_numpy(np.flatnonzero(dropped)), 0.0)
+        for param, axis, slots in masked_slots(graph, plan):
+            state[param].index_fill_(axis, slots, 0.0)
     return masked
+
+
+def masked_slots(graph: Graph, plan: KeepPlan) -> list[tuple[str, int, Tensor]]:
+    """Return (parameter, axis, indices) of the slots that read dropped channels: zero there, and the channels do nothing."""
+    found = []
+    for name, channels in plan.keep.items():
+        for member in graph.group(name).members:
+            if member.role == "consumes":
+                dropped = (member.owner >= 0) & ~np.isin(member.owner, channels)
+                found.append((member.param, member.axis, torch.from_numpy(np.flatnonzero(dropped))))
+    return found
 
 
 def kept_slots(graph: Graph, plan: KeepPlan, param: str, axis: int) -> NDArray[np.int64]:

@@ -15,14 +15,16 @@ PLAN_SCHEMA = 1
 
 @dataclass(frozen=True)
 class Certificate:
-    """What the solver proved about a plan's widths. Costs are in the unit of the cost table (us, MACs or parameters).
+    """What is known about a plan's widths. Costs are in the unit of the cost table (us, MACs or parameters).
 
+    `value` is what the method wanted much of, in its own unit. `bound` and `gap` say what the solver proved about it; they are
+    None for widths that a method found by itself, and `n_variables` is then the number of groups that it chose for.
     `seconds` is the solver's time; it is not written to disk, so that equal requests give equal files, and is None when read.
     """
 
     value: float
-    bound: float
-    gap: float
+    bound: float | None
+    gap: float | None
     predicted_us: float | None
     predicted: float
     budget: float

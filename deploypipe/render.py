@@ -195,10 +195,13 @@ def _certificate(report: Report) -> str:
     proof = report.certificate
     if proof is None:
         return "The algorithm chose the widths itself; no solver proved a bound."
+    cost = f"{amount(proof.predicted, proof.unit)} predicted of {amount(proof.budget, proof.unit)}"
+    if proof.bound is None or proof.gap is None:
+        found = f"{proof.status}, value {proof.value:.6g}, {cost}, {proof.n_variables} groups"
+        return f"The algorithm chose the widths itself ({found}); no solver proved a bound."
     return (
         f"Allocator: {proof.status}, value {proof.value:.6g}, proven bound {proof.bound:.6g}, gap {100 * proof.gap:.2f} %, "
-        f"{amount(proof.predicted, proof.unit)} predicted of {amount(proof.budget, proof.unit)}, "
-        f"{proof.n_variables} variables."
+        f"{cost}, {proof.n_variables} variables."
     )
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from deploypipe.allocation.allocate import allocate_widths, plan_of, ranking
 from deploypipe.cost import CostTable
-from deploypipe.errors import NotApplicable
+from deploypipe.errors import NotApplicable, UsageError
 from deploypipe.plan import KeepPlan
 from deploypipe.progress import Reporter, Silent
 from deploypipe.statistics import weights
@@ -134,8 +134,25 @@ def allocated(
         skipped: Group -> why it was not judged and stays whole.
     """
     kept, certificate = allocate_widths(problem.graph, values, problem.table, problem.budget)
-    plan = plan_of(problem.graph, orders, kept, certificate)
+    return signed(algorithm, plan_of(problem.graph, orders, kept, certificate), skipped)
+
+
+def signed(algorithm: Any, plan: KeepPlan, skipped: Mapping[str, str]) -> KeepPlan:
+    """Return the plan with the algorithm's name and options, and why groups were skipped."""
     return plan.replace(algorithm=algorithm.name, options=dataclasses.asdict(algorithm), skipped=dict(skipped))
+
+
+def labelled(data: Dataset[Any] | None) -> Dataset[Any]:
+    """Return the data.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if data is None:
+        raise UsageError(
+            "this algorithm trains or judges and needs data", at="--data", fix="name a data set, as in --data demo"
+        )
+    return data
 
 
 def log_share(scores: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,7 +1,7 @@
 """Choose how many channels stay in every group: the most valuable widths that fit a budget."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +114,34 @@ def allocate_widths(
     bound = max(min(search.value({}) - first.bound, most), search.value(kept))
     status = "relaxed" if first.status == "optimal" and not search.program.exact else first.status
     return search.whole | kept, search.certificate(kept, bound, status, start)
+
+
+def cheapest_widths(graph: Graph, names: Iterable[str], table: CostTable, budget: float) -> dict[str, int]:
+    """Return how many channels stay in every group when the named ones are chosen to make the model as cheap as possible.
+
+    For methods that look for widths in a way of their own: it says at once that a budget cannot be reached.
+
+    Raises:
+        BudgetError: Even they do not fit; the message names the smallest reachable cost.
+    """
+    search = _search(graph, {name: np.zeros(graph.group(name).size + 1) for name in names}, table, budget, None)
+    return search.whole | search.cheapest(time.monotonic())
+
+
+def unproved(graph: Graph, kept: Mapping[str, int], table: CostTable, budget: float, value: float, how: str) -> Certificate:
+    """Return the certificate of widths that a method found by itself: their cost, and no bound.
+
+    Args:
+        graph: The traced model.
+        kept: Group -> number of channels that stay.
+        table: What widths cost.
+        budget: Upper limit of `table.predict`, in the table's unit.
+        value: What the method reached, in its own unit.
+        how: How it was found, in a word.
+    """
+    predicted = table.predict(graph, KeepPlan({name: tuple(range(n)) for name, n in kept.items()}))
+    in_us = predicted if table.unit == "us" else None
+    return Certificate(value, None, None, in_us, predicted, budget, table.unit, len(graph.prunable), how)
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ class _Trainer:
             self.reporter.note(f"fine-tuning goes on after epoch {first} of {self.settings.epochs}")
         self.began, self.skipped = time.monotonic(), first * self.steps_per_epoch
         for epoch in range(first, self.settings.epochs):
-            with _seeded(self._seed(epoch) + self.fabric.global_rank):
+            with seeded(self._seed(epoch) + self.fabric.global_rank):
                 self._epoch(epoch, parts, teacher)
                 for hook in self.hooks:
                     hook.on_epoch_end(student, epoch)
@@ -201,7 +201,7 @@ def _optimizer(model: nn.Module, settings: TrainSettings) -> SGD:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Seed every generator that dropout and the user's transforms may use, and put their states back afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():

@@ -141,3 +141,12 @@ def test_microseconds(us: float, text: str) -> None:
 @pytest.mark.parametrize(("n_bytes", "text"), [(12, "12 B"), (181_234, "181 kB"), (46_800_000, "46.8 MB")])
 def test_size(n_bytes: int, text: str) -> None:
     assert render.size(n_bytes) == text
+
+
+def test_widths_without_a_proof_are_called_so() -> None:
+    assert REPORT.certificate is not None
+    found = replace(REPORT, certificate=replace(REPORT.certificate, bound=None, gap=None, status="greedy", n_variables=7))
+    text = render.markdown(found)
+    assert "no solver proved a bound" in text
+    assert "greedy, value 12.5, 60.0 us predicted of 60.2 us, 7 groups" in text
+    assert Report.from_json(found.to_json()) == found

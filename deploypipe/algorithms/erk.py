@@ -1,0 +1,104 @@
+"""Layer densities by rule: Erdos-Renyi-Kernel (small layers stay denser), uniform, and uniform with guarded ends.
+
+Evci et al., Rigging the Lottery: Making All Tickets Winners, ICML 2020, arXiv:1911.11134, section 3, for convolutions;
+"uniform+" is that of Gale et al., The State of Sparsity in Deep Neural Networks, 2019, arXiv:1902.09574. Inside a group the
+filters with the largest L2 norms stay.
+
+Deviations: the papers thin out single weights to a given density. Here the density of a layer is the share of its filters
+that stay; of a group of coupled layers it is the share of weights that stay in all of them together. The overall density is
+the largest with which the model fits the budget, and widths are the nearest that the table offers. Only layers whose filters
+can be dropped take part; the last layer makes the logits, so that "uniform+" guards its inputs instead.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploypipe.algorithms.base import Problem, Statistics, filter_norms, producers, signed
+from deploypipe.algorithms.options import option
+from deploypipe.allocation.allocate import plan_of, ranking
+from deploypipe.allocation.scaled import nearest_width, scaled_widths
+from deploypipe.errors import NotApplicable
+from deploypipe.plan import KeepPlan
+from deploypipe.types import Graph
+
+LAST = 0.2  # "uniform+" keeps at least this share of the last layer
+
+
+@dataclass(frozen=True)
+class Erk:
+    """Give every layer a density by a rule, and keep its largest filters."""
+
+    name: ClassVar[str] = "erk"
+    rule: str = option("erk", "how the densities of layers differ", choices=("erk", "uniform", "uniform+"))
+
+    def plan(self, problem: Problem) -> KeepPlan:
+        """Find the largest overall density that fits the budget.
+
+        Raises:
+            BudgetError: The budget cannot be reached.
+        """
+        weights, legal = Statistics(problem).weights, problem.table.candidates(problem.graph)
+        orders, layers, skipped = {}, dict[str, list[str]](), {}
+        for group in problem.graph.prunable:
+            try:
+                orders[group.name] = ranking(filter_norms(group, weights, 2).cpu().numpy())
+                layers[group.name] = [member.param for member in producers(group, weights)]
+            except NotApplicable as reason:
+                skipped[group.name] = str(reason)
+        if self.rule == "uniform+" and (first := _first(problem.graph, layers)):
+            skipped[first] = "uniform+ leaves the first layer whole"
+            del orders[first], layers[first]
+        shares = self._shares(problem.graph, layers)
+
+        def widths(density: float) -> dict[str, int]:
+            wanted = shares(density)
+            return {name: nearest_width(legal[name], wanted[name] * len(orders[name])) for name in orders}
+
+        kept, certificate = scaled_widths(problem.graph, widths, problem.table, problem.budget)
+        return signed(self, plan_of(problem.graph, orders, kept, certificate), skipped)
+
+    def _shares(self, graph: Graph, layers: Mapping[str, Sequence[str]]) -> Callable[[float], dict[str, float]]:
+        """Return the rule: overall density -> share of the channels that stays in each group."""
+        last = graph.layers[-1].n_in.groups if graph.layers and self.rule == "uniform+" else ()
+
+        def uniform(density: float) -> dict[str, float]:
+            return {name: max(density, LAST) if name in last else density for name in layers}
+
+        def erk(density: float) -> dict[str, float]:
+            names = list(dict.fromkeys(name for group in layers.values() for name in group))
+            found = dict(zip(names, erk_densities([graph.shapes[name] for name in names], density).tolist(), strict=True))
+            n = {name: prod(graph.shapes[name]) for name in names}
+            return {g: sum(found[w] * n[w] for w in group) / sum(n[w] for w in group) for g, group in layers.items()}
+
+        return erk if self.rule == "erk" else uniform
+
+
+def erk_densities(shapes: Sequence[tuple[int, ...]], density: float) -> NDArray[np.float64]:
+    """Return one density for each layer: `min(1, eps * sum(shape) / prod(shape))`, which sum up to the overall density.
+
+    Layers that would exceed 1 stay whole, one at a time, and eps is computed again without them.
+
+    Args:
+        shapes: (n, c, k, k) or (n, c) of each weight.
+        density: Share of all weights that stays.
+    """
+    n = np.array([prod(shape) for shape in shapes], dtype=np.float64)
+    ends = np.array([sum(shape) for shape in shapes], dtype=np.float64)
+    whole, densities = np.zeros(len(n), bool), np.ones(len(n))
+    for _ in shapes:
+        eps = (density * n.sum() - n[whole].sum()) / ends[~whole].sum()
+        densities = np.where(whole, 1.0, eps * ends / n)
+        if densities.max() <= 1.0 or whole.sum() == len(n) - 1:
+            break
+        whole[np.argmax(np.where(whole, 0.0, densities))] = True
+    return densities.clip(0.0, 1.0)  # rounding
+
+
+def _first(graph: Graph, layers: Mapping[str, Sequence[str]]) -> str:
+    """Return the group that the first layer makes; empty if it cannot be pruned."""
+    return next((name for name, group in layers.items() if graph.layers and graph.layers[0].weight in group), "")
