@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csc_array
 
+from deploypipe.allocation.hull import lower_hull, touches
+from deploypipe.allocation.quiet import stdout_to_stderr
 from deploypipe.cost import CostTerm
 from deploypipe.types import Width
 
@@ -106,13 +108,14 @@ class Program:
         factor = LOSS_SCALE / max(float(np.abs(objective).max(initial=0.0)), 1e-300)
         scale = COST_SCALE / max(abs(budget), float(np.abs(cost).max(initial=0.0)) * 1e-3, 1e-300)
         limit = np.inf if losses is None else (budget - self.constant) * scale
-        result = milp(
-            objective * factor,
-            integrality=np.concatenate(self._integer),
-            bounds=Bounds(np.concatenate(self._lower), np.concatenate(self._upper)),
-            constraints=self._constraints(cost * scale, limit),
-            options={"mip_rel_gap": gap, "time_limit": max(time_limit_s, 1e-3)},
-        )
+        with stdout_to_stderr():
+            result = milp(
+                objective * factor,
+                integrality=np.concatenate(self._integer),
+                bounds=Bounds(np.concatenate(self._lower), np.concatenate(self._upper)),
+                constraints=self._constraints(cost * scale, limit),
+                options={"mip_rel_gap": gap, "time_limit": max(time_limit_s, 1e-3)},
+            )
         if result.status not in (0, 1, 2):
             raise ArithmeticError(f"HiGHS: {result.message}")  # unbounded or numerically broken: a bug in the program above
         bound = getattr(result, "mip_dual_bound", None)
@@ -225,8 +228,8 @@ class Program:
         return ((a[0], b[0]), matrix) if a[0] <= b[0] else ((b[0], a[0]), matrix.T)
 
     def _price_single(self, key: Key, prices: Floats) -> None:
-        hulls = [_lower_hull(self.totals(key), prices)]
-        if len(key) == 1 or not (_touches(self.totals(key), hulls, prices[:, None]) or len(prices) > MAX_PAIRS // 4):
+        hulls = [lower_hull(self.totals(key), prices)]
+        if len(key) == 1 or not (touches(self.totals(key), hulls, prices[:, None]) or len(prices) > MAX_PAIRS // 4):
             self._costs.append((self._selector(key).columns, prices))
         else:
             self._envelope(key, None, hulls, prices[:, None])
@@ -234,9 +237,9 @@ class Program:
     def _price_double(self, left: Key, right: Key, prices: Floats) -> None:
         sides = [(left, right, prices), (right, left, prices.T)]
         several = [side for side in sides if len(side[0]) > 1]
-        hulls = [[_lower_hull(self.totals(key), column) for column in matrix.T] for key, _, matrix in several]
+        hulls = [[lower_hull(self.totals(key), column) for column in matrix.T] for key, _, matrix in several]
         for (key, other, matrix), hull in zip(several, hulls, strict=True):
-            if _touches(self.totals(key), hull, matrix):
+            if touches(self.totals(key), hull, matrix):
                 return self._envelope(key, self._selector(other), hull, matrix)
         if several and prices.size > MAX_PAIRS:
             widest = max(range(len(several)), key=lambda i: len(several[i][2]))
@@ -247,7 +250,7 @@ class Program:
 
     def _envelope(self, key: Key, other: Selector | None, hulls: list[Ints], prices: Floats) -> None:
         """Price `key` as a number: one share of it for each choice of the other end, and the envelope over each share."""
-        self.exact = self.exact and _touches(self.totals(key), hulls, prices)
+        self.exact = self.exact and touches(self.totals(key), hulls, prices)
         totals = self.totals(key)
         shares = self._variables(len(hulls), upper=float(totals[-1]))
         columns = np.concatenate([self.groups[name].columns for name, _ in key])
@@ -274,26 +277,3 @@ class Program:
             columns = np.concatenate([cost, [share], chosen])
             free = 0.0 if len(chosen) else height
             self._row(columns, np.array([1.0, -slope, *([-height] * len(chosen))]), free, np.inf)
-
-
-def _lower_hull(x: Ints, y: Floats) -> Ints:
-    """Return the indices of the corners of the lower convex hull of points with ascending x."""
-    hull: list[int] = []
-    slack = 1e-9 * float(np.abs(y).max(initial=0.0))
-    for i in range(len(x)):
-        while len(hull) > 1:
-            a, b = hull[-2], hull[-1]
-            share = (x[b] - x[a]) / (x[i] - x[a])
-            if y[b] < y[a] + share * (y[i] - y[a]) - slack:
-                break
-            hull.pop()
-        hull.append(i)
-    return np.array(hull, np.int64)
-
-
-def _touches(totals: Ints, hulls: Sequence[Ints], prices: Floats) -> bool:
-    """Whether every column of prices lies on its hull: then it is convex and the envelope is the price itself."""
-    slack = 1e-8 * float(np.abs(prices).max(initial=0.0))
-    return all(
-        bool((prices[:, j] - np.interp(totals, totals[hull], prices[hull, j]) <= slack).all()) for j, hull in enumerate(hulls)
-    )
