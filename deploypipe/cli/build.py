@@ -42,6 +42,7 @@ def build(
     threads: Threads = None,
     accuracy_floor: Annotated[float | None, typer.Option(min=0, max=1, help="Fail below this accuracy, 0 to 1.")] = None,
     keep: Keep = None,
+    table: Annotated[Path | None, typer.Option(help="Use this latency table (from `profile --save`).")] = None,
     as_json: Json = False,
 ) -> None:
     """Prune, compact, fine-tune, export, verify and measure a model."""
@@ -50,7 +51,7 @@ def build(
     request = pipeline.Request(
         model, weights, data, target, algo, budget, metric, epochs, out, seed, parse_settings(settings or ()),
         distill=distill, lr=lr, batch_size=batch_size, threads=threads, accuracy_floor=accuracy_floor,
-        keep=tuple(keep or ()), command=shlex.join(["deploypipe", *(context.obj or ())]),
+        keep=tuple(keep or ()), table=table, command=shlex.join(["deploypipe", *(context.obj or ())]),
     )  # fmt: skip
     with console.progress() as reporter:
         report = pipeline.build(request, reporter)

@@ -104,6 +104,16 @@ class LatencyTable:
         contexts = tuple(replace(c, factor=c.factor * factor) if c is mine else c for c in self.contexts)
         return replace(self, contexts=contexts)
 
+    def only(self, graph: Graph) -> "LatencyTable":
+        """Return the part of the table that prices the model of `graph`.
+
+        Raises:
+            TargetError: The model has not been profiled with this runtime.
+        """
+        shapes = {Shape.of(layer) for layer in graph.layers}
+        kernels = tuple(entry for entry in self.kernels if entry.shape in shapes)
+        return replace(self, kernels=kernels, contexts=(self.context(graph),))
+
     def kernel_us(self, layer: Layer, n_in: int, n_out: int) -> float:
         """Return what the kernel of `layer` takes alone at these widths.
 

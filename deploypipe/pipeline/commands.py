@@ -5,6 +5,7 @@ from typing import Any
 
 from deploypipe.artifact import ArtifactTimes
 from deploypipe.errors import UsageError
+from deploypipe.folder import explained
 from deploypipe.graph import trace
 from deploypipe.inspection import Inspection, inspect_graph
 from deploypipe.latency.table import LatencyTable
@@ -32,12 +33,24 @@ def profile_model(
     reporter: Reporter | None = None,
     *,
     fresh: bool = False,
+    save: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Measure (or find, unless `fresh`) the latency table of a model and return what was learned, in plain values."""
+    """Measure (or find, unless `fresh`) the latency table of a model and return what was learned, in plain values.
+
+    With `save`, the part of the table that prices this model is written into that folder.
+
+    Raises:
+        UsageError: The folder to save into is not empty, or cannot be written.
+    """
+    if save and Path(save).exists() and (not Path(save).is_dir() or any(Path(save).iterdir())):
+        raise UsageError("the folder to save the table in is not empty", at=f"--save {save}", fix="name a new folder")
     chosen = Request(target=target, threads=threads).resolved_target()
     loaded = load_model(model, weights)
     graph = trace(loaded.model, loaded.example)
     table = profile(loaded.model, loaded.example, chosen, graph=graph, reporter=reporter, fresh=fresh)
+    if save:
+        with explained(Path(save)):
+            table.only(graph).save(save)
     return _summary(chosen.name, table, graph)
 
 

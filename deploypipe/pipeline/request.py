@@ -37,6 +37,7 @@ class Request:
         threads: Of the runtime, if not the target's.
         accuracy_floor: Fail below this share of the test set.
         keep: Groups to leave whole.
+        table: Folder of a latency table to use instead of measuring one; refused if it does not hold on this device.
         command: For the report.
     """
 
@@ -57,6 +58,7 @@ class Request:
     threads: int | None = None
     accuracy_floor: float | None = None
     keep: tuple[str, ...] = ()
+    table: str | Path | None = None
     command: str = ""
 
     @property

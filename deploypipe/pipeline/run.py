@@ -97,12 +97,14 @@ class _Run:
     @cached_property
     def table(self) -> Kept[LatencyTable]:
         """Latency of every kernel at every width that may be chosen."""
+        given = self.request.table and stages.given_table(Path(self.request.table), self.graph, self.device)
 
         def measure(folder: Path) -> None:
             model, example = self.loaded.model, self.loaded.example
-            profile(model, example, self.target, graph=self.graph, reporter=self.reporter).save(folder / "table")
+            found = given or profile(model, example, self.target, graph=self.graph, reporter=self.reporter)
+            found.save(folder / "table")
 
-        key = [1, self.dense_key, asdict(self.target), self.device.facts]
+        key = [1, self.dense_key, asdict(self.target), self.device.facts, *([given.id] if given else [])]
         return self.store.keep("profile", key, measure, lambda root: LatencyTable.load(root / "table"))
 
     @cached_property

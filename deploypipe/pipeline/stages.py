@@ -17,6 +17,8 @@ from deploypipe.compact import mask
 from deploypipe.data.batches import count, take
 from deploypipe.data.load import Data
 from deploypipe.errors import ModelError
+from deploypipe.latency.stale import refuse_stale
+from deploypipe.latency.table import LatencyTable
 from deploypipe.plan import KeepPlan
 from deploypipe.progress import Reporter
 from deploypipe.report import Check
@@ -77,6 +79,19 @@ class Device:
         with tempfile.TemporaryDirectory(prefix="deploypipe-") as folder:
             result = self.runner.run(self.backend.profile_job({"model": model}, self.target), Path(folder))
             return self.backend.read_profile(result, {"model": model})["model"]
+
+
+def given_table(folder: Path, graph: Graph, device: Device) -> LatencyTable:
+    """Return a stored table's part for the model of `graph`.
+
+    Raises:
+        TargetError: It is no table, does not hold on this device, or does not price this model.
+    """
+    table = LatencyTable.load(folder)
+    refuse_stale(table.facts, {**device.facts, "precision": device.target.build.precision}, str(folder))
+    table = table.only(graph)
+    table.predict(graph)
+    return table
 
 
 def real_inputs(data: Data, example: Sequence[Any], n: int = N_INPUTS) -> list[tuple[Tensor, ...]]:

@@ -71,6 +71,7 @@ class Request:
     accuracy_floor: float | None = None
     keep: tuple[str, ...] = ()
     command: str = ""
+    table: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -132,13 +133,13 @@ def test_build_passes_every_option_on(pipeline: FakePipeline) -> None:
         "build --model net.py:make --weights w.safetensors --data imagefolder:d --target jetson --algo l1 --budget 3ms "
         "--metric latency --epochs 7 --out runs/x "
         "--seed 5 --set images=64 --set ridge=1e-4 --no-distill --lr 0.01 --batch-size 32 --threads 2 "
-        "--accuracy-floor 0.9 --keep stem --keep head"
+        "--accuracy-floor 0.9 --keep stem --keep head --table tables/x"
     )
     assert run(line.split()) == 0
     expected = Request(
         "net.py:make", Path("w.safetensors"), "imagefolder:d", "jetson", "l1", "3ms", "latency", 7, Path("runs/x"), 5,
         {"images": "64", "ridge": "1e-4"}, False, 0.01, 32, 2, 0.9, ("stem", "head"),
-        f"deploypipe {line}",
+        f"deploypipe {line}", Path("tables/x"),
     )  # fmt: skip
     assert pipeline.got == [expected]
 
@@ -179,8 +180,8 @@ def test_inspect_shows_layers_groups_and_reasons(
 @pytest.mark.parametrize(
     ("line", "passed"),
     [
-        ("profile --model m --target t --threads 2", ["m", None, "t", 2, False]),
-        ("profile --fresh", ["demo", None, "cpu", None, True]),
+        ("profile --model m --target t --threads 2", ["m", None, "t", 2, False, None]),
+        ("profile --fresh --save x", ["demo", None, "cpu", None, True, Path("x")]),
     ],
 )
 def test_profile_shows_what_was_learned(
