@@ -29,6 +29,7 @@ from deploypipe.graph.tracer import Call, Rule, Seen, State, tensors_in
 from deploypipe.types import Graph
 
 _SEEN = "_deploypipe_seen"  # attribute on activations; parameters are looked up by identity
+_LOOKED_AT = (Tensor, tuple, list)
 _SHAPE_GETTERS = {torch.Tensor.shape.__get__, torch.Tensor.size}  # type: ignore[attr-defined]
 _SIZED = {  # functions whose written sizes a rule looks at -> position of the first size among the arguments
     torch.Tensor.view: 1,
@@ -134,7 +135,6 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._operations: dict[int, _Operation] = {}
         self._noted: list[tuple[_Operation, Any, Any, Any, Any, Any, str, Any]] = []
         self._touched = False  # whether a parameter, or something computed from one, is among the arguments
-        self._asking = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -143,8 +143,6 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._asking:
-            return func(*args, **kwargs)
         operation = self._operations.get(id(func))
         if operation is None:
             operation = self._operations[id(func)] = _Operation.of(func)
@@ -155,31 +153,28 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return result
         out = func(*args, **kwargs)
         self.ops[operation.name] += 1
-        with torch._C.DisableTorchFunction():
-            self._touched = False
-            seen = self.look(args)
-            named = {key: self.look(value) for key, value in kwargs.items()} if kwargs else kwargs
-            if self._touched:
-                rest = (
-                    [None if isinstance(v, Tensor) and v.is_floating_point() else v for v in args[1:]]
-                    if operation.moves
-                    else ()
-                )
-                where = innermost(self.paths)
-                self._noted.append((operation, func, seen, named, (rest, kwargs), self._result(out), where, self.sizes))
+        self._touched = False
+        seen = self.look(args)
+        named = {key: self._look(value) for key, value in kwargs.items()} if kwargs else kwargs
+        if self._touched:
+            # Tensors of floats are activations, which must not outlive the operation; rules that replay it need none of them.
+            rest = [None if isinstance(v, Tensor) and v.is_floating_point() else v for v in args[1:]] if operation.moves else ()
+            where = innermost(self.paths)
+            self._noted.append((operation, func, seen, named, (rest, kwargs), self._result(out), where, self.sizes))
         return out
 
-    def look(self, value: Any) -> Any:
-        """Return a (nested) argument with `Seen` in the place of tensors."""
+    def look(self, values: Sequence[Any]) -> list[Any]:
+        """Return (nested) arguments with `Seen` in the place of tensors."""
+        return [self._look(value) if isinstance(value, _LOOKED_AT) else value for value in values]
+
+    def _look(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             found = self.state.stored.get(id(value)) or getattr(value, _SEEN, None)
             if found is None:
                 return Seen(value)
             self._touched = True
             return found
-        if type(value) in {tuple, list}:
-            return [self.look(part) for part in value]
-        return value
+        return self.look(value) if type(value) in {tuple, list} and any(isinstance(v, _LOOKED_AT) for v in value) else value
 
     def _result(self, out: Any) -> Any:
         """Return the same for a result, new and without labels yet; parameters that are written in place stay parameters."""
@@ -193,14 +188,14 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def ask(self) -> State:
         """Ask the rules about all operations noted so far; return the state, which is up to date then."""
-        noted, self._noted, self._asking = self._noted, [], True
-        try:
-            with torch._C.DisableTorchFunction(), torch.inference_mode():
+        noted, self._noted = self._noted, []
+        if noted:  # operations on labels are none of the model's: neither mode may see them
+            with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction(), torch.inference_mode():
                 for operation, func, seen, named, rest, out, where, sizes in noted:
-                    bound = dict(operation.defaults) | dict(zip(operation.parameters, seen, strict=False)) | named
+                    bound = dict(zip(operation.parameters, seen, strict=False))
+                    if len(bound) < len(operation.parameters):
+                        bound = {**operation.defaults, **bound, **named}
                     self._apply(operation.rule, Call(operation.name, bound, out, where, sizes, func, rest))
-        finally:
-            self._asking = False
         return self.state
 
     def _apply(self, rule: Rule | None, call: Call) -> None:
@@ -265,7 +260,7 @@ class _Sizes(TorchFunctionMode):
         return torch.Size([measure(value, axis) for axis, value in enumerate(shape)])
 
     def _layers(self, tensor: Tensor) -> tuple[Labels, ...]:
-        return self.tracer.ask().layers_of(self.tracer.look(tensor))
+        return self.tracer.ask().layers_of(*self.tracer.look([tensor]))
 
     def _escape(self, labels: Labels, how: str) -> None:
         where = innermost(self.tracer.paths) or "the model"

@@ -27,7 +27,8 @@ class Seen:
 
     def __init__(self, tensor: Tensor, name: str = "") -> None:
         self.shape: tuple[int, ...] = tensor.shape
-        self.strides: tuple[int, ...] = tensor.stride() if tensor.layout is torch.strided else ()
+        # A parameter is no broadcast, and some layouts have no strides.
+        self.strides: tuple[int, ...] = () if name or tensor.layout is not torch.strided else tensor.stride()
         self.dtype = tensor.dtype
         self.name = name
         self.labels: Layers = ()
