@@ -1,7 +1,7 @@
 """From labels to groups: connected components are channels, channels of one signature are a group."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from operator import itemgetter
 from typing import Any
@@ -15,6 +15,7 @@ from deploypipe.graph.labels import Ledger, Vector
 from deploypipe.graph.tracer import LayerCall, State
 from deploypipe.types import Attribute, Graph, Group, Layer, Member, Width
 
+_NO_SPACE: Mapping[str, tuple[int, ...]] = dict.fromkeys(("kernel", "stride", "padding", "dilation", "in_size", "out_size"), ())
 _Part = tuple[int, int, NDArray[np.int64]]  # group, number of slots it owns, owner of each slot (-1: not this group)
 _Place = tuple[int, tuple[tuple[str, int], Vector]]  # position in the order of first use, (parameter, axis), its labels
 
@@ -186,24 +187,29 @@ class _Widths:
 
     channels: _Channels
     groups: tuple[Group, ...]
+    known: dict[int, tuple[Vector, Width]] = field(default_factory=dict)  # one layer's output is the next one's input
 
-    def width(self, labels: Vector, divisor: int = 1) -> Width:
-        """Return the length of a label vector, divided by `divisor`, as a function of the plan."""
+    def width(self, labels: Vector) -> Width:
+        """Return the length of a label vector as a function of the plan."""
+        if id(labels) not in self.known:
+            self.known[id(labels)] = (labels, self._width(labels))
+        return self.known[id(labels)][1]
+
+    def _width(self, labels: Vector) -> Width:
         parts, const = [], len(labels)
         for i, slots, _ in self.channels.parts(labels):
             group = self.groups[i]
             if group.fixed:
                 continue
-            per_channel, rest = divmod(slots, group.size * divisor)
+            per_channel, rest = divmod(slots, group.size)
             assert rest == 0, f"group {group.name} owns an uneven number of slots"
             parts.append((group.name, per_channel))
             const -= slots
-        return Width(const // divisor, tuple(parts))
+        return Width(const, tuple(parts))
 
     def layer(self, call: LayerCall) -> Layer:
         """Turn one recorded call into a layer."""
-        nothing = dict.fromkeys(("kernel", "stride", "padding", "dilation", "in_size", "out_size"), ())
-        geometry: dict[str, Any] = nothing | dict(call.geometry)
+        geometry: dict[str, Any] = {**_NO_SPACE, **call.geometry}
         n_groups = Width(1) if call.group_labels is None else self.width(call.group_labels)
         return Layer(
             name=call.name,
@@ -221,8 +227,8 @@ class _Widths:
         """Return the integers to keep true; a module that is called several times counts once."""
         found: dict[tuple[str, str, int | None], Attribute] = {}
         for use in self.channels.state.attributes:
-            key = (use.module, use.name, use.index)
+            key = (use.module, use.name, use.position)
             owners = {self.groups[i].name: owner for i, _, owner in self.channels.parts(use.labels) if not self.groups[i].fixed}
             if owners and key not in found:
-                found[key] = Attribute(use.module, use.name, len(use.labels), use.divisor, use.index, owners)
+                found[key] = Attribute(use.module, use.name, len(use.labels), use.divisor, use.position, owners)
         return list(found.values())

@@ -111,6 +111,7 @@ class _Operation:
 
     rule: Rule | None
     moves: bool  # the rule applies the operation to labels
+    dense: bool  # it computes its result, so that no axis of it is a broadcast
     name: str
     parameters: tuple[str, ...]
     defaults: Mapping[str, Any]
@@ -120,7 +121,8 @@ class _Operation:
         schema = func._schema
         defaults = {a.name: a.default_value if a.has_default_value() else None for a in schema.arguments}
         name = schema.name.rpartition("::")[2]
-        return cls(rule_for(func), name in MOVES, name, tuple(defaults), defaults)
+        dense = not any(a.alias_info for a in schema.returns) or schema.is_mutable
+        return cls(rule_for(func), name in MOVES, dense, name, tuple(defaults), defaults)
 
 
 class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -154,13 +156,22 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         self.ops[operation.name] += 1
         self._touched = False
-        seen = self.look(args)
+        stored, seen = self.state.stored, []
+        for value in args:  # `look`, written out for the usual arguments: it runs with cold caches
+            if isinstance(value, Tensor):
+                found = stored.get(id(value)) or getattr(value, _SEEN, None)
+                self._touched = self._touched or found is not None
+                seen.append(found or Seen(value))
+            else:
+                seen.append(self._look(value) if isinstance(value, (tuple, list)) else value)
         named = {key: self._look(value) for key, value in kwargs.items()} if kwargs else kwargs
         if self._touched:
             # Tensors of floats are activations, which must not outlive the operation; rules that replay it need none of them.
             rest = [None if isinstance(v, Tensor) and v.is_floating_point() else v for v in args[1:]] if operation.moves else ()
             where = innermost(self.paths)
-            self._noted.append((operation, func, seen, named, (rest, kwargs), self._result(out), where, self.sizes))
+            self._noted.append(
+                (operation, func, seen, named, (rest, kwargs), self._result(out, operation.dense), where, self.sizes)
+            )
         return out
 
     def look(self, values: Sequence[Any]) -> list[Any]:
@@ -176,15 +187,15 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return found
         return self.look(value) if type(value) in {tuple, list} and any(isinstance(v, _LOOKED_AT) for v in value) else value
 
-    def _result(self, out: Any) -> Any:
+    def _result(self, out: Any, dense: bool) -> Any:
         """Return the same for a result, new and without labels yet; parameters that are written in place stay parameters."""
         if isinstance(out, Tensor):
             if id(out) in self.state.stored:
                 return self.state.stored[id(out)]
-            seen = Seen(out)
+            seen = Seen(out, dense=dense)
             setattr(out, _SEEN, seen)
             return seen
-        return [self._result(part) for part in out] if isinstance(out, (tuple, list)) else out
+        return [self._result(part, dense) for part in out] if isinstance(out, (tuple, list)) else out
 
     def ask(self) -> State:
         """Ask the rules about all operations noted so far; return the state, which is up to date then."""

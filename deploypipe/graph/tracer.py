@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,10 +25,10 @@ class Seen:
 
     __slots__ = ("dtype", "labels", "name", "shape", "strides")
 
-    def __init__(self, tensor: Tensor, name: str = "") -> None:
+    def __init__(self, tensor: Tensor, name: str = "", *, dense: bool = False) -> None:
+        """Keep shape and, unless the tensor is known to be no broadcast (`dense`), strides."""
         self.shape: tuple[int, ...] = tensor.shape
-        # A parameter is no broadcast, and some layouts have no strides.
-        self.strides: tuple[int, ...] = () if name or tensor.layout is not torch.strided else tensor.stride()
+        self.strides: tuple[int, ...] = () if dense or tensor.layout is not torch.strided else tensor.stride()
         self.dtype = tensor.dtype
         self.name = name
         self.labels: Layers = ()
@@ -69,8 +69,7 @@ class Call:
         return f"{self.name} in {self.module or 'the model'}"
 
 
-@dataclass(frozen=True)
-class LayerCall:
+class LayerCall(NamedTuple):  # as frozen as a dataclass, and made in a fraction of the time
     """One call of a weighted operation, with the labels on both sides."""
 
     name: str
@@ -84,14 +83,13 @@ class LayerCall:
     group_labels: Vector | None
 
 
-@dataclass(frozen=True)
-class AttributeUse:
+class AttributeUse(NamedTuple):
     """An integer of a module that equals the length of `labels` divided by `divisor`."""
 
     module: str
     name: str
     divisor: int
-    index: int | None
+    position: int | None
     labels: Vector
 
 
@@ -130,7 +128,7 @@ class State:
             for leaf, tensor in getattr(module, table).items():
                 if tensor is not None and id(tensor) not in stored:
                     name = f"{path}.{leaf}" if path else leaf
-                    stored[id(tensor)] = Seen(tensor, name)
+                    stored[id(tensor)] = Seen(tensor, name, dense=True)
                     shapes[name] = tuple(tensor.shape)
         return shapes
 

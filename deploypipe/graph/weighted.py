@@ -51,7 +51,7 @@ def _convolution(state: State, call: Call, *, transposed: bool) -> tuple[Labels,
         out_vec = constant(n_out) if produced is None else produced
     elif groups == n_in:
         kind = "depthwise"
-        out_vec = np.repeat(vec, n_out // n_in)
+        out_vec = vec if n_out == n_in else np.repeat(vec, n_out // n_in)
         state.attach(weight, 0, vec if transposed else out_vec, "carries", call.where)
         _need_groups(state, call, vec, 1)
     else:
