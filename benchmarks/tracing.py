@@ -2,13 +2,17 @@
 
     python benchmarks/tracing.py [MODEL ...]        (torchvision names; default: its classifiers)
 
-One thread, 224x224, batch 1. For each model the three are run in turns, and medians are compared within the run, so a busy
-machine disturbs all alike. Writes benchmarks/results/tracing.csv. Needs torch-pruning (`pip install torch-pruning`).
+One thread, 224x224, batch 1. Each model has a process of its own, as a user's has: what the memory allocator kept from larger
+models would otherwise decide how dear a pass with gradients is. For each model the three are run in turns, and medians are
+compared within the run, so a busy machine disturbs all alike. Writes benchmarks/results/tracing.csv. Needs torch-pruning
+(`pip install torch-pruning`).
 """
 
 import csv
 import gc
+import json
 import statistics
+import subprocess
 import sys
 import time
 import warnings
@@ -24,6 +28,7 @@ from torch import nn
 from deploypipe.graph import trace
 
 TOO_LARGE = {"regnet_y_128gf", "vit_h_14"}  # over 600 million parameters: 2.5 GB each
+ONE = "--one"  # measure one model in this process and answer in JSON
 COLUMNS = ("model", "forward_s", "trace_s", "torch_pruning_s", "trace_over_torch_pruning", "limit_s", "within_limit", "note")
 TURNS = 5
 RESULT = Path(__file__).parent / "results" / "tracing.csv"
@@ -82,9 +87,13 @@ def measure(name: str) -> dict[str, object]:
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    if sys.argv[1:2] == [ONE]:
+        print(json.dumps(measure(sys.argv[2])))
+        return
     rows = []
     for name in sys.argv[1:] or sorted(set(torchvision.models.list_models(torchvision.models)) - TOO_LARGE):
-        rows.append(measure(name))
+        answer = subprocess.run([sys.executable, __file__, ONE, name], check=True, capture_output=True, text=True).stdout
+        rows.append(json.loads(answer.splitlines()[-1]))
         print("  ".join(f"{rows[-1][column]}" for column in COLUMNS), flush=True)
     ratios = [float(row["trace_over_torch_pruning"]) for row in rows if row["trace_over_torch_pruning"] != ""]
     within = sum(bool(row["within_limit"]) for row in rows)
