@@ -67,11 +67,13 @@ class Trial:
     """A plan that was measured.
 
     Attributes:
+        origin: What proposed it: "scores" of the algorithm, "curves" of the whole model, or the curves of "round 1", ...
         kept: Group -> channels that stay.
         certificate: What the allocator proved about it, in the values that it was given.
         found: Measured on held-out images, before training.
     """
 
+    origin: str
     kept: Widths
     certificate: Certificate
     found: Accuracy
@@ -117,47 +119,53 @@ class Sensitivity:
         """Measure every group at every candidate width, the others as in `around` (whole, if they are not named there)."""
         offered = self.table.candidates(self.graph)
         widths = {name: self._widths(name, offered.get(name, ()), around) for name in self.orders}
-        plans = [self.plan({**around, name: width}) for name, choice in widths.items() for width in choice]
-        missing = [plan for plan in plans if not self.meter.known(plan)]
+        self.meter.measure(self.plan(around))  # the one point that all curves share
+        plans = [(name, self.plan({**around, name: width})) for name, choice in widths.items() for width in choice]
+        missing = [(name, plan) for name, plan in plans if not self.meter.known(plan)]
         if missing:
             self.reporter.stage(stage, len(missing))
         else:
             self.reporter.reused(stage)
-        for done, plan in enumerate(missing, 1):  # a plan that occurs twice is known the second time
+        for done, (name, plan) in enumerate(missing, 1):
             self.meter.measure(plan)
-            self.reporter.advance(done)
-        found = iter([self.meter.measure(plan) for plan in plans])
+            self.reporter.advance(done, name)
+        found = iter([self.meter.measure(plan) for _, plan in plans])
         return tuple(Curve(name, choice[-1], choice, tuple(next(found) for _ in choice)) for name, choice in widths.items())
 
-    def search(self, budget: float, rounds: int) -> Found:
+    def search(self, budget: float, rounds: int, scored: tuple[Widths, Certificate] | None = None) -> Found:
         """Try plans within the budget, and measure each.
 
-        The first is the best by the curves of the whole model. Each round measures the curves around the best plan so far and
-        solves again. These curves hold where the others stay as they are, so a solution that moves far may be worse than
-        they say: then every group may move only half as many widths (or to its full width), and it is solved again. The search
-        ends when no smaller step helps, or after `rounds` measurements of curves.
+        First come the plan that the algorithm's scores chose, if there is one, and the best by the curves of the whole model.
+        Each round measures the curves around the best plan so far and solves again. These curves hold where the others stay as
+        they are, so a solution that moves far may be worse than they say: then every group may move only half as many widths
+        (or to its full width), and it is solved again. The search ends when no smaller step helps, or after `rounds`
+        measurements of curves.
 
         Args:
             budget: Upper limit of the table's cost.
             rounds: How often curves are measured again, at most.
+            scored: What the algorithm's scores chose within the budget: the answer is no worse, by measured loss.
 
         Raises:
             BudgetError: No choice of widths fits.
         """
-        best = self._trial(self.curves({}, "curves"), budget)
-        trials = [best]
+        trials = [self._trial("curves", self.curves({}, "curves"), budget)]
+        if scored:
+            trials.insert(0, Trial("scores", *scored, self.meter.measure(self.plan(scored[0]))))
+        best = min(trials, key=lambda trial: trial.found.loss)
         for number in range(1, rounds + 1):
-            better = self._step(best, self.curves(best.kept, f"curves, round {number}"), budget, trials)
+            better = self._step(f"round {number}", best, budget, trials)
             if better is None:
                 break
             best = better
         return Found(tuple(trials), trials.index(best))
 
-    def _step(self, centre: Trial, curves: Sequence[Curve], budget: float, trials: list[Trial]) -> Trial | None:
+    def _step(self, origin: str, centre: Trial, budget: float, trials: list[Trial]) -> Trial | None:
         """Return a better plan than `centre` by the curves around it; None if none is found. What is tried joins `trials`."""
+        curves = self.curves(centre.kept, f"curves, {origin}")
         radius = max(len(curve.widths) for curve in curves)
         while radius:
-            trial = self._trial(curves, budget, _near(curves, centre.kept, radius))
+            trial = self._trial(origin, curves, budget, _near(curves, centre.kept, radius))
             if all(trial.kept != other.kept for other in trials):
                 trials.append(trial)
             if trial.found.loss < centre.found.loss:
@@ -165,12 +173,14 @@ class Sensitivity:
             radius //= 2
         return None
 
-    def _trial(self, curves: Sequence[Curve], budget: float, candidates: Mapping[str, tuple[int, ...]] | None = None) -> Trial:
+    def _trial(
+        self, origin: str, curves: Sequence[Curve], budget: float, candidates: Mapping[str, tuple[int, ...]] | None = None
+    ) -> Trial:
         """Return the best plan by the curves, measured. Without `candidates` all measured widths may be chosen."""
         values = {curve.group: curve.value for curve in curves}
         choice = candidates or {curve.group: curve.widths for curve in curves}
         kept, certificate = allocate_widths(self.graph, values, self.table, budget, candidates=choice)
-        return Trial(kept, certificate, self.meter.measure(self.plan(kept)))
+        return Trial(origin, kept, certificate, self.meter.measure(self.plan(kept)))
 
     def _widths(self, name: str, offered: Sequence[int], around: Widths) -> tuple[int, ...]:
         size = self.graph.group(name).size

@@ -51,7 +51,8 @@ def choose(request: Request, problem: Problem, meter: Meter | None, folder: Path
     searches: list[Found] = []
 
     def measured(problem: Problem, orders: Orders, values: Values) -> tuple[dict[str, int], Certificate]:
-        searches.append(_sensitivity(problem, orders, meter).search(problem.budget, request.value_rounds))
+        scored = by_values(problem, orders, values)
+        searches.append(_sensitivity(problem, orders, meter).search(problem.budget, request.value_rounds, scored))
         best = searches[-1].best
         return dict(best.kept), best.certificate
 
@@ -68,10 +69,11 @@ def value_notes(folder: Path) -> list[str]:
         return []
     state = json.loads((folder / VALUES_FILE).read_text())
     dense, trials = state["dense"], state["trials"]
+    loss = {trial["origin"]: trial["loss"] for trial in trials} | {"taken": trials[state["chosen"]]["loss"]}
     return [
         f"widths were chosen by their loss on {dense['n']} held-out training images, before training: {dense['loss']:.3f} "
-        f"dense, {trials[0]['loss']:.3f} for the plan by the curves of the dense model, "
-        f"{trials[state['chosen']]['loss']:.3f} for the plan taken, the best of {len(trials)} that were tried"
+        f"dense, {loss['scores']:.3f} by the algorithm's scores, {loss['curves']:.3f} by the curves of the dense model, "
+        f"{loss['taken']:.3f} for the plan taken ({trials[state['chosen']]['origin']}), the best of {len(trials)} tried"
     ]
 
 
@@ -132,4 +134,5 @@ def _ordered(request: Request, problem: Problem, allocator: Allocator, asked: li
 
 
 def _trial_json(trial: Trial) -> Mapping[str, Any]:
-    return {"loss": trial.found.loss, "accuracy": trial.found.top1, "value": trial.certificate.value, "kept": dict(trial.kept)}
+    found = {"origin": trial.origin, "loss": trial.found.loss, "accuracy": trial.found.top1}
+    return found | {"value": trial.certificate.value, "kept": dict(trial.kept)}

@@ -53,11 +53,14 @@ def test_a_build_by_measured_values_is_cut_off_resumes_and_says_what_it_did(
     plan = KeepPlan.load(out / "plan.json")
     assert {name: len(channels) for name, channels in plan.keep.items()} == {name: kept[name] for name in plan.keep}
     assert values["trials"][values["chosen"]]["loss"] == min(trial["loss"] for trial in values["trials"])
+    assert [trial["origin"] for trial in values["trials"]][:2] == ["scores", "curves"]
     assert run(arguments(out, **MEASURED)) == 0
     assert "plan reused" in capsys.readouterr().err
     before = len(calls)
     assert run(arguments(tmp_path / "other", **MEASURED | {"budget": "0.1%"})) == 6
-    assert "curves reused" in capsys.readouterr().err, "another budget, another run: the first curves are the same"
+    assert "curves" not in capsys.readouterr().err, "a budget out of reach is found before anything is measured"
+    assert run(["sensitivity", "--model", f"{FACTORY}:net", "--data", f"{FACTORY}:data", "--algo", "l2"]) == 0
+    assert "curves reused" in capsys.readouterr().err
     assert len(calls) == before
 
 

@@ -213,6 +213,14 @@ def test_the_search_is_deterministic_and_ends_by_itself() -> None:
     assert again.best.kept == found.best.kept
 
 
+def test_a_plan_by_scores_that_is_better_than_the_curves_is_taken() -> None:
+    work, budget, additive = searched(0)
+    kept, loss = brute_force(work, budget)
+    found = work.search(budget, 0, (kept, additive.best.certificate))
+    assert [trial.origin for trial in found.trials] == ["scores", "curves"]
+    assert (found.best.origin, found.best.kept, found.best.found.loss) == ("scores", kept, loss)
+
+
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +265,9 @@ def test_a_search_that_was_cut_off_goes_on_where_it_was(tmp_path: Path) -> None:
     assert not recorder.ran
     assert recorder.was_reused[0] == "curves"
     assert len(memo.read_text().splitlines()) == n_rows
+    other = Sensitivity(work.graph, work.table, work.orders, work.meter, Recorder())
+    other.search(0.8 * work.table.predict(work.graph), 0)
+    assert (other.reporter.ran, other.reporter.was_reused) == ([], ["curves"]), "another budget measures no first curve again"
     assert whole.meter.known(KeepPlan({name: tuple(range(CLASSES)) for name in whole.orders}))
 
 
