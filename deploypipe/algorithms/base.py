@@ -16,10 +16,26 @@ from torch.utils.data import Dataset
 from deploypipe.allocation.allocate import allocate_widths, plan_of, ranking
 from deploypipe.cost import CostTable
 from deploypipe.errors import NotApplicable, UsageError
-from deploypipe.plan import KeepPlan
+from deploypipe.plan import Certificate, KeepPlan
 from deploypipe.progress import Reporter, Silent
 from deploypipe.statistics import weights
 from deploypipe.types import Graph, Group, Member
+
+Orders = Mapping[str, ArrayLike]  # group -> channels, the one to keep longest first
+Values = Mapping[str, ArrayLike]  # group -> (C + 1,) value of keeping the first w channels of its order
+
+
+class Allocator(Protocol):
+    """Decides how many channels stay in every group, once an algorithm has ordered them."""
+
+    def __call__(self, problem: "Problem", orders: Orders, values: Values) -> tuple[dict[str, int], Certificate]:
+        """Return the number of channels that stay in each group, and what was proved about it."""
+        ...
+
+
+def by_values(problem: "Problem", orders: Orders, values: Values) -> tuple[dict[str, int], Certificate]:
+    """Return the widths of the largest summed value: the algorithm's own values decide, not the orders."""
+    return allocate_widths(problem.graph, values, problem.table, problem.budget)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +50,7 @@ class Problem:
         data: Selection data, (input, label) pairs from the training set; None for algorithms that need none.
         seed: Of every random choice.
         reporter: Hears how far it is.
+        allocator: Decides the widths; by default by the values that the algorithm states.
     """
 
     model: nn.Module
@@ -43,6 +60,7 @@ class Problem:
     data: Dataset[Any] | None = None
     seed: int = 0
     reporter: Reporter = field(default_factory=Silent)
+    allocator: Allocator = by_values
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,20 +138,20 @@ class Criterion(ABC):
 def allocated(
     algorithm: Any,
     problem: Problem,
-    orders: Mapping[str, ArrayLike],
-    values: Mapping[str, ArrayLike],
+    orders: Orders,
+    values: Values,
     skipped: Mapping[str, str],
 ) -> KeepPlan:
-    """Return the plan for the best widths under the budget, signed by the algorithm.
+    """Return the plan for the best widths under the budget, by the problem's allocator, signed by the algorithm.
 
     Args:
         algorithm: A frozen dataclass with a `name`.
         problem: What was asked.
-        orders: Group -> channels, the one to keep longest first.
-        values: Group -> (C + 1,) value of keeping the first w channels of the order.
+        orders: Which channels go first.
+        values: What widths are worth to the algorithm; `problem.allocator` may know better.
         skipped: Group -> why it was not judged and stays whole.
     """
-    kept, certificate = allocate_widths(problem.graph, values, problem.table, problem.budget)
+    kept, certificate = problem.allocator(problem, orders, values)
     return signed(algorithm, plan_of(problem.graph, orders, kept, certificate), skipped)
 
 

@@ -18,6 +18,8 @@ Settings = Annotated[
 ]
 TargetName = Annotated[str, typer.Option(help="What to deploy to: a name from `deploypipe targets`, or a .toml file.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime, instead of the target's.")]
+Value = Annotated[str, typer.Option(help="What a width is worth: the algorithm's scores, or its measured loss.")]
+ValueRounds = Annotated[int, typer.Option(min=0, help="With --value measured: measure around the solution this often.")]
 Weights = Annotated[Path | None, typer.Option(help="Trained weights: .safetensors, or a state dict of tensors (.pt, .pth).")]
 
 
@@ -43,6 +45,8 @@ def build(
     accuracy_floor: Annotated[float | None, typer.Option(min=0, max=1, help="Fail below this accuracy, 0 to 1.")] = None,
     keep: Keep = None,
     table: Annotated[Path | None, typer.Option(help="Use this latency table (from `profile --save`).")] = None,
+    value: Value = "scores",
+    value_rounds: ValueRounds = 2,
     as_json: Json = False,
 ) -> None:
     """Prune, compact, fine-tune, export, verify and measure a model."""
@@ -51,7 +55,8 @@ def build(
     request = pipeline.Request(
         model, weights, data, target, algo, budget, metric, epochs, out, seed, parse_settings(settings or ()),
         distill=distill, lr=lr, batch_size=batch_size, threads=threads, accuracy_floor=accuracy_floor,
-        keep=tuple(keep or ()), table=table, command=shlex.join(["deploypipe", *(context.obj or ())]),
+        keep=tuple(keep or ()), table=table, value=value, value_rounds=value_rounds,
+        command=shlex.join(["deploypipe", *(context.obj or ())]),
     )  # fmt: skip
     with console.progress() as reporter:
         report = pipeline.build(request, reporter)

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from deploypipe import __version__
-from deploypipe.cli import build, console, profile, show
+from deploypipe.cli import build, console, profile, sensitivity, show
 from deploypipe.errors import DeployPipeError, UsageError, nearest
 
 INTERRUPTED = 130
@@ -32,6 +32,7 @@ app = typer.Typer(
 app.command("build")(build.build)
 app.command("profile")(profile.profile)
 app.command("bench")(profile.bench)
+app.command("sensitivity")(sensitivity.sensitivity)
 app.command("inspect")(show.inspect)
 app.command("algos")(show.algos)
 app.command("targets")(show.targets)
@@ -95,8 +96,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def _interrupted(arguments: Sequence[str]) -> DeployPipeError:
     fix = (
-        "the same command resumes: finished stages are kept"
-        if list(arguments[:1]) == ["build"]
+        "the same command resumes: what is finished is kept"
+        if arguments[:1] and arguments[0] in {"build", "sensitivity"}
         else "run the same command again"
     )
     return DeployPipeError("interrupted", fix=fix)

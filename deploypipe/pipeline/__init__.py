@@ -3,5 +3,6 @@
 from deploypipe.pipeline.commands import bench_artifact, inspect, profile_model
 from deploypipe.pipeline.request import Request
 from deploypipe.pipeline.run import build
+from deploypipe.pipeline.valuing import sensitivity
 
-__all__ = ["Request", "bench_artifact", "build", "inspect", "profile_model"]
+__all__ = ["Request", "bench_artifact", "build", "inspect", "profile_model", "sensitivity"]

@@ -13,16 +13,17 @@ from pathlib import Path
 from torch import nn
 
 from deploypipe import saved
-from deploypipe.algorithms import make
 from deploypipe.algorithms.base import Problem
 from deploypipe.allocation.budget import parse_budget
 from deploypipe.compact import compact
 from deploypipe.errors import BudgetError
 from deploypipe.export import export_onnx, simplify_onnx
+from deploypipe.heldout import HeldOut
 from deploypipe.latency.table import LatencyTable
 from deploypipe.measurement import Latency, Round
 from deploypipe.pipeline.request import Request
 from deploypipe.pipeline.stages import Device
+from deploypipe.pipeline.valuing import choose
 from deploypipe.plan import KeepPlan
 from deploypipe.store import Kept, Store
 from deploypipe.types import Graph
@@ -40,6 +41,7 @@ class Planner:
         problem: What the algorithm is asked.
         key: What the plan depends on besides the table's correction.
         dense: Gives the built dense model.
+        meter: Measures what widths are worth, if the request wants that.
     """
 
     request: Request
@@ -48,6 +50,7 @@ class Planner:
     problem: Problem
     key: Sequence[object]
     dense: Callable[[], Kept[Path]]
+    meter: HeldOut | None = None
 
     def once(self) -> Kept[KeepPlan]:
         """Ask the algorithm; counts (MACs, parameters) need no correction."""
@@ -87,9 +90,9 @@ class Planner:
         )
 
     def _choose(self, problem: Problem, folder: Path, subfolder: str = "") -> None:
-        plan = make(self.request.algo, self.request.options).plan(problem).replace(fingerprint=problem.graph.fingerprint)
-        plan.check(problem.graph)
         (folder / subfolder).mkdir(exist_ok=True)
+        plan = choose(self.request, problem, self.meter, folder / subfolder).replace(fingerprint=problem.graph.fingerprint)
+        plan.check(problem.graph)
         plan.save(folder / subfolder / saved.PLAN)
 
     def _measured(self, table: LatencyTable, plan: Kept[KeepPlan], before: Sequence[Kept[Round]]) -> Kept[Round]:

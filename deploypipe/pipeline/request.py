@@ -13,6 +13,7 @@ from deploypipe.targets import Target, load_target
 from deploypipe.training.settings import TrainSettings
 
 METRICS = ("latency", "macs", "params")
+VALUES = ("scores", "measured")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Request:
         accuracy_floor: Fail below this share of the test set.
         keep: Groups to leave whole.
         table: Folder of a latency table to use instead of measuring one; refused if it does not hold on this device.
+        value: What a width is worth: what the algorithm's "scores" say, or the "measured" rise of the loss on held-out images.
+        value_rounds: How often widths are measured again around the solution, at most.
         command: For the report.
     """
 
@@ -59,6 +62,8 @@ class Request:
     accuracy_floor: float | None = None
     keep: tuple[str, ...] = ()
     table: str | Path | None = None
+    value: str = "scores"
+    value_rounds: int = 2
     command: str = ""
 
     @property
@@ -101,11 +106,15 @@ class Request:
         """Find the mistakes that can be found before anything slow starts.
 
         Raises:
-            UsageError: Metric, budget, algorithm, its options or a training setting cannot be used.
+            UsageError: Metric, value, budget, algorithm, its options or a training setting cannot be used.
             TargetError: The target cannot be used.
         """
         if self.metric not in METRICS:
             raise UsageError(f"unknown metric '{self.metric}'", at="--metric", fix=nearest(self.metric, METRICS))
+        if self.value not in VALUES:
+            raise UsageError(f"unknown value '{self.value}'", at="--value", fix=nearest(self.value, VALUES))
+        if self.value_rounds < 0:
+            raise UsageError(f"value_rounds is {self.value_rounds}", at="--value-rounds", fix="use 0 or more")
         parse_budget(self.budget, self.metric, float("inf"))
         make(self.algo, self.options)
         self.resolved_target()

@@ -25,6 +25,7 @@ from deploypipe.data.load import Data, load_data
 from deploypipe.errors import BudgetError
 from deploypipe.export import export_onnx, simplify_onnx
 from deploypipe.graph import trace
+from deploypipe.heldout import HeldOut
 from deploypipe.latency.table import LatencyTable
 from deploypipe.models.load import Loaded, load_model
 from deploypipe.pipeline import stages
@@ -32,6 +33,7 @@ from deploypipe.pipeline.outcome import Findings, assemble
 from deploypipe.pipeline.planning import Planner, read_rounds
 from deploypipe.pipeline.record import recorded
 from deploypipe.pipeline.request import Request
+from deploypipe.pipeline.valuing import held_out, value_notes
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler.measure import profile
 from deploypipe.progress import Reporter, Silent
@@ -121,8 +123,13 @@ class _Run:
     @cached_property
     def problem(self) -> Problem:
         """What the algorithm is asked. It sees training data only."""
-        loaded, request = self.loaded, self.request
-        return Problem(loaded.model, self.graph, self.cost, self.budget, self.data.train, request.seed, self.reporter)
+        data = self.meter.fit if self.meter else self.data.train
+        return Problem(self.loaded.model, self.graph, self.cost, self.budget, data, self.request.seed, self.reporter)
+
+    @cached_property
+    def meter(self) -> HeldOut | None:
+        """Measures what widths are worth; None if the algorithm's scores say it."""
+        return held_out(self.request, self.loaded, self.graph, self.data) if self.request.value == "measured" else None
 
     @cached_property
     def plan(self) -> Kept[KeepPlan]:
@@ -131,7 +138,9 @@ class _Run:
         algorithm = asdict(make(request.algo, request.options))
         source = self.table if timed else request.metric
         key = [request.algo, algorithm, self.budget, source, self.data.key, request.seed, request.keep, self.dense_key]
-        planner = Planner(request, self.store, self.device, self.problem, key, lambda: self.artifact("dense"))
+        if self.meter:
+            key += [request.value, request.value_rounds, self.meter.effort]
+        planner = Planner(request, self.store, self.device, self.problem, key, lambda: self.artifact("dense"), self.meter)
         return planner.measured(self.table.value) if timed else planner.once()
 
     @cached_property
@@ -261,6 +270,7 @@ class _Run:
     def _assembled(self, order: Sequence[Kept[Any]]) -> Report:
         chosen, rounds = read_rounds(self.store.root)
         notes = [json.loads(file.read_text()) for file in sorted(self.store.root.glob("*-simplified.json"))]
+        valued = value_notes(self.store.root / f"plan-{chosen + 1}" if rounds else self.store.root)
         found = Findings(
             graph=self.graph,
             plan=self.plan.value,
@@ -275,7 +285,7 @@ class _Run:
             files={side: kept.value for side, kept in self.artifacts.items()},
             seconds={stage.stage: stage.seconds for stage in order},
             facts=self.device.facts,
-            notes=tuple(note for note in (*self.loaded.notes, *self.graph.notes, *notes) if note),
+            notes=tuple(note for note in (*self.loaded.notes, *self.graph.notes, *valued, *notes) if note),
         )
         report = assemble(self.request, self.data, self.target, found)
         # The first plan, on the table as it was measured, beside the measurement that followed: nothing corrected since.

@@ -26,13 +26,15 @@ from deploypipe.backends.base import KernelTime, Profile
 from deploypipe.cli import console
 from deploypipe.cli.build import parse_settings
 from deploypipe.cli.main import app, run
+from deploypipe.curves import Curves, Point
 from deploypipe.errors import BackendError, BudgetError, DeployPipeError, ModelError, TargetError, UsageError
 from deploypipe.inspection import GroupFacts, Inspection, LayerFacts
 from deploypipe.measurement import Latency
 from deploypipe.progress import Reporter
 from deploypipe.report import Check, Report
+from deploypipe.training.evaluate import Accuracy
 
-COMMANDS = ("build", "profile", "bench", "inspect", "algos", "targets", "doctor", "compare", "ledger", "report")
+COMMANDS = ("build", "profile", "bench", "sensitivity", "inspect", "algos", "targets", "doctor", "compare", "ledger", "report")
 INSPECTION = Inspection(
     model="demo",
     n_parameters=41_290,
@@ -70,6 +72,8 @@ class Request:
     threads: int | None = None
     accuracy_floor: float | None = None
     keep: tuple[str, ...] = ()
+    value: str = "scores"
+    value_rounds: int = 2
     command: str = ""
     table: Path | None = None
 
@@ -85,7 +89,7 @@ class FakePipeline(ModuleType):
 
     def __init__(self) -> None:
         super().__init__("deploypipe.pipeline")
-        self.answer: Report | Inspection | ArtifactTimes | dict[str, Any] | BaseException = REPORT
+        self.answer: Report | Inspection | ArtifactTimes | Curves | dict[str, Any] | BaseException = REPORT
         self.got: list[Any] = []
 
     def _call(self, *arguments: Any) -> Any:
@@ -100,6 +104,9 @@ class FakePipeline(ModuleType):
         reporter.stage("finetune", 3)
         reporter.advance(3)
         reporter.note("the machine was busy")
+        return self._call(request)
+
+    def sensitivity(self, request: Request, reporter: Reporter) -> Any:
         return self._call(request)
 
     def inspect(self, *arguments: Any) -> Any:
@@ -133,12 +140,12 @@ def test_build_passes_every_option_on(pipeline: FakePipeline) -> None:
         "build --model net.py:make --weights w.safetensors --data imagefolder:d --target jetson --algo l1 --budget 3ms "
         "--metric latency --epochs 7 --out runs/x "
         "--seed 5 --set images=64 --set ridge=1e-4 --no-distill --lr 0.01 --batch-size 32 --threads 2 "
-        "--accuracy-floor 0.9 --keep stem --keep head --table tables/x"
+        "--accuracy-floor 0.9 --keep stem --keep head --table tables/x --value measured --value-rounds 3"
     )
     assert run(line.split()) == 0
     expected = Request(
         "net.py:make", Path("w.safetensors"), "imagefolder:d", "jetson", "l1", "3ms", "latency", 7, Path("runs/x"), 5,
-        {"images": "64", "ridge": "1e-4"}, False, 0.01, 32, 2, 0.9, ("stem", "head"),
+        {"images": "64", "ridge": "1e-4"}, False, 0.01, 32, 2, 0.9, ("stem", "head"), "measured", 3,
         f"deploypipe {line}", Path("tables/x"),
     )  # fmt: skip
     assert pipeline.got == [expected]
@@ -247,6 +254,29 @@ def test_bench_without_layers_shows_the_whole_alone(pipeline: FakePipeline, caps
     assert len(capsys.readouterr().out.splitlines()) == 3
     assert run(["bench", "a.onnx", "--no-layers", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kernels"] is None
+
+
+@pytest.mark.parametrize(
+    ("line", "request_"),
+    [
+        ("sensitivity", Request(metric="macs")),
+        ("sensitivity --target jetson --algo l2 --seed 3", Request(target="jetson", algo="l2", seed=3)),
+        ("sensitivity --set images=64 --keep stem", Request(metric="macs", options={"images": "64"}, keep=("stem",))),
+    ],
+)
+def test_sensitivity_shows_what_each_width_loses_and_saves(
+    pipeline: FakePipeline, capsys: pytest.CaptureFixture[str], tmp_path: Path, line: str, request_: Request
+) -> None:
+    points = (Point("stem", 16, 16, 0.1, 0.0, 0.98, 0.0), Point("stem", 16, 8, 0.3456, 0.2456, 0.914, 25.0))
+    pipeline.answer = Curves(points, Accuracy(0.98, 0.1, 1000), 100.0, "us", {"head": "no layer reads it"})
+    assert run([*line.split(), "--out", str(tmp_path / "c.csv")]) == 0
+    assert pipeline.got == [request_]
+    out = capsys.readouterr().out
+    assert re.search(r"stem +8 of 16 +0\.3456 +0\.2456 +91\.4 % +25\.0 us +25\.0 %", out)
+    assert "1000 held-out" in out
+    assert "no layer reads it" in out
+    header, *_, last = (tmp_path / "c.csv").read_text().splitlines()
+    assert (header, last) == ("group,size,width,loss,rise,accuracy,saves_us", "stem,16,8,0.3456,0.2456,0.914,25.0")
 
 
 def test_algos_lists_every_algorithm(capsys: pytest.CaptureFixture[str]) -> None:

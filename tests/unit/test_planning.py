@@ -10,15 +10,18 @@ from torch import nn
 
 from deploypipe.algorithms.base import Problem
 from deploypipe.count import MacTable
+from deploypipe.errors import UsageError
 from deploypipe.graph import trace
 from deploypipe.measurement import Latency, Round
-from deploypipe.pipeline import planning
+from deploypipe.pipeline import planning, valuing
 from deploypipe.pipeline.planning import MOST_CORRECTIONS, Planner, best, read_rounds
 from deploypipe.pipeline.request import Request
+from deploypipe.pipeline.valuing import value_notes
 from deploypipe.plan import KeepPlan
 from deploypipe.progress import Recorder
 from deploypipe.store import Kept, Store
 from deploypipe.targets import Target, load_target
+from deploypipe.training.evaluate import Accuracy
 
 
 def latency(us: float, spread: float = 0.0, runs: int = 100) -> Latency:
@@ -65,7 +68,20 @@ class FakeDevice:
         return {side: {"median_us": us, "p10_us": us, "p90_us": us, "n_runs": 100} for side, us in times.items()}
 
 
-def settle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slower: float, budget: str = "50%"):
+class LikesTheFirst:
+    """A meter that says that channels of the first group matter nine times as much as those of the second."""
+
+    def known(self, plan: KeepPlan) -> bool:
+        return False
+
+    def measure(self, plan: KeepPlan) -> Accuracy:
+        first, second = len(plan.keep.get("0", range(40))), len(plan.keep.get("2", range(48)))
+        return Accuracy(0.5, 1 - 0.9 * first / 40 - 0.1 * second / 48, 100)
+
+
+def settle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slower: float, budget: str = "50%", meter: LikesTheFirst | None = None
+):
     model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.ReLU(), nn.Conv2d(40, 48, 3), nn.ReLU(), nn.Conv2d(48, 4, 3)).eval()
     graph = trace(model, torch.zeros(1, 3, 12, 12))
     plans: list[KeepPlan] = []
@@ -82,7 +98,8 @@ def settle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slower: float, budge
     problem = Problem(model, graph, table, limit, None, 0, recorder)
     with Store(tmp_path / "run", recorder) as store:
         dense = Kept("build-dense", tmp_path, "key", 0.0, reused=False)
-        planner = Planner(Request(algo="l1", budget=budget), store, FakeDevice(graph, slower), problem, [], lambda: dense)
+        device, request = FakeDevice(graph, slower), Request(algo="l1", budget=budget)
+        planner = Planner(request, store, device, problem, [], lambda: dense, meter)
         kept = planner.measured(table)
     chosen, rounds = read_rounds(tmp_path / "run")
     return kept.value, chosen, rounds, slower * table.predict(graph, kept.value) / limit, recorder
@@ -122,6 +139,30 @@ def test_a_budget_that_turns_out_to_be_out_of_reach_is_reported_as_it_is(
     assert chosen == len(rounds) - 1
     assert used > 1.0
     assert any("out of reach" in note for note in recorder.notes)
+
+
+def test_with_a_meter_the_loss_decides_every_plan_and_each_plan_says_what_was_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_scores = settle(tmp_path / "scores", monkeypatch, slower=1.1)[0]
+    plan, chosen, rounds, used, _ = settle(tmp_path, monkeypatch, slower=1.1, meter=LikesTheFirst())
+    assert (chosen, len(rounds)) == (1, 2)
+    assert used <= 1.0
+    assert len(plan.keep["0"]) == 40 > len(by_scores.keep["0"])
+    for number in (1, 2):
+        (note,) = value_notes(tmp_path / "run" / f"plan-{number}")
+        assert "100 held-out training images" in note
+    assert value_notes(tmp_path / "scores" / "run" / "plan-1") == []
+
+
+def test_an_algorithm_that_chooses_widths_itself_cannot_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stubborn:
+        def plan(self, problem: Problem) -> KeepPlan:
+            return KeepPlan({"0": (0, 1)})
+
+    monkeypatch.setattr(valuing, "make", lambda name, options: Stubborn())
+    with pytest.raises(UsageError, match="chooses widths itself"):
+        settle(tmp_path, monkeypatch, slower=1.0, meter=LikesTheFirst())
 
 
 def test_the_same_command_reuses_plans_and_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

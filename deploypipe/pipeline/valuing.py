@@ -1,0 +1,138 @@
+"""Widths by measured value in a run: `--value measured`, and the curves that `deploypipe sensitivity` shows."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from deploypipe.algorithms import make
+from deploypipe.algorithms.base import Allocator, Orders, Problem, Values, by_values
+from deploypipe.compact import compact
+from deploypipe.cost import CostTable
+from deploypipe.count import MacTable
+from deploypipe.curves import Curves, curves_table
+from deploypipe.data.load import Data, load_data
+from deploypipe.errors import UsageError
+from deploypipe.graph import trace
+from deploypipe.heldout import Effort, HeldOut, Meter, memo_name
+from deploypipe.models.load import Loaded, load_model
+from deploypipe.pipeline.request import Request
+from deploypipe.pipeline.stages import real_inputs
+from deploypipe.plan import Certificate, KeepPlan
+from deploypipe.profiler.measure import profile
+from deploypipe.progress import Reporter, Silent
+from deploypipe.sensitivity import Curve, Found, Sensitivity, Trial
+from deploypipe.targets import cache_folder
+from deploypipe.types import Graph
+
+VALUES_FILE = "values.json"
+
+
+def held_out(request: Request, loaded: Loaded, graph: Graph, data: Data) -> HeldOut:
+    """Return what measures plans of this model; what it finds is kept in the user's cache, for every run with this seed."""
+    effort = Effort()
+    memo = cache_folder() / "sensitivity" / memo_name(loaded.key, graph.fingerprint, data.key, request.seed, effort)
+    return HeldOut(loaded.model, graph, data, memo, seed=request.seed, effort=effort)
+
+
+def choose(request: Request, problem: Problem, meter: Meter | None, folder: Path) -> KeepPlan:
+    """Ask the algorithm which channels stay. With a meter it only orders them, and how many stay is measured.
+
+    The plans that were tried are written into `folder`.
+
+    Raises:
+        UsageError: Widths are to be measured, but the algorithm chooses them itself.
+        BudgetError: The budget cannot be reached.
+    """
+    if meter is None:
+        plan: KeepPlan = make(request.algo, request.options).plan(problem)
+        return plan
+    searches: list[Found] = []
+
+    def measured(problem: Problem, orders: Orders, values: Values) -> tuple[dict[str, int], Certificate]:
+        scored = by_values(problem, orders, values)
+        searches.append(_sensitivity(problem, orders, meter).search(problem.budget, request.value_rounds, scored))
+        best = searches[-1].best
+        return dict(best.kept), best.certificate
+
+    plan = _ordered(request, problem, measured, searches)
+    dense, found = asdict(meter.measure(KeepPlan({}))), searches[-1]
+    state = {"dense": dense, "chosen": found.chosen, "trials": [_trial_json(trial) for trial in found.trials]}
+    (folder / VALUES_FILE).write_text(json.dumps(state, indent=1) + "\n")
+    return plan
+
+
+def value_notes(folder: Path) -> list[str]:
+    """Return what the report says about measured widths; nothing if scores decided."""
+    if not (folder / VALUES_FILE).is_file():
+        return []
+    state = json.loads((folder / VALUES_FILE).read_text())
+    dense, trials = state["dense"], state["trials"]
+    loss = {trial["origin"]: trial["loss"] for trial in trials} | {"taken": trials[state["chosen"]]["loss"]}
+    return [
+        f"widths were chosen by their loss on {dense['n']} held-out training images, before training: {dense['loss']:.3f} "
+        f"dense, {loss['scores']:.3f} by the algorithm's scores, {loss['curves']:.3f} by the curves of the dense model, "
+        f"{loss['taken']:.3f} for the plan taken ({trials[state['chosen']]['origin']}), the best of {len(trials)} tried"
+    ]
+
+
+def sensitivity(request: Request, reporter: Reporter | None = None) -> Curves:
+    """Measure loss and accuracy of every group at every candidate width, the others whole, and what that saves.
+
+    Args:
+        request: Model, weights, data, algorithm, seed and groups to keep; with the metric "latency" savings are those of the
+            target's latency table, and its widths are measured; with "macs" they are counted.
+        reporter: Hears how far it is.
+
+    Raises:
+        DeployPipeError: By class: see `errors`.
+    """
+    tell = reporter or Silent()
+    request.check()
+    loaded = load_model(str(request.model), request.weights)
+    data = load_data(request.data, normalise=loaded.normalise, size=loaded.input_shape, seed=request.seed, reporter=tell)
+    real_inputs(data, loaded.example)  # finds data of another shape before anything slow
+    graph = trace(loaded.model, loaded.example).keeping(request.keep, "kept whole by --keep")
+    cost: CostTable = MacTable()
+    if request.metric == "latency":
+        cost = profile(loaded.model, loaded.example, request.resolved_target(), graph=graph, reporter=tell)
+    meter = held_out(request, loaded, graph, data)
+    problem = Problem(loaded.model, graph, cost, cost.predict(graph), meter.fit, request.seed, tell)
+    found: list[Curve] = []
+
+    def whole(problem: Problem, orders: Orders, values: Values) -> tuple[dict[str, int], Certificate]:
+        found.extend(_sensitivity(problem, orders, meter).curves({}, "curves"))
+        return by_values(problem, orders, values)  # within a budget of the whole cost nothing is cut
+
+    plan = _ordered(request, problem, whole, found)
+    return curves_table(graph, cost, found, meter.measure(KeepPlan({})), plan.skipped)
+
+
+def _sensitivity(problem: Problem, orders: Orders, meter: Meter) -> Sensitivity:
+    """Return what measures widths, once it is sure that channels can be cut at all.
+
+    Raises:
+        ModelError: `forward` does not follow smaller channels; the message names where.
+    """
+    graph, offered = problem.graph, problem.table.candidates(problem.graph)
+    measured = Sensitivity(graph, problem.table, orders, meter, problem.reporter)
+    compact(problem.model, graph, measured.plan({name: offered[name][0] for name in orders}))
+    return measured
+
+
+def _ordered(request: Request, problem: Problem, allocator: Allocator, asked: list[Any]) -> KeepPlan:
+    """Let the algorithm order the channels and `allocator` decide how many stay; it fills `asked`."""
+    plan: KeepPlan = make(request.algo, request.options).plan(replace(problem, allocator=allocator))
+    if not asked:
+        raise UsageError(
+            f"algorithm '{request.algo}' chooses widths itself, or judged no group: there is nothing to measure",
+            at=f"--algo {request.algo}",
+            fix="take an algorithm that scores channels, such as l2 or thinet, or leave out --value",
+        )
+    return plan
+
+
+def _trial_json(trial: Trial) -> Mapping[str, Any]:
+    found = {"origin": trial.origin, "loss": trial.found.loss, "accuracy": trial.found.top1}
+    return found | {"value": trial.certificate.value, "kept": dict(trial.kept)}
