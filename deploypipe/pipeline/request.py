@@ -14,6 +14,7 @@ from deploypipe.training.settings import TrainSettings
 
 METRICS = ("latency", "macs", "params")
 VALUES = ("scores", "measured")
+KEPT_BY_USER = "kept whole by --keep"
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from deploypipe.pipeline import stages
 from deploypipe.pipeline.outcome import Findings, assemble
 from deploypipe.pipeline.planning import Planner, read_rounds
 from deploypipe.pipeline.record import recorded
-from deploypipe.pipeline.request import Request
+from deploypipe.pipeline.request import KEPT_BY_USER, Request
 from deploypipe.pipeline.valuing import held_out, value_notes
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler.measure import profile
@@ -41,8 +41,6 @@ from deploypipe.report import Check, Report
 from deploypipe.store import CHECKPOINT, Kept, Store
 from deploypipe.training.finetune import finetune
 from deploypipe.types import Graph
-
-KEPT_BY_USER = "kept whole by --keep"
 
 
 def build(request: Request | None = None, reporter: Reporter | None = None, **changes: Any) -> Report:

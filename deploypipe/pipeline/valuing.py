@@ -17,7 +17,7 @@ from deploypipe.errors import UsageError
 from deploypipe.graph import trace
 from deploypipe.heldout import Effort, HeldOut, Meter, memo_name
 from deploypipe.models.load import Loaded, load_model
-from deploypipe.pipeline.request import Request
+from deploypipe.pipeline.request import KEPT_BY_USER, Request
 from deploypipe.pipeline.stages import real_inputs
 from deploypipe.plan import Certificate, KeepPlan
 from deploypipe.profiler.measure import profile
@@ -93,7 +93,7 @@ def sensitivity(request: Request, reporter: Reporter | None = None) -> Curves:
     loaded = load_model(str(request.model), request.weights)
     data = load_data(request.data, normalise=loaded.normalise, size=loaded.input_shape, seed=request.seed, reporter=tell)
     real_inputs(data, loaded.example)  # finds data of another shape before anything slow
-    graph = trace(loaded.model, loaded.example).keeping(request.keep, "kept whole by --keep")
+    graph = trace(loaded.model, loaded.example).keeping(request.keep, KEPT_BY_USER)
     cost: CostTable = MacTable()
     if request.metric == "latency":
         cost = profile(loaded.model, loaded.example, request.resolved_target(), graph=graph, reporter=tell)
