@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from traceback import FrameSummary
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from deploypipe.errors import DeployPipeError, UsageError, nearest
@@ -88,12 +88,20 @@ def _importable(folder: Path) -> Iterator[None]:
         sys.path.remove(str(folder))
 
 
+class _Uncached(SourceFileLoader):
+    """Compiles the file as it is: bytecode that was kept counts as current if second and size agree, after an edit too."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Return the code of the file, never that of its cache."""
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def _import_file(path: Path, at: str, error: type[DeployPipeError]) -> ModuleType:
     # The content is part of the name: an edited file is imported anew, equal files share their classes.
     name = f"_deploypipe_{path.stem}_{hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
-    found = importlib.util.spec_from_file_location(name, path)
+    found = importlib.util.spec_from_file_location(name, path, loader=_Uncached(name, str(path)))
     loader = found.loader if found else None
     if found is None or loader is None:
         raise UsageError(f"'{path.name}' is not a Python file", at=at, fix="give a file that ends in .py")

@@ -121,6 +121,17 @@ def test_a_changed_file_is_imported_anew(net):
     assert load_model(f"{net}:plain").model.conv.out_channels == 6
 
 
+def test_an_edit_of_equal_size_within_the_same_second_is_seen(net, monkeypatch):
+    """Bytecode is kept by second and size: this once ran the file as it was before the edit."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    path = Path(net)
+    before = path.stat()
+    assert load_model(f"{net}:plain").model.conv.out_channels == 4
+    path.write_text(FACTORIES.replace("width=4", "width=6"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert load_model(f"{net}:plain").model.conv.out_channels == 6
+
+
 def test_package_spec_and_neighbour_import(tmp_path, monkeypatch):
     (tmp_path / "pkg_of_test").mkdir()
     (tmp_path / "pkg_of_test" / "__init__.py").write_text("")
