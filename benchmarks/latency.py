@@ -52,6 +52,10 @@ def resnet20() -> tuple[nn.Module, torch.Tensor]:
     return cifar_resnet.resnet20(), torch.randn(1, 3, 32, 32)
 
 
+def resnet56() -> tuple[nn.Module, torch.Tensor]:
+    return cifar_resnet.resnet56(), torch.randn(1, 3, 32, 32)
+
+
 def demo() -> tuple[nn.Module, torch.Tensor]:
     loaded = load_model("demo")
     return loaded.model, loaded.example[0]
@@ -59,12 +63,13 @@ def demo() -> tuple[nn.Module, torch.Tensor]:
 
 def zoo(name: str) -> Callable[[], tuple[nn.Module, torch.Tensor]]:
     def make() -> tuple[nn.Module, torch.Tensor]:
-        return torchvision.models.get_model(name, weights=None), torch.randn(1, 3, 224, 224)
+        extra = {"init_weights": False} if name == "googlenet" else {}  # its own way takes a minute
+        return torchvision.models.get_model(name, weights=None, **extra), torch.randn(1, 3, 224, 224)
 
     return make
 
 
-MODELS: dict[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {"resnet20": resnet20, "demo": demo}
+MODELS: dict[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {"resnet20": resnet20, "resnet56": resnet56, "demo": demo}
 
 
 def measured(model: nn.Module, graph: Graph, plans: list[KeepPlan], target: Target) -> list[Timing]:
@@ -117,7 +122,9 @@ def summary(name: str, rows: list[Row], table: LatencyTable, graph: Graph, dense
 
 def write(rows: list[Row], facts: Mapping[str, Any], target: Target) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
-    name = "latency.csv" if target.name == DEFAULT_TARGET else f"latency-{target.build.backend}.csv"
+    backend = "" if target.name == DEFAULT_TARGET else f"-{target.build.backend}"
+    threads = "" if target.measure.threads == 1 else f"-{target.measure.threads}threads"
+    name = f"latency{backend}{threads}.csv"
     with (RESULTS / name).open("w", newline="") as file:
         for key, value in facts.items():
             file.write(f"# {key}: {value}\n")
@@ -139,6 +146,7 @@ def show(row: Row) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["resnet20", "resnet18", "mobilenet_v2", "demo"])
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--target", default=DEFAULT_TARGET)
     parser.add_argument("--plans", type=int, default=12)
     parser.add_argument("--seed", type=int, default=1)
@@ -147,7 +155,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     torch.set_num_threads(1)
-    target = load_target(options.target)
+    target = load_target(options.target).replace(threads=options.threads)
     all_rows: list[Row] = []
     for name in options.models:
         rows, summed = check(name, target, options.plans, options.seed, options.cache)
