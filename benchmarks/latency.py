@@ -32,12 +32,12 @@ import cifar_resnet
 from deploypipe.backends import load_backend
 from deploypipe.backends.base import Timing
 from deploypipe.compact import compact
-from deploypipe.export import export_onnx, simplify_onnx
 from deploypipe.graph import trace
 from deploypipe.latency.table import LatencyTable
 from deploypipe.models.load import load_model
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler.check import random_plans
+from deploypipe.profiler.export import exported
 from deploypipe.profiler.measure import profile
 from deploypipe.runners import load_runner
 from deploypipe.targets import Target, load_target
@@ -79,8 +79,7 @@ def measured(model: nn.Module, graph: Graph, plans: list[KeepPlan], target: Targ
         folder, paths = Path(name), {}
         for index, plan in enumerate([None, *plans]):
             small = compact(model, graph, plan) if plan else model
-            path = export_onnx(small, graph.example, folder / f"{index}.onnx", target.build.opset).path
-            paths[str(index)] = simplify_onnx(path, folder / f"{index}-simple.onnx").path
+            paths[str(index)] = exported(small, graph.example, target, folder / str(index))
         timings = backend.read_bench(runner.run(backend.bench_job(paths, target), folder))
         return list(timings.values())
 

@@ -83,7 +83,7 @@ def curves_table(
     cost = table.predict(graph)
 
     def saves(group: str, width: int) -> float:
-        return cost - table.predict(graph, KeepPlan({group: tuple(range(width))}))
+        return cost - table.predict(graph, KeepPlan.of_widths({group: width}))
 
     ordered = sorted(curves, key=lambda curve: -saves(curve.group, curve.widths[0]))
     points = [

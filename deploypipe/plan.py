@@ -67,6 +67,15 @@ class KeepPlan:
                 )
         object.__setattr__(self, "keep", MappingProxyType(keep))
 
+    @classmethod
+    def of_widths(cls, kept: Mapping[str, int]) -> "KeepPlan":
+        """Return a plan that keeps the first `kept[group]` channels: for costs, which follow from widths alone.
+
+        >>> KeepPlan.of_widths({"conv1": 3}).keep["conv1"]
+        (0, 1, 2)
+        """
+        return cls({name: tuple(range(count)) for name, count in kept.items()})
+
     def check(self, graph: Graph) -> None:
         """Raise ModelError unless the plan fits `graph` (names, index ranges, fixed groups, fingerprint)."""
         if self.fingerprint and self.fingerprint != graph.fingerprint:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import isotonic_regression
 
-from deploypipe.allocation.allocate import allocate_widths
+from deploypipe.allocation.allocate import allocate_widths, first_channels
 from deploypipe.cost import CostTable
 from deploypipe.heldout import Meter
 from deploypipe.plan import Certificate, KeepPlan
@@ -112,8 +112,7 @@ class Sensitivity:
 
     def plan(self, kept: Widths) -> KeepPlan:
         """Return the plan that keeps the first channels of each group's order."""
-        chosen = {name: order for name, order in self.orders.items() if name in kept}
-        return KeepPlan({name: tuple(sorted(np.asarray(order)[: kept[name]].tolist())) for name, order in chosen.items()})
+        return KeepPlan(first_channels(self.orders, kept))
 
     def curves(self, around: Widths, stage: str) -> tuple[Curve, ...]:
         """Measure every group at every candidate width, the others as in `around` (whole, if they are not named there)."""

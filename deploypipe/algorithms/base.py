@@ -2,10 +2,10 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from deploypipe.progress import Reporter, Silent
 from deploypipe.statistics import weights
 from deploypipe.types import Graph, Group, Member
 
+T = TypeVar("T")
 Orders = Mapping[str, ArrayLike]  # group -> channels, the one to keep longest first
 Values = Mapping[str, ArrayLike]  # group -> (C + 1,) value of keeping the first w channels of its order
 
@@ -122,17 +123,22 @@ class Criterion(ABC):
         Raises:
             BudgetError: The budget cannot be reached.
         """
-        stats = Statistics(problem)
-        orders, values, skipped = {}, {}, {}
-        for group in problem.graph.prunable:
-            try:
-                score = self.score(group, stats).double().cpu().numpy()
-            except NotApplicable as reason:
-                skipped[group.name] = str(reason)
-                continue
-            orders[group.name] = ranking(score)
-            values[group.name] = n_readers(group) * log_share(score[orders[group.name]])
+        graph, stats = problem.graph, Statistics(problem)
+        scores, skipped = judged(graph, lambda group: self.score(group, stats).double().cpu().numpy())
+        orders = {name: ranking(score) for name, score in scores.items()}
+        values = {name: n_readers(graph.group(name)) * log_share(score[orders[name]]) for name, score in scores.items()}
         return allocated(self, problem, orders, values, skipped)
+
+
+def judged(graph: Graph, judge: Callable[[Group], T]) -> tuple[dict[str, T], dict[str, str]]:
+    """Return what `judge` says of every prunable group, and why it cannot judge the others (`NotApplicable`)."""
+    found, skipped = dict[str, T](), dict[str, str]()
+    for group in graph.prunable:
+        try:
+            found[group.name] = judge(group)
+        except NotApplicable as reason:
+            skipped[group.name] = str(reason)
+    return found, skipped
 
 
 def allocated(

@@ -18,11 +18,10 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from deploypipe.algorithms.base import Problem, Statistics, filter_norms, producers, signed
+from deploypipe.algorithms.base import Problem, Statistics, filter_norms, judged, producers, signed
 from deploypipe.algorithms.options import option
 from deploypipe.allocation.allocate import plan_of, ranking
 from deploypipe.allocation.scaled import nearest_width, scaled_widths
-from deploypipe.errors import NotApplicable
 from deploypipe.plan import KeepPlan
 from deploypipe.types import Graph
 
@@ -43,13 +42,9 @@ class Erk:
             BudgetError: The budget cannot be reached.
         """
         weights, legal = Statistics(problem).weights, problem.table.candidates(problem.graph)
-        orders, layers, skipped = {}, dict[str, list[str]](), {}
-        for group in problem.graph.prunable:
-            try:
-                orders[group.name] = ranking(filter_norms(group, weights, 2).cpu().numpy())
-                layers[group.name] = [member.param for member in producers(group, weights)]
-            except NotApplicable as reason:
-                skipped[group.name] = str(reason)
+        norms, skipped = judged(problem.graph, lambda group: filter_norms(group, weights, 2).cpu().numpy())
+        orders = {name: ranking(norm) for name, norm in norms.items()}
+        layers = {name: [m.param for m in producers(problem.graph.group(name), weights)] for name in orders}
         if self.rule == "uniform+" and (first := _first(problem.graph, layers)):
             skipped[first] = "uniform+ leaves the first layer whole"
             del orders[first], layers[first]

@@ -11,6 +11,7 @@ runs only serve to judge: the plan is carried out on the trained weights and fin
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -18,11 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deploypipe.algorithms.base import Problem, allocated, labelled
+from deploypipe.algorithms.base import Problem, allocated, judged, labelled
 from deploypipe.algorithms.options import option
 from deploypipe.allocation.allocate import cheapest_widths, ranking
 from deploypipe.compact import masked_slots
-from deploypipe.errors import NotApplicable
 from deploypipe.gradients import gate_gradient
 from deploypipe.plan import KeepPlan
 from deploypipe.progress import Reporter, counted
@@ -68,14 +68,10 @@ class Halp:
         """Return the (C,) saliencies of every group, averaged over the next mini-batches, and why groups have none."""
         totals, skipped = dict[str, Tensor](), dict[str, str]()
         for batch, model in enumerate(run.steps(self.interval), 1):
-            for group in graph.prunable:
-                try:
-                    # The absolute value of every batch: near a minimum the gradients of batches cancel.
-                    saliency = gate_gradient(model, group).abs() / self.interval
-                except NotApplicable as reason:
-                    skipped[group.name] = str(reason)
-                    continue
-                totals[group.name] = totals.get(group.name, torch.zeros_like(saliency)) + saliency
+            found, skipped = judged(graph, partial(gate_gradient, model))
+            for name, gradient in found.items():
+                # The absolute value of every batch: near a minimum the gradients of batches cancel.
+                totals[name] = totals.get(name, torch.zeros_like(gradient)) + gradient.abs() / self.interval
             reporter.advance(done + batch)
         return {name: total.cpu().numpy() for name, total in totals.items()}, skipped
 

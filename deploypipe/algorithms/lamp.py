@@ -17,10 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deploypipe.algorithms.base import Problem, Statistics, producers, rows, signed
+from deploypipe.algorithms.base import Problem, Statistics, judged, producers, rows, signed
 from deploypipe.allocation.allocate import plan_of, ranking
 from deploypipe.allocation.scaled import nearest_width, scaled_widths
-from deploypipe.errors import NotApplicable
 from deploypipe.plan import KeepPlan
 from deploypipe.types import Group
 
@@ -40,15 +39,9 @@ class Lamp:
             BudgetError: The budget cannot be reached.
         """
         weights, legal = Statistics(problem).weights, problem.table.candidates(problem.graph)
-        orders, scores, skipped = {}, {}, {}
-        for group in problem.graph.prunable:
-            try:
-                squared = squared_norms(group, weights)
-            except NotApplicable as reason:
-                skipped[group.name] = str(reason)
-                continue
-            orders[group.name] = ranking(squared)
-            scores[group.name] = lamp(squared[orders[group.name]])
+        squared, skipped = judged(problem.graph, lambda group: squared_norms(group, weights))
+        orders = {name: ranking(norms) for name, norms in squared.items()}
+        scores = {name: lamp(norms[orders[name]]) for name, norms in squared.items()}
 
         def widths(share: float) -> dict[str, int]:
             return {name: nearest_width(legal[name], n) for name, n in survivors(scores, share).items()}

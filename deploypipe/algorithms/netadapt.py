@@ -17,12 +17,11 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from deploypipe.algorithms.base import Problem, filter_norms, labelled, signed
+from deploypipe.algorithms.base import Problem, filter_norms, judged, labelled, signed
 from deploypipe.algorithms.options import option
 from deploypipe.allocation.allocate import cheapest_widths, ranking, unproved
 from deploypipe.compact import compact, masked_slots
 from deploypipe.data.batches import Samples, count, split
-from deploypipe.errors import NotApplicable
 from deploypipe.plan import KeepPlan
 from deploypipe.statistics import batch_size, weights
 from deploypipe.training.adapt import Adapting
@@ -151,17 +150,12 @@ class _Judge:
         share = min(MOST_HELD_OUT, options.images / count(data))
         self._fit: Samples
         self._fit, self._held_out = split(data, share, problem.seed)
-        self.orders, self.skipped = dict[str, list[int]](), dict[str, str]()
         view = weights(problem.model)
-        for group in problem.graph.prunable:
-            try:
-                self.orders[group.name] = ranking(filter_norms(group, view, 2).cpu().numpy()).tolist()
-            except NotApplicable as reason:
-                self.skipped[group.name] = str(reason)
+        norms, self.skipped = judged(problem.graph, lambda group: filter_norms(group, view, 2).cpu().numpy())
+        self.orders: dict[str, list[int]] = {name: ranking(norm).tolist() for name, norm in norms.items()}
 
     def cost(self, kept: Mapping[str, int]) -> float:
-        plan = KeepPlan({name: tuple(range(n)) for name, n in kept.items()})
-        return self._problem.table.predict(self._problem.graph, plan)
+        return self._problem.table.predict(self._problem.graph, KeepPlan.of_widths(kept))
 
     def dense(self) -> Network:
         kept = self._problem.graph.kept()

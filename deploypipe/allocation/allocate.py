@@ -68,8 +68,13 @@ def ranking(score: Values) -> NDArray[np.int64]:
 
 def plan_of(graph: Graph, orders: Mapping[str, ArrayLike], kept: Mapping[str, int], certificate: Certificate) -> KeepPlan:
     """Return the plan that keeps the first `kept[group]` channels of each group's order (best first)."""
-    keep = {name: tuple(sorted(np.asarray(order)[: kept[name]].tolist())) for name, order in orders.items()}
+    keep = first_channels(orders, {name: kept[name] for name in orders})
     return KeepPlan(keep, fingerprint=graph.fingerprint, certificate=certificate)
+
+
+def first_channels(orders: Mapping[str, ArrayLike], kept: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Return the first `kept[group]` channels of each group's order, ascending, for the groups that `kept` names."""
+    return {name: tuple(sorted(np.asarray(order)[: kept[name]].tolist())) for name, order in orders.items() if name in kept}
 
 
 def allocate_widths(
@@ -139,7 +144,7 @@ def unproved(graph: Graph, kept: Mapping[str, int], table: CostTable, budget: fl
         value: What the method reached, in its own unit.
         how: How it was found, in a word.
     """
-    predicted = table.predict(graph, KeepPlan({name: tuple(range(n)) for name, n in kept.items()}))
+    predicted = table.predict(graph, KeepPlan.of_widths(kept))
     in_us = predicted if table.unit == "us" else None
     return Certificate(value, None, None, in_us, predicted, budget, table.unit, len(graph.prunable), how)
 
@@ -163,7 +168,7 @@ class _Search:
 
     def predict(self, kept: Choice) -> float:
         """Return the table's own prediction: the only cost that counts. Groups that are not named are whole."""
-        return self.table.predict(self.graph, KeepPlan({name: tuple(range(n)) for name, n in kept.items()}))
+        return self.table.predict(self.graph, KeepPlan.of_widths(kept))
 
     def solve(self, gap: float, deadline: float) -> tuple[Choice, Solution]:
         """Return the best widths whose true prediction fits, and the solver's first answer with its bound on the loss.

@@ -28,7 +28,7 @@ def scaled_widths(
     """
 
     def fits(share: float) -> bool:
-        plan = KeepPlan({name: tuple(range(n)) for name, n in widths_at(share).items()})
+        plan = KeepPlan.of_widths(widths_at(share))
         return table.predict(graph, plan) <= budget
 
     if not fits(0.0):

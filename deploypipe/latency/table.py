@@ -101,8 +101,12 @@ class LatencyTable:
             TargetError: The model has not been profiled with this runtime.
         """
         mine = self.context(graph)
-        contexts = tuple(replace(c, factor=c.factor * factor) if c is mine else c for c in self.contexts)
-        return replace(self, contexts=contexts)
+        return self.with_context(replace(mine, factor=mine.factor * factor))
+
+    def with_context(self, context: Context) -> "LatencyTable":
+        """Return the table with this context, in the place of the one that it had for the same model."""
+        others = (known for known in self.contexts if known.structure != context.structure)
+        return replace(self, contexts=(*others, context))
 
     def only(self, graph: Graph) -> "LatencyTable":
         """Return the part of the table that prices the model of `graph`.

@@ -17,7 +17,6 @@ from deploypipe.algorithms.base import Problem
 from deploypipe.allocation.budget import parse_budget
 from deploypipe.compact import compact
 from deploypipe.errors import BudgetError
-from deploypipe.export import export_onnx, simplify_onnx
 from deploypipe.heldout import HeldOut
 from deploypipe.latency.table import LatencyTable
 from deploypipe.measurement import Latency, Round
@@ -25,6 +24,7 @@ from deploypipe.pipeline.request import Request
 from deploypipe.pipeline.stages import Device
 from deploypipe.pipeline.valuing import choose
 from deploypipe.plan import KeepPlan
+from deploypipe.profiler.export import exported
 from deploypipe.store import Kept, Store
 from deploypipe.types import Graph
 
@@ -148,12 +148,8 @@ def read_rounds(root: Path) -> tuple[int, tuple[Round, ...]]:
 
 def built(model: nn.Module, graph: Graph, device: Device, folder: Path) -> Path:
     """Export, simplify and build `model` in `folder`; return the built file."""
-    spec = device.target.build
-    path = export_onnx(model, graph.example, folder / "model.onnx", spec.opset).path
-    if spec.simplify:
-        path = simplify_onnx(path, folder / "simple.onnx").path
     artifact = folder / f"built{device.backend.suffix}"
-    device.build(path, artifact)
+    device.build(exported(model, graph.example, device.target, folder), artifact)
     return artifact
 
 

@@ -61,7 +61,7 @@ def random_plans(graph: Graph, candidates: Mapping[str, tuple[int, ...]], count:
         kept = {
             name: widths[int(share * len(widths))] for (name, widths), share in zip(candidates.items(), shares, strict=True)
         }
-        plans.append(KeepPlan({name: tuple(range(n)) for name, n in kept.items()}))
+        plans.append(KeepPlan.of_widths(kept))
     return plans
 
 
@@ -84,8 +84,7 @@ def _measured(bench: Bench, files: Mapping[str, Path], dense_us: float) -> NDArr
 
 
 def _predicted(table: LatencyTable, graph: Graph, context: Context, plans: Sequence[KeepPlan]) -> NDArray[np.float64]:
-    others = tuple(c for c in table.contexts if c.structure != context.structure)
-    changed = replace(table, contexts=(*others, context))
+    changed = table.with_context(context)
     return np.array([changed.predict(graph, plan) for plan in plans])
 
 

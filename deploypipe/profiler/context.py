@@ -76,7 +76,7 @@ def narrow_plan(graph: Graph, table: LatencyTable) -> KeepPlan:
     for name, widths in table.candidates(graph).items():
         wanted = _NARROW * widths[-1]
         kept[name] = min(widths, key=lambda width: (abs(width - wanted), width))
-    return KeepPlan({name: tuple(range(count)) for name, count in kept.items()})
+    return KeepPlan.of_widths(kept)
 
 
 def _context(

@@ -81,8 +81,7 @@ def profile(
         tell.stage("profile model", 3)
         found = in_context(store.bench, model, example, graph, table, tell)
         if found.narrow_us is not None:
-            unchecked = replace(table, contexts=(*table.contexts, found))
-            found = checked(store.bench, model, example, graph, unchecked, tell)
+            found = checked(store.bench, model, example, graph, table.with_context(found), tell)
         return store.keep(found)
 
 

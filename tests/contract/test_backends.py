@@ -20,7 +20,7 @@ def target(request):
     target = load_target("cpu").replace(backend=request.param, runs=10, warmup=1)
     ready, missing = load_backend(target).available()
     if not ready:
-        pytest.skip(missing)
+        pytest.skip(f"the optional runtime is not installed: {missing}")
     return target
 
 

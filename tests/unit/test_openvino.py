@@ -17,7 +17,7 @@ from deploypipe.runners.local import Local
 from deploypipe.targets import Reach, load_target
 
 BACKEND = OpenVino()
-installed = pytest.mark.skipif(not BACKEND.available()[0], reason=BACKEND.available()[1])
+installed = pytest.mark.skipif(not BACKEND.available()[0], reason="an optional runtime: pip install openvino")
 
 # Two convolutions that meet in a sum, squeeze and excitation behind it, a linear layer whose node has no name.
 EXPORTED = """
