@@ -102,6 +102,7 @@ class Sensitivity:
         orders: Group -> channels, the one to keep longest first. Groups without an order stay whole.
         meter: Measures plans.
         reporter: Hears how far it is.
+        removable: Groups that may be left without channels, so that their branch goes.
     """
 
     graph: Graph
@@ -109,6 +110,7 @@ class Sensitivity:
     orders: Mapping[str, ArrayLike]
     meter: Meter
     reporter: Reporter
+    removable: tuple[str, ...] = ()
 
     def plan(self, kept: Widths) -> KeepPlan:
         """Return the plan that keeps the first channels of each group's order."""
@@ -182,8 +184,8 @@ class Sensitivity:
         return Trial(origin, kept, certificate, self.meter.measure(self.plan(kept)))
 
     def _widths(self, name: str, offered: Sequence[int], around: Widths) -> tuple[int, ...]:
-        size = self.graph.group(name).size
-        return tuple(sorted({*offered, around.get(name, size), size}))
+        size, none = self.graph.group(name).size, (0,) if name in self.removable else ()
+        return tuple(sorted({*none, *offered, around.get(name, size), size}))
 
 
 def _near(curves: Sequence[Curve], kept: Widths, radius: int) -> dict[str, tuple[int, ...]]:

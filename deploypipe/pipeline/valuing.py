@@ -22,6 +22,7 @@ from deploypipe.pipeline.stages import real_inputs
 from deploypipe.plan import Certificate, KeepPlan
 from deploypipe.profiler.measure import profile
 from deploypipe.progress import Reporter, Silent
+from deploypipe.removal import removable
 from deploypipe.sensitivity import Curve, Found, Sensitivity, Trial
 from deploypipe.targets import cache_folder
 from deploypipe.types import Graph
@@ -116,7 +117,7 @@ def _sensitivity(problem: Problem, orders: Orders, meter: Meter) -> Sensitivity:
         ModelError: `forward` does not follow smaller channels; the message names where.
     """
     graph, offered = problem.graph, problem.table.candidates(problem.graph)
-    measured = Sensitivity(graph, problem.table, orders, meter, problem.reporter)
+    measured = Sensitivity(graph, problem.table, orders, meter, problem.reporter, removable(problem.model, graph))
     compact(problem.model, graph, measured.plan({name: offered[name][0] for name in orders}))
     return measured
 
