@@ -17,7 +17,6 @@ from deploypipe.latency import files as latency_file
 from deploypipe.latency.table import Context, LatencyTable, Shape, structure_of
 from deploypipe.latency.widths import AllSteps, legal_widths, reachable, steps_of
 from deploypipe.profiler.bench import HEAVY_MACS, Bench, opened
-from deploypipe.profiler.check import checked
 from deploypipe.profiler.context import in_context
 from deploypipe.profiler.learn import flat, learn_steps
 from deploypipe.profiler.probe import Probe
@@ -78,11 +77,7 @@ def profile(
         if any(context.structure == structure for context in table.contexts):
             tell.reused("profile model")
             return table
-        tell.stage("profile model", 3)
-        found = in_context(store.bench, model, example, graph, table, tell)
-        if found.narrow_us is not None:
-            found = checked(store.bench, model, example, graph, table.with_context(found), tell)
-        return store.keep(found)
+        return store.keep(in_context(store.bench, model, example, graph, table, tell))
 
 
 def needed(graph: Graph, steps: AllSteps) -> list[Probe]:
