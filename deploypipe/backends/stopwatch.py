@@ -63,7 +63,7 @@ class Cores:
     def share(self, windows: list[tuple[float, float]]) -> float:
         """Share of our cores' time that went to other programs in these windows."""
         tick = len(self.cpus) / os.sysconf("SC_CLK_TCK")  # both counters move in ticks
-        others, whole = (sum(column) for column in zip(*windows, strict=True))
+        others, whole = sum(window[0] for window in windows), sum(window[1] for window in windows)
         return round(max(0.0, others - tick) / whole, 4)
 
 

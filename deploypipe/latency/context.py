@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import log
 
+
 @dataclass(frozen=True)
 class Overhead:
     """Kernels of one operation that are no layers, as they ran inside the model: a constant and a part in proportion.
