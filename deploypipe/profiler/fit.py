@@ -192,10 +192,10 @@ def _weights(forms: Sequence[Form]) -> Floats:
 
 
 def _anchors(row: _Row, inside: Floats, use: NDArray[np.bool_]) -> Anchors:
-    """Fit a layer's ratio at the least, the dense, and the middle amount of work (of all forms, by its logarithm)."""
+    """Fit a layer's ratio at the least, the dense, and the middle amount of work (by its logarithm)."""
     ratio = (np.maximum(inside, _LEAST_US) + _UNSURE_US) / (row.alone + _UNSURE_US)
     known = use & np.isfinite(inside)
-    least, most = int(row.at.min()), int(row.at[0])
+    least, most = int(row.at[known].min()), int(row.at[0])
     middle = round(np.sqrt(least * most))
     if not least < middle < most:
         return ((most, float(np.mean(ratio[known]))),)

@@ -1,4 +1,3 @@
-from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -15,8 +14,10 @@ from deploypipe.latency.widths import Steps
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler import bench
 from deploypipe.profiler import measure as profiler
-from deploypipe.profiler.check import N_PLANS, scaled
+from deploypipe.profiler.check import N_PLANS
+from deploypipe.profiler.context import in_context
 from deploypipe.profiler.measure import device_key, needed, profile
+from deploypipe.profiler.noise import Noise
 from deploypipe.profiler.probe import Probe
 from deploypipe.progress import Recorder
 from deploypipe.runners.local import Local
@@ -88,9 +89,6 @@ def test_a_profile_prices_every_term_and_reproduces_the_dense_model(net, graph, 
     assert table.predict(graph) == pytest.approx(context.whole_us)
     assert 0.5 < context.factor < 2.0
     assert set(context.scale) == {"stem", "a", "b", "head"}
-    half = KeepPlan({name: tuple(range(16)) for name in ("stem", "a")})
-    unchecked = replace(table, contexts=(scaled(context, 1 / context.trim),))
-    assert unchecked.predict(graph, half) == pytest.approx(context.narrow_us), "the narrow form is the second anchor"
     assert len(context.errors) == N_PLANS
     kept = {name: widths[0] for name, widths in table.candidates(graph).items()}
     assert kept == {"stem": 8, "a": 8}
@@ -103,7 +101,7 @@ def test_a_profile_prices_every_term_and_reproduces_the_dense_model(net, graph, 
 def test_a_second_profile_measures_nothing(net, graph, tmp_path, monkeypatch, counting):
     target = prepared(tmp_path, monkeypatch)
     first = profile(net, EXAMPLE, target, graph=graph, cache_dir=tmp_path)
-    assert counting.jobs[-3:] == ["bench", "profile", "bench"]
+    assert counting.jobs[-4:] == ["bench", "bench", "profile", "bench"]
     counting.jobs.clear()
     told = Recorder()
     again = profile(net, EXAMPLE, target, graph=graph, cache_dir=tmp_path, reporter=told)
@@ -177,12 +175,28 @@ def test_an_idle_operation_that_the_runtime_fuses_with_itself_is_passed_over(mon
         return {op: Profile((KernelTime("k", op, "", (), 1.5, 1, 2, 9),) * (1 if op in fused else 110)) for op in models}
 
     def whole(self, models, target=None):
-        assert all(taken.encode() in model for model in models.values())
-        return {name: Timing(8.0 + 0.5 * int(name), 1, 2, 9, 0.0) for name in models}
+        assert all(taken.encode() in model for name, model in models.items() if name != "layers")
+        us = {name: 8.0 + (55.0 if name == "layers" else 0.5 * int(name)) for name in models}
+        return {name: Timing(us[name], 1, 2, 9, 0.0) for name in models}
 
     monkeypatch.setattr(bench.Bench, "profiles", profiles)
     monkeypatch.setattr(bench.Bench, "whole", whole)
     assert bench.Bench(None, None, None, None).cost_of_measuring() == (1.0, 0.5, 8.0)
+
+
+def test_accepted_noise_stands_in_the_table(net, graph, tmp_path, monkeypatch):
+    target = prepared(tmp_path, monkeypatch)
+    judge = Noise(True, worst=0.0)
+    monkeypatch.setattr(profiler, "Noise", lambda *accepted: judge)
+
+    def context(bench, *rest):
+        judge.worst = 0.61
+        return in_context(bench, *rest)
+
+    monkeypatch.setattr(profiler, "in_context", context)
+    profile(net, EXAMPLE, target, graph=graph, cache_dir=tmp_path)
+    again = profile(net, EXAMPLE, target, graph=graph, cache_dir=tmp_path)
+    assert again.facts["accepted_foreign_load"] >= 0.61
 
 
 def test_a_runtime_that_fuses_all_idle_operations_is_refused(monkeypatch):
