@@ -54,12 +54,16 @@ class Machine:
             for layer in graph.layers
         }
         self.pool = Overhead("Pool", ("0", "2"), 4.0, 0.25)
-        self.context = Context(structure_of(graph), self.scale, (self.pool, Overhead("session", (), SESSION)), 1.0, 1.0, 1.0, 0.0, 9)
+        self.context = Context(
+            structure_of(graph), self.scale, (self.pool, Overhead("session", (), SESSION)), 1.0, 1.0, 1.0, 0.0, 9
+        )
 
     def form(self, name, plan):
         kept = self.graph.kept(plan)
         us = self.table.with_context(self.context).predict(self.graph, plan) * (1 + self.noise * self.random.standard_normal())
-        kernels = [KernelTime(layer.name, "Conv", layer.weight, (), self.inside(layer, kept), 1, 1, 9) for layer in self.graph.layers]
+        kernels = [
+            KernelTime(layer.name, "Conv", layer.weight, (), self.inside(layer, kept), 1, 1, 9) for layer in self.graph.layers
+        ]
         feeds = tuple(layer.weight for layer in self.graph.layers[:2])
         width = sum(layer.n_out.at(kept) for layer in self.graph.layers[:2])
         pool = self.slower * (self.pool.fixed_us + self.pool.per_channel_us * width) + self.timer
@@ -68,7 +72,8 @@ class Machine:
 
     def inside(self, layer, kept):
         n_in, n_out = layer.n_in.at(kept), layer.n_out.at(kept)
-        return self.slower * self.context.ratio(layer.name, n_in * n_out) * self.table.kernel_us(layer, n_in, n_out) + self.timer
+        alone = self.table.kernel_us(layer, n_in, n_out)
+        return self.slower * self.context.ratio(layer.name, n_in * n_out) * alone + self.timer
 
     def forms(self):
         plans = random_plans(self.graph, self.table.candidates(self.graph), N_PLANS, 20)
