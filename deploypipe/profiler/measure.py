@@ -18,6 +18,7 @@ from deploypipe.latency.table import Context, LatencyTable, Shape, structure_of
 from deploypipe.latency.widths import AllSteps, legal_widths, reachable, steps_of
 from deploypipe.profiler.bench import HEAVY_MACS, Bench, opened
 from deploypipe.profiler.context import in_context
+from deploypipe.profiler.edges import confirm, unconfirmed
 from deploypipe.profiler.learn import flat, learn_steps
 from deploypipe.profiler.noise import Noise
 from deploypipe.profiler.probe import Probe
@@ -72,7 +73,7 @@ def profile(
     noise = Noise() if allow_noise is None else Noise(allow_noise)
     with opened(backend, runner, chosen, noise) as bench:
         store = _Store(Path(cache_dir) if cache_dir else cache_folder() / "profiles", bench, tell, fresh)
-        table = store.table
+        table = store.confirmed(graph)
         missing = _missing(table, graph)
         if missing:
             tell.stage("profile kernels", len(missing))
@@ -128,6 +129,15 @@ class _Store:
             latency_file.write_device(self.folder, facts, learn_steps(partial(bench.kernels, again=0)))
         self.table = LatencyTable.load(self.folder)
         self.bench = replace(bench, timer_us=float(self.table.facts["timer_us"]))
+
+    def confirmed(self, graph: Graph) -> LatencyTable:
+        """Look at an edge of the model's most expensive layers, unless that has been done."""
+        steps = self.table.steps
+        if unconfirmed(graph, steps):
+            self.reporter.stage("profile edges")
+            own = confirm(graph, steps, partial(self.bench.kernels, again=1))
+            latency_file.write_device(self.folder, self.table.facts, {**self.table.steps, **own})
+        return self._reread()
 
     def measure(self, probes: Sequence[Probe]) -> LatencyTable:
         """Measure kernels job by job; each job's are on disk before the next begins."""

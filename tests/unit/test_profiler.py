@@ -135,7 +135,7 @@ def test_what_was_measured_survives_an_interruption(net, graph, tmp_path, monkey
     monkeypatch.setattr(profiler, "_PER_JOB", 2)
     total = len(needed(graph, STEPS))
     counting.jobs.clear()
-    counting.fail_at = 5  # the description, and all rounds of the first kernels
+    counting.fail_at = 7  # the description, the rounds of the edges, and all rounds of the first kernels
     with pytest.raises(BackendError, match="unplugged"):
         profile(net, EXAMPLE, target, graph=graph, cache_dir=tmp_path)
     stored = next(tmp_path.rglob("kernels.csv")).read_text().splitlines()[1:]
