@@ -91,6 +91,13 @@ def test_other_kernels_follow_the_widths_that_feed_them(net, kernels):
     assert full.predict(net, only_a) - bare.predict(net, only_a) == pytest.approx(3.0 + 0.5 + 6.0 * 24 / 48)
 
 
+def test_what_one_group_feeds_is_gone_with_it(net, kernels):
+    own, shared = Overhead("Pool", ("b",), 4.0, 0.5), Overhead("Relu", ("a", "b"), 2.0, 0.25)
+    bare, full = (LatencyTable({}, STEPS, kernels, (context(net, *extra),)) for extra in ((), (own, shared)))
+    gone = KeepPlan({"b": ()})
+    assert full.predict(net, gone) - bare.predict(net, gone) == pytest.approx(2.0 + 0.25 * 32)
+
+
 def test_context_scales_layers_and_the_factor_everything(net, kernels):
     plain = LatencyTable({}, STEPS, kernels, (context(net),))
     scaled = LatencyTable({}, STEPS, kernels, (context(net, scale={"b": 2.0}, factor=1.25),))
