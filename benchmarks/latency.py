@@ -83,6 +83,7 @@ COLUMNS = (
     "ratio_error", "factor", "additivity", "table_error", "profile_s", "kernels_new", "kernels", "date",
 )  # fmt: skip
 SAME = ("runtime", "version", "cpu", "cpu_flags", "cores", "torch")  # facts that all rows of a file share
+SECONDS, FEWEST = 10.0, 24  # of measuring all plans of a model, roughly; runs of each, at least
 MODELS: dict[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {"resnet20": resnet20, "resnet56": resnet56, "demo": demo}
 
 
@@ -106,29 +107,35 @@ class Subject:
         self.model, self.example = MODELS.get(name, zoo(name))()
         self.model.eval()
         self.graph = trace(self.model, (self.example,))
-        self.files: dict[tuple[tuple[str, int], ...], Path] = {}
+        self.files: dict[tuple[torch.Size, ...], Path] = {}
+
+    def export(self, model: nn.Module, example: Any, target: Target, folder: Path) -> Path:
+        """Return the file of a form of the model, exported when it is met first; latency does not depend on values."""
+        key = tuple(value.shape for value in model.state_dict().values())
+        if key not in self.files:
+            self.files[key] = exported(model, example, target, self.folder / f"form-{len(self.files)}")
+        return self.files[key]
 
     def file(self, plan: KeepPlan | None, target: Target) -> Path:
         """Return the exported model under `plan`."""
-        key = tuple(sorted((name, len(kept)) for name, kept in plan.keep.items())) if plan else ()
-        if key not in self.files:
-            small = compact(self.model, self.graph, plan) if plan else self.model
-            self.files[key] = exported(small, self.graph.example, target, self.folder / f"{self.name}-{len(self.files)}")
-        return self.files[key]
+        small = compact(self.model, self.graph, plan) if plan else self.model
+        return self.export(small, self.graph.example, target, self.folder)
 
 
 def check(subject: Subject, target: Target, n_plans: int, seed: int, cache: Path | None) -> list[Row]:
     """Profile a model, predict and measure plans; return one row per plan, that of the dense model first."""
     graph, told = subject.graph, Told()
     start = time.perf_counter()
-    table = profile(subject.model, subject.example, target, graph=graph, cache_dir=cache, reporter=told)
+    table = profile(subject.model, subject.example, target, graph=graph, cache_dir=cache, reporter=told, export=subject.export)
     seconds, context = time.perf_counter() - start, table.context(graph)
     for note in told.notes:
         print(f"  {subject.name}: {note}", file=sys.stderr, flush=True)
     plans = {"dense": None} | {
         str(i): plan for i, plan in enumerate(random_plans(graph, table.candidates(graph), n_plans, seed))
     }
-    timings = measured({name: subject.file(plan, target) for name, plan in plans.items()}, target)
+    files = {name: subject.file(plan, target) for name, plan in plans.items()}
+    runs = max(FEWEST, min(target.measure.runs, int(1e6 * SECONDS / (0.5 * len(files) * context.whole_us))))
+    timings = measured(files, target.replace(runs=runs))
     dense_us, dense = table.predict(graph), timings["dense"]
     common = {"model": subject.name, "threads": target.measure.threads, "date": datetime.now(UTC).isoformat(timespec="seconds")}
     rows = []

@@ -10,6 +10,7 @@ from pathlib import Path
 from deploypipe.backends.base import Backend, Facts, Profile, Timing
 from deploypipe.errors import BackendError
 from deploypipe.latency.files import Entry
+from deploypipe.profiler.export import Export, exported
 from deploypipe.profiler.noise import Noise
 from deploypipe.profiler.probe import IDLE_OPS, Probe, chain, small_layers
 from deploypipe.runners.base import Runner
@@ -33,6 +34,7 @@ class Bench:
     folder: Path
     timer_us: float = 0.0
     noise: Noise = field(default_factory=Noise)
+    export: Export = exported
 
     def facts(self) -> Facts:
         """Return what identifies the runtime and the device."""
@@ -144,7 +146,9 @@ def _middle(entries: Sequence[Entry]) -> Entry:
 
 
 @contextmanager
-def opened(backend: Backend, runner: Runner, target: Target, noise: Noise | None = None) -> Iterator[Bench]:
+def opened(
+    backend: Backend, runner: Runner, target: Target, noise: Noise | None = None, export: Export = exported
+) -> Iterator[Bench]:
     """Give a bench with a temporary folder.
 
     Raises:
@@ -154,4 +158,4 @@ def opened(backend: Backend, runner: Runner, target: Target, noise: Noise | None
     if not ready:
         raise BackendError(f"backend {backend.name} is not installed", at=f"target {target.name}", fix=missing)
     with tempfile.TemporaryDirectory(prefix="deploypipe-profile-") as folder:
-        yield Bench(backend, runner, target, Path(folder), noise=noise or Noise())
+        yield Bench(backend, runner, target, Path(folder), noise=noise or Noise(), export=export)

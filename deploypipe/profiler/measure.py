@@ -19,6 +19,7 @@ from deploypipe.latency.widths import AllSteps, legal_widths, reachable, steps_o
 from deploypipe.profiler.bench import HEAVY_MACS, Bench, opened
 from deploypipe.profiler.context import in_context
 from deploypipe.profiler.edges import confirm, unconfirmed
+from deploypipe.profiler.export import Export, exported
 from deploypipe.profiler.learn import flat, learn_steps
 from deploypipe.profiler.noise import Noise
 from deploypipe.profiler.probe import Probe
@@ -32,7 +33,7 @@ ACCEPTED = "accepted_foreign_load"  # fact: the most that others took in a measu
 _PER_JOB = 48  # kernels timed in turns by one process
 
 
-def profile(
+def profile(  # noqa: PLR0913 - the public surface, named arguments in practice
     model: nn.Module,
     example_inputs: Any,
     target: "str | Target" = "cpu",
@@ -42,6 +43,7 @@ def profile(
     reporter: Reporter | None = None,
     fresh: bool = False,
     allow_noise: bool | None = None,
+    export: Export = exported,
 ) -> LatencyTable:
     """Measure what `model` costs on `target` at all widths that an allocator may choose.
 
@@ -59,6 +61,7 @@ def profile(
         fresh: Forget first what has been measured for this runtime, version, threads, precision and processor.
         allow_noise: Accept measurements that other programs disturbed, and record that; by default what the environment
             variable DEPLOYPIPE_ALLOW_NOISE says.
+        export: Writes a form of the model into a folder; for callers that profile one model several times.
 
     Raises:
         TargetError: The target is unknown, its precision is not supported, or other programs kept its cores too busy.
@@ -71,7 +74,7 @@ def profile(
     graph = graph or trace(model, example)
     backend, runner = load_backend(chosen), load_runner(chosen)
     noise = Noise() if allow_noise is None else Noise(allow_noise)
-    with opened(backend, runner, chosen, noise) as bench:
+    with opened(backend, runner, chosen, noise, export) as bench:
         store = _Store(Path(cache_dir) if cache_dir else cache_folder() / "profiles", bench, tell, fresh)
         table = store.confirmed(graph)
         missing = _missing(table, graph)
