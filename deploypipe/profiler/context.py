@@ -24,6 +24,7 @@ _SHARES = (0.5, 0.2)  # of its channels that each group keeps in the even forms,
 _SEED = 20  # of the random forms
 _SECONDS, _FEWEST = 8.0, 18  # of measuring all forms once; runs of each, at least
 _PART = 0.5  # of what the dense form takes, the mean of all forms takes, roughly
+_PROFILED = 36  # profiled runs of each form at most: all forms together tell, and each run writes down every kernel
 _TRUSTED = (0.85, 1.2)  # the dense model over the sum of its kernels
 _ADDITIVE = (0.95, 1.05)
 
@@ -43,7 +44,7 @@ def in_context(bench: Bench, model: nn.Module, example: Any, graph: Graph, table
     target = bench.target.replace(runs=_runs(bench, files))
     before = bench.whole(files, target)
     reporter.advance(len(plans) + 1, f"{before[DENSE].quiet_us:.0f} us")
-    profiles = bench.profiles(files, target)
+    profiles = bench.profiles(files, target.replace(runs=min(target.measure.runs, _PROFILED)))
     reporter.advance(len(plans) + 2)
     after = bench.whole(files, target)
     reporter.advance(len(plans) + 3)
