@@ -1,5 +1,6 @@
 """A model as the file that the runtime is timed with: what a build would give it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ from torch import nn
 
 from deploypipe.export import export_onnx, simplify_onnx
 from deploypipe.targets import Target
+
+Export = Callable[[nn.Module, Any, Target, Path], Path]
 
 
 def exported(model: nn.Module, example: Any, target: Target, folder: Path) -> Path:

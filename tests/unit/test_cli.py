@@ -188,8 +188,9 @@ def test_inspect_shows_layers_groups_and_reasons(
 @pytest.mark.parametrize(
     ("line", "passed"),
     [
-        ("profile --model m --target t --threads 2", ["m", None, "t", 2, False, None]),
-        ("profile --fresh --save x", ["demo", None, "cpu", None, True, Path("x")]),
+        ("profile --model m --target t --threads 2", ["m", None, "t", 2, False, None, None]),
+        ("profile --fresh --save x", ["demo", None, "cpu", None, True, Path("x"), None]),
+        ("profile --allow-noise", ["demo", None, "cpu", None, False, None, True]),
     ],
 )
 def test_profile_shows_what_was_learned(
