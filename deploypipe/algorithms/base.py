@@ -18,6 +18,7 @@ from deploypipe.cost import CostTable
 from deploypipe.errors import NotApplicable, UsageError
 from deploypipe.plan import Certificate, KeepPlan
 from deploypipe.progress import Reporter, Silent
+from deploypipe.stacks import rows as rows
 from deploypipe.statistics import weights
 from deploypipe.types import Graph, Group, Member
 
@@ -198,17 +199,6 @@ def log_share(scores: NDArray[np.float64]) -> NDArray[np.float64]:
         shifted = np.ones_like(shifted)  # nothing tells the channels apart: every one is an equal share
     with np.errstate(divide="ignore"):
         return np.concatenate([[-np.inf], np.log(np.cumsum(shifted) / shifted.sum())])
-
-
-def rows(tensor: Tensor, member: Member) -> Tensor:
-    """Return what each channel owns of a parameter, as a (channels, K) matrix; K counts all its slots and all other axes.
-
-    >>> rows(conv.weight, group.members[0])  # doctest: +SKIP
-    """
-    slots = np.flatnonzero(member.owner >= 0)
-    slots = slots[np.argsort(member.owner[slots], kind="stable")]
-    moved = tensor.movedim(member.axis, 0)[torch.from_numpy(slots).to(tensor.device)]
-    return moved.reshape(int(member.owner.max()) + 1, -1)
 
 
 def n_readers(group: Group) -> int:
