@@ -3,7 +3,7 @@
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -13,8 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from deploypipe.allocation.allocate import allocate_widths, plan_of, ranking
+from deploypipe.allocation.allocate import allocate_widths, plan_of, ranking, unproved
 from deploypipe.cost import CostTable
+from deploypipe.density import prices, require_within
 from deploypipe.errors import NotApplicable, UsageError
 from deploypipe.plan import Certificate, KeepPlan
 from deploypipe.progress import Reporter, Silent
@@ -124,11 +125,38 @@ class Criterion(ABC):
         Raises:
             BudgetError: The budget cannot be reached.
         """
-        graph, stats = problem.graph, Statistics(problem)
-        scores, skipped = judged(graph, lambda group: self.score(group, stats).double().cpu().numpy())
-        orders = {name: ranking(score) for name, score in scores.items()}
-        values = {name: n_readers(graph.group(name)) * log_share(score[orders[name]]) for name, score in scores.items()}
-        return allocated(self, problem, orders, values, skipped)
+        stats = Statistics(problem)
+        return scored(self, problem, lambda group: self.score(group, stats))
+
+
+def scored(algorithm: Any, problem: Problem, score: Callable[[Group], Tensor]) -> KeepPlan:
+    """Return the plan by (C,) scores of every prunable group, higher = keep; groups that raise `NotApplicable` stay whole.
+
+    Raises:
+        BudgetError: The budget cannot be reached.
+    """
+    graph = problem.graph
+    scores, skipped = judged(graph, lambda group: score(group).double().cpu().numpy())
+    orders = {name: ranking(score) for name, score in scores.items()}
+    values = {name: n_readers(graph.group(name)) * log_share(score[orders[name]]) for name, score in scores.items()}
+    return allocated(algorithm, problem, orders, values, skipped)
+
+
+def masked_plan(algorithm: Any, problem: Problem) -> KeepPlan:
+    """Return the plan of a method whose result is zeros inside weights: every channel stays.
+
+    Its cost counts weights that are not zero.
+
+    Raises:
+        BudgetError: The model costs more than the budget.
+    """
+    graph, price = problem.graph, prices(problem.model, problem.graph, problem.table.unit)
+    named = dict(problem.model.named_parameters())
+    kept = {name: int((named[name] != 0).sum()) for name in price.sizes}
+    require_within(price.cost(kept), problem.budget, price)
+    share = sum(kept.values()) / sum(price.sizes.values())
+    plain = unproved(graph, graph.kept(), problem.table, problem.budget, share, "zeros")
+    return signed(algorithm, KeepPlan({}, graph.fingerprint, certificate=replace(plain, predicted=price.cost(kept))), {})
 
 
 def judged(graph: Graph, judge: Callable[[Group], T]) -> tuple[dict[str, T], dict[str, str]]:

@@ -1,0 +1,43 @@
+"""Fresh weights: unlike the old ones, repeatable, drawn by each module's own rule."""
+
+import pytest
+import torch
+from torch import nn
+
+from deploypipe.errors import ModelError
+from deploypipe.training.fresh import fresh
+from tests.toys import TOYS
+
+
+def test_weights_are_uncorrelated_and_statistics_begin_anew() -> None:
+    model, _ = TOYS["residual"]()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    new = fresh(model, 0)
+    old, drawn = ([p.detach().flatten() for p in each.parameters() if p.dim() > 1] for each in (model, new))
+    assert abs(float(torch.corrcoef(torch.stack([torch.cat(old), torch.cat(drawn)]))[0, 1])) < 0.05
+    norms = [m for m in new.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all((n.running_mean == 0).all() and (n.running_var == 1).all() and (n.weight == 1).all() for n in norms)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_seed_alone_decides() -> None:
+    model, _ = TOYS["plain"]()
+    first = fresh(model, 3)
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    second, other = fresh(model, 3), fresh(model, 4)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not torch.equal(first[0][0].weight, other[0][0].weight)
+    assert first[0][0].weight.std() == pytest.approx((1 / 27 / 3) ** 0.5, rel=0.2)  # torch's rule for 27 inputs
+
+
+def test_a_parameter_that_nothing_can_draw_is_named() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gamma = nn.Parameter(torch.ones(3))
+
+    with pytest.raises(ModelError, match="Scale cannot be drawn anew") as caught:
+        fresh(nn.Sequential(nn.Conv2d(3, 3, 1), Scale()), 0)
+    assert "'1'" in caught.value.at
