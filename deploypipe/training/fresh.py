@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ def fresh(model: nn.Module, seed: int) -> nn.Module:
         ModelError: A module owns parameters and cannot reset them.
     """
     new = copy.deepcopy(model)
-    with seeded(seed), torch.no_grad():
+    with seeded(crc32(repr(("fresh", seed)).encode()) % 2**31), torch.no_grad():  # not the seed that the model was made with
         for name, module in new.named_modules():
             reset = _reset(module)
             if reset:

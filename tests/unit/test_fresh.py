@@ -10,7 +10,7 @@ from tests.toys import TOYS
 
 
 def test_weights_are_uncorrelated_and_statistics_begin_anew() -> None:
-    model, _ = TOYS["residual"]()
+    model, _ = TOYS["residual"]()  # made with seed 0, as a user's model may be: the same seed must not bring it back
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     new = fresh(model, 0)
     old, drawn = ([p.detach().flatten() for p in each.parameters() if p.dim() > 1] for each in (model, new))
