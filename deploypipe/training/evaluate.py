@@ -107,7 +107,7 @@ def logits(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     shape = tuple(inputs.shape)
     fix = "check that --data and --model fit together: number of channels, image size, number of classes"
     out = guarded(partial(model, inputs), f"the model fails on a batch of shape {shape}", "forward", ModelError, fix)
-    out = _main_output(out)
+    out = main_output(out)
     if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != len(inputs):
         found = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
         raise ModelError(f"the model returns {found}, not logits of shape ({shape[0]}, classes)", at="forward", fix=fix)
@@ -117,7 +117,7 @@ def logits(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     return out
 
 
-def _main_output(out: Any) -> Any:
+def main_output(out: Any) -> Any:
     """Return the first tensor of what a classifier returns: some add auxiliary outputs or wrap the logits."""
     if isinstance(out, Mapping):
         return out.get("logits", next(iter(out.values()), None))
