@@ -84,20 +84,16 @@ class Statistics:
 
 
 class Algorithm(Protocol):
-    """A pruning method. Its options are the fields of its frozen dataclass."""
+    """A pruning method. Its options are the fields of its frozen dataclass.
+
+    A method whose result is zeros inside weights (single weights, kernels, columns), which no dense runtime skips, also has an
+    attribute or property `sparse = True`: its plan keeps everything, and its zeros are in the model that `train` returns.
+    """
 
     name: ClassVar[str]
 
     def plan(self, problem: Problem) -> KeepPlan:
         """Return which channels stay; `problem.table.predict` of it is within the budget."""
-        ...
-
-
-class Repairer(Algorithm, Protocol):
-    """An algorithm that also corrects the weights after compaction."""
-
-    def repair(self, small: nn.Module, problem: Problem, plan: KeepPlan) -> nn.Module:
-        """Return a corrected copy of the compacted model `small`."""
         ...
 
 
