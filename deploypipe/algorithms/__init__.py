@@ -10,6 +10,8 @@ from deploypipe.plugins import known, resolve
 ENTRY_POINTS = "deploypipe.algorithms"
 
 ALGORITHMS: dict[str, str] = {
+    "admm": "deploypipe.algorithms.admm:Admm",
+    "autoslim": "deploypipe.algorithms.autoslim:AutoSlim",
     "erk": "deploypipe.algorithms.erk:Erk",
     "halp": "deploypipe.algorithms.halp:Halp",
     "l1": "deploypipe.algorithms.l1:L1",
@@ -44,6 +46,20 @@ class Info:
 
 _LI = "Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, arXiv:1608.08710"
 INFO: dict[str, Info] = {
+    "admm": Info(
+        "admm",
+        "Zhang et al., A Systematic DNN Weight Pruning Framework using ADMM, ECCV 2018, arXiv:1804.03294",
+        2018,
+        "structured or unstructured, static, from a trained model, penalty with a moving target",
+        ("data", "labels", "training"),
+        (
+            Option("scheme", "filter", "what becomes zero", choices=("filter", "channel", "unstructured", "2:4")),
+            Option("train_epochs", 10, "epochs with the pull, before pruning", 0),
+            Option("every", 1, "epochs between two projections", 1),
+            Option("rho", 0.1, "strength of the pull at the start, of the order of the loss's curvature", 0),
+            Option("growth", 1.4, "factor on rho after every projection", 1),
+        ),
+    ),
     "erk": Info(
         "erk",
         "Evci et al., Rigging the Lottery: Making All Tickets Winners, ICML 2020, arXiv:1911.11134",

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from deploypipe.allocation.allocate import allocate_widths, plan_of, ranking, unproved
 from deploypipe.cost import CostTable
 from deploypipe.density import prices, require_within
-from deploypipe.errors import NotApplicable, UsageError
+from deploypipe.errors import BudgetError, NotApplicable, UsageError
 from deploypipe.plan import Certificate, KeepPlan
 from deploypipe.progress import Reporter, Silent
 from deploypipe.stacks import rows as rows
@@ -149,7 +149,13 @@ def masked_plan(algorithm: Any, problem: Problem) -> KeepPlan:
     graph, price = problem.graph, prices(problem.model, problem.graph, problem.table.unit)
     named = dict(problem.model.named_parameters())
     kept = {name: int((named[name] != 0).sum()) for name in price.sizes}
-    require_within(price.cost(kept), problem.budget, price)
+    if price.cost(kept) > problem.budget:
+        require_within(price.cost(dict.fromkeys(price.sizes, 1)), problem.budget, price)
+        raise BudgetError(
+            f"the weights that are not zero cost {price.cost(kept):,.6g} {price.unit}, the budget is {problem.budget:,.6g}",
+            at=algorithm.name,
+            fix="let the method train first (deploypipe build does): the zeros are in the model that it returns",
+        )
     share = sum(kept.values()) / sum(price.sizes.values())
     plain = unproved(graph, graph.kept(), problem.table, problem.budget, share, "zeros")
     return signed(algorithm, KeepPlan({}, graph.fingerprint, certificate=replace(plain, predicted=price.cost(kept))), {})
