@@ -11,6 +11,7 @@ are never pruned. The three controls keep the masks of the last round: `reinit` 
 survivors of each layer elsewhere, `finetune` does not go back.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from deploypipe.algorithms.base import Problem, masked_plan
 from deploypipe.algorithms.options import option
 from deploypipe.density import largest, prices
+from deploypipe.errors import UsageError
 from deploypipe.plan import KeepPlan
 from deploypipe.statistics import generator
 from deploypipe.training.fresh import fresh
@@ -46,20 +48,23 @@ class Lth:
                           choices=("ticket", "reinit", "random-mask", "finetune"))  # fmt: skip
 
     def train(self, problem: Problem, trainer: Trainer) -> nn.Module:
-        """Return the ticket: the weights of the start where the masks of the last round let them live, zero elsewhere.
+        """Return the ticket: the weights to go back to where the masks of the last round let them live, zero elsewhere.
 
         Raises:
             BudgetError: The budget cannot be reached.
+            UsageError: A round has fewer steps than `rewind`.
         """
-        start = fresh(problem.model, problem.seed) if self.start == "fresh" else problem.model
-        masks: Masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in weights_of(problem, start).items()}
-        end = start
+        if self.rewind > trainer.n_steps(self.train_epochs):
+            message = f"a round has only {trainer.n_steps(self.train_epochs)} steps"
+            raise UsageError(message, at=f"--set rewind={self.rewind}", fix="lower it, or raise train_epochs")
+        origin = end = fresh(problem.model, problem.seed) if self.start == "fresh" else problem.model
+        masks: Masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights_of(problem, origin).items()}
         for number in range(1, self.rounds + 1):
-            rewind = Rewind(self.rewind if number == 1 else 0)  # the first round passes the point to go back to
-            end = trainer.fit(start, self.train_epochs, [MaskedWeights(masks), rewind], distill=0.0)
+            rewind = Rewind(self.rewind if number == 1 else 0)
+            end = trainer.fit(masked(origin, masks), self.train_epochs, [MaskedWeights(masks), rewind], distill=0.0)
+            origin = rewind.rewound(origin)  # the first round has passed the point to go back to
             masks = self._pruned(problem, end, masks, number)
-            start = masked(rewind.to_start(start), masks)
-        return self._controlled(problem, start, end, masks)
+        return self._chosen(problem, origin, end, masks)
 
     def plan(self, problem: Problem) -> KeepPlan:
         """Keep every channel.
@@ -79,19 +84,38 @@ class Lth:
             named = {name: ranks(weight, masks[name]) for name, weight in named.items()}
         return largest(named, price, budget, masks)
 
-    def _controlled(self, problem: Problem, ticket: nn.Module, end: nn.Module, masks: Masks) -> nn.Module:
+    def _chosen(self, problem: Problem, origin: nn.Module, end: nn.Module, masks: Masks) -> nn.Module:
         """Return the ticket, or one of its controls."""
         if self.control == "reinit":
             return masked(fresh(problem.model, problem.seed + 1), masks)
-        if self.control == "finetune":
-            return masked(end, masks)
         if self.control == "random-mask":
-            whole = fresh(problem.model, problem.seed) if self.start == "fresh" else problem.model
-            return masked(whole, {name: shuffled(mask, name, problem.seed) for name, mask in masks.items()})
-        return ticket
+            return masked(origin, {name: shuffled(mask, name, problem.seed) for name, mask in masks.items()})
+        return masked(end if self.control == "finetune" else origin, masks)
 
 
 def weights_of(problem: Problem, model: nn.Module) -> dict[str, Tensor]:
     """Return the weights of all layers, detached: what may be pruned."""
     named = dict(model.named_parameters())
     return {layer.weight: named[layer.weight].detach() for layer in problem.graph.layers if layer.weight in named}
+
+
+def masked(model: nn.Module, masks: Masks) -> nn.Module:
+    """Return a copy with zeros where the masks are False."""
+    model = copy.deepcopy(model)
+    MaskedWeights(masks).apply(model)
+    return model
+
+
+def shuffled(mask: Tensor, name: str, seed: int) -> Tensor:
+    """Return a mask with as many survivors, anywhere."""
+    order = torch.randperm(mask.numel(), generator=generator(seed, "random mask", name))
+    return mask.flatten()[order].view_as(mask)
+
+
+def ranks(weight: Tensor, mask: Tensor) -> Tensor:
+    """Return the rank of every survivor's magnitude in its layer, from 0 to 1, so that layers can be compared."""
+    found = torch.zeros(weight.numel(), dtype=torch.float64)
+    alive = torch.nonzero(mask.flatten().cpu()).flatten()
+    order = alive[torch.argsort(weight.flatten().cpu()[alive].abs(), stable=True)]
+    found[order] = torch.arange(1, len(order) + 1, dtype=torch.float64) / len(order)
+    return found.view_as(weight)

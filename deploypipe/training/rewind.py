@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from deploypipe.training.settings import TrainHook
@@ -26,14 +25,14 @@ class Rewind(TrainHook):
             self._state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
     def rewound(self, start: nn.Module) -> nn.Module:
-        """Return a copy of the model that training started from, in the state that was taken."""
+        """Return a copy of the model that training started from, in the state that was taken.
+
+        Raises:
+            RuntimeError: Training had fewer steps.
+        """
         model = copy.deepcopy(start)
-        if self._step and not self._state:
-            raise ValueError(f"training had fewer than {self._step} steps")
-        with torch.no_grad():
-            for name, tensor in model.state_dict().items():
-                if self._state:
-                    tensor.copy_(self._state[name])
+        if self._step:
+            model.load_state_dict(self._state)
         return model
 
     def state(self) -> Mapping[str, Tensor]:
