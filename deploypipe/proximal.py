@@ -49,9 +49,7 @@ class Admm:
         growth: Factor on rho after every update. U shrinks by it, as the unscaled dual rho U stays.
     """
 
-    def __init__(
-        self, constraints: Sequence[Constraint], named: Mapping[str, Tensor], rho: float, growth: float = 1.0
-    ) -> None:
+    def __init__(self, constraints: Sequence[Constraint], named: Mapping[str, Tensor], rho: float, growth: float = 1.0) -> None:
         self._constraints, self._rho, self._growth = tuple(constraints), rho, growth
         start = [constraint.stack.read(named) for constraint in self._constraints]
         self._z = [constraint.project(w) for constraint, w in zip(self._constraints, start, strict=True)]

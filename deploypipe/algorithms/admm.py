@@ -20,8 +20,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from deploypipe.algorithms.base import Problem, masked_plan, scored
+from deploypipe.algorithms.base import Problem, judged, shared_out
 from deploypipe.algorithms.options import option
+from deploypipe.algorithms.zeros import masked_plan
 from deploypipe.density import Prices, prices, require_within, uniform
 from deploypipe.errors import NotApplicable
 from deploypipe.plan import KeepPlan
@@ -62,7 +63,9 @@ class Admm:
         model = trainer.fit(problem.model, self.train_epochs, [hook])
         gaps = hook.admm.gaps
         if len(gaps) > 1 and gaps[-1] >= gaps[0]:
-            problem.reporter.note(f"the weights do not near their projection (gap {gaps[0]:.2g}, then {gaps[-1]:.2g}): raise rho")
+            problem.reporter.note(
+                f"the weights do not near their projection (gap {gaps[0]:.2g}, then {gaps[-1]:.2g}): raise rho"
+            )
         if self.sparse:
             settle(model, constraints)
         return model
@@ -76,7 +79,8 @@ class Admm:
         if self.sparse:
             return masked_plan(self, problem)
         view = weights(problem.model)
-        return scored(self, problem, lambda group: self._norms(problem.graph, group, view))
+        norms, skipped = judged(problem.graph, lambda group: self._norms(problem.graph, group, view).cpu().numpy())
+        return shared_out(self, problem, norms, skipped, "shares")
 
     def _of_groups(self, problem: Problem) -> Iterator[Constraint]:
         """Yield for every group its slices and the number of channels that the budget allows."""

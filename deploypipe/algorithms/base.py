@@ -3,7 +3,7 @@
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -13,10 +13,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from deploypipe.allocation.allocate import allocate_widths, plan_of, ranking, unproved
+from deploypipe.allocation.allocate import allocate_widths, plan_of, ranking
+from deploypipe.allocation.threshold import threshold_widths, uniform_widths
 from deploypipe.cost import CostTable
-from deploypipe.density import prices, require_within
-from deploypipe.errors import BudgetError, NotApplicable, UsageError
+from deploypipe.errors import NotApplicable, UsageError
 from deploypipe.plan import Certificate, KeepPlan
 from deploypipe.progress import Reporter, Silent
 from deploypipe.stacks import rows as rows
@@ -122,43 +122,8 @@ class Criterion(ABC):
             BudgetError: The budget cannot be reached.
         """
         stats = Statistics(problem)
-        return scored(self, problem, lambda group: self.score(group, stats))
-
-
-def scored(algorithm: Any, problem: Problem, score: Callable[[Group], Tensor]) -> KeepPlan:
-    """Return the plan by (C,) scores of every prunable group, higher = keep; groups that raise `NotApplicable` stay whole.
-
-    Raises:
-        BudgetError: The budget cannot be reached.
-    """
-    graph = problem.graph
-    scores, skipped = judged(graph, lambda group: score(group).double().cpu().numpy())
-    orders = {name: ranking(score) for name, score in scores.items()}
-    values = {name: n_readers(graph.group(name)) * log_share(score[orders[name]]) for name, score in scores.items()}
-    return allocated(algorithm, problem, orders, values, skipped)
-
-
-def masked_plan(algorithm: Any, problem: Problem) -> KeepPlan:
-    """Return the plan of a method whose result is zeros inside weights: every channel stays.
-
-    Its cost counts weights that are not zero.
-
-    Raises:
-        BudgetError: The model costs more than the budget.
-    """
-    graph, price = problem.graph, prices(problem.model, problem.graph, problem.table.unit)
-    named = dict(problem.model.named_parameters())
-    kept = {name: int((named[name] != 0).sum()) for name in price.sizes}
-    if price.cost(kept) > problem.budget:
-        require_within(price.cost(dict.fromkeys(price.sizes, 1)), problem.budget, price)
-        raise BudgetError(
-            f"the weights that are not zero cost {price.cost(kept):,.6g} {price.unit}, the budget is {problem.budget:,.6g}",
-            at=algorithm.name,
-            fix="let the method train first (deploypipe build does): the zeros are in the model that it returns",
-        )
-    share = sum(kept.values()) / sum(price.sizes.values())
-    plain = unproved(graph, graph.kept(), problem.table, problem.budget, share, "zeros")
-    return signed(algorithm, KeepPlan({}, graph.fingerprint, certificate=replace(plain, predicted=price.cost(kept))), {})
+        scores, skipped = judged(problem.graph, lambda group: self.score(group, stats).double().cpu().numpy())
+        return shared_out(self, problem, scores, skipped, "shares")
 
 
 def judged(graph: Graph, judge: Callable[[Group], T]) -> tuple[dict[str, T], dict[str, str]]:
@@ -189,6 +154,32 @@ def allocated(
         skipped: Group -> why it was not judged and stays whole.
     """
     kept, certificate = problem.allocator(problem, orders, values)
+    return signed(algorithm, plan_of(problem.graph, orders, kept, certificate), skipped)
+
+
+SHARED_OUT = ("threshold", "uniform", "shares")
+
+
+def shared_out(
+    algorithm: Any, problem: Problem, scores: Mapping[str, NDArray[np.float64]], skipped: Mapping[str, str], how: str
+) -> KeepPlan:
+    """Return the plan that keeps the channels with the highest scores; `how` says what decides the widths.
+
+    Args:
+        algorithm: A frozen dataclass with a `name`.
+        problem: What was asked. An allocator other than the default decides the widths instead.
+        scores: Group -> (C,) scores, higher = keep; comparable across groups if one threshold is to cut them.
+        skipped: Group -> why it was not judged and stays whole.
+        how: One "threshold" over all channels; the same share of every group ("uniform"); or "shares", the exact allocator on
+            `log_share` of the scores.
+    """
+    orders = {name: ranking(score) for name, score in scores.items()}
+    if how == "shares" or problem.allocator is not by_values:
+        graph = problem.graph
+        values = {name: n_readers(graph.group(name)) * log_share(score[orders[name]]) for name, score in scores.items()}
+        return allocated(algorithm, problem, orders, values, skipped)
+    widths = uniform_widths if how == "uniform" else threshold_widths
+    kept, certificate = widths(problem.graph, scores, problem.table, problem.budget)
     return signed(algorithm, plan_of(problem.graph, orders, kept, certificate), skipped)
 
 

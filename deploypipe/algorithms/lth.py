@@ -19,8 +19,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from deploypipe.algorithms.base import Problem, masked_plan
+from deploypipe.algorithms.base import Problem
 from deploypipe.algorithms.options import option
+from deploypipe.algorithms.zeros import masked_plan
 from deploypipe.density import largest, prices
 from deploypipe.errors import UsageError
 from deploypipe.plan import KeepPlan

@@ -30,7 +30,9 @@ def test_prices_are_those_of_the_report(net: str, unit: str) -> None:
     graph = trace(model, example)
     price = prices(model, graph, unit)
     assert price.dense == pytest.approx({"MACs": macs, "params": params}[unit](graph))
-    masks = {n: torch.rand(s, generator=torch.Generator().manual_seed(0)) < 0.4 for n, s in graph.shapes.items() if n in price.sizes}
+    masks = {
+        n: torch.rand(s, generator=torch.Generator().manual_seed(0)) < 0.4 for n, s in graph.shapes.items() if n in price.sizes
+    }
     kept = {name: int(mask.sum()) for name, mask in masks.items()}
     assert price.cost(kept) == pytest.approx(NONZERO[unit](zeroed(model, masks), graph))
 

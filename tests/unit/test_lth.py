@@ -132,7 +132,9 @@ def test_biases_and_norms_are_never_pruned() -> None:
 
 def test_controls_share_the_masks() -> None:
     task = small_problem()
-    found = {c: make("lth", {**QUICK, "control": c}).train(task, trainer()) for c in ("ticket", "reinit", "random-mask", "finetune")}
+    found = {
+        c: make("lth", {**QUICK, "control": c}).train(task, trainer()) for c in ("ticket", "reinit", "random-mask", "finetune")
+    }
     masks = {c: {n: w != 0 for n, w in weights_of(task, model).items()} for c, model in found.items()}
     for name, mask in masks["ticket"].items():
         assert torch.equal(mask, masks["reinit"][name])
