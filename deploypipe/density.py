@@ -6,6 +6,7 @@ counts one, a multiply-accumulate as often as the weight is used in a forward pa
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -121,14 +122,15 @@ def largest(named: Mapping[str, Tensor], price: Prices, budget: float, alive: Ma
     each = torch.cat([torch.full((price.sizes[name],), price.each[name], dtype=torch.float64) for name in names])
     lives = torch.cat([alive[name].flatten().cpu() for name in names])
     starts = torch.tensor([0, *price.sizes.values()]).cumsum(0)
-    firsts = torch.stack([int(a) + torch.where(lives[a:b], flat[a:b], -1.0).argmax() for a, b in zip(starts, starts[1:])])  # noqa: B905
+    firsts = torch.stack([a + torch.where(lives[a:b], flat[a:b], -1.0).argmax() for a, b in pairwise(starts.tolist())])
     order = torch.argsort(torch.where(lives, flat, -1.0), descending=True, stable=True)[: int(lives.sum())]
     stays = torch.zeros(len(flat), dtype=torch.bool)
     stays[firsts] = True
     order = order[~stays[order]]
     spent = price.rest + float(each[firsts].sum()) + each[order].cumsum(0)
     stays[order[spent <= budget * (1 + 1e-12)]] = True
-    return {name: stays[a:b].view_as(named[name]) for name, a, b in zip(names, starts, starts[1:])}  # noqa: B905
+    parts = stays.split([price.sizes[name] for name in names])
+    return {name: part.view_as(named[name]) for name, part in zip(names, parts, strict=True)}
 
 
 def require_within(smallest: float, budget: float, price: Prices) -> None:

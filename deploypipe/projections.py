@@ -91,7 +91,8 @@ def two_in_four(weight: Tensor) -> Tensor:
     n_in = weight.shape[1]
     if n_in % BLOCK:
         raise NotApplicable(f"{n_in} inputs do not divide into blocks of {BLOCK}")
-    blocks = _cube(weight).detach().abs().movedim(1, 2).unflatten(2, (-1, BLOCK))
+    blocks = _cube(weight).detach().abs().movedim(1, 2)
+    blocks = blocks.reshape(*blocks.shape[:2], -1, BLOCK)
     order = torch.argsort(blocks, dim=-1, descending=True, stable=True)
     stays = torch.zeros_like(blocks, dtype=torch.bool).scatter_(-1, order[..., :IN_BLOCK], True)
     return stays.flatten(2).movedim(2, 1).reshape(weight.shape)

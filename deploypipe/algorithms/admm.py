@@ -102,7 +102,7 @@ class Admm:
         return Stack(group.name, members)
 
     def _norms(self, graph: Graph, group: Group, view: Mapping[str, Tensor]) -> Tensor:
-        return torch.linalg.vector_norm(self._stack(graph, group).read(view).double(), dim=1)
+        return self._stack(graph, group).read(view).double().square().sum(1).sqrt()
 
 
 @torch.no_grad()

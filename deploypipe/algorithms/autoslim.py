@@ -77,13 +77,12 @@ class AutoSlim:
         def cost(kept: Mapping[str, int]) -> float:
             return table.predict(graph, KeepPlan.of_widths(kept))
 
-        kept, found = graph.kept(), Accuracy(0.0, 0.0, 0)
+        path = [(graph.kept(), look(graph.kept()))]
         problem.reporter.stage("autoslim")
-        for n, (kept, found) in enumerate(slimmed(kept, legal, cost, look, problem.budget, self.prefer), 1):
-            problem.reporter.advance(n, f"{cost(kept):,.6g} of {problem.budget:,.6g} {table.unit}")
-        if cost(kept) > problem.budget:
-            kept = cheapest
-            found = look(kept)
+        for step in slimmed(graph.kept(), legal, cost, look, problem.budget, self.prefer):
+            path.append(step)
+            problem.reporter.advance(len(path) - 1, f"{cost(step[0]):,.6g} of {problem.budget:,.6g} {table.unit}")
+        kept, found = path[-1] if cost(path[-1][0]) <= problem.budget else (cheapest, look(cheapest))
         certificate = unproved(graph, kept, table, problem.budget, found.top1, "greedy")
         plan = KeepPlan.of_widths({name: kept[name] for name in legal})
         return signed(self, plan.replace(fingerprint=graph.fingerprint, certificate=certificate), {})

@@ -19,7 +19,7 @@ from deploypipe.cost import CostTable
 from deploypipe.errors import NotApplicable, UsageError
 from deploypipe.plan import Certificate, KeepPlan
 from deploypipe.progress import Reporter, Silent
-from deploypipe.stacks import rows as rows
+from deploypipe.stacks import rows as rows  # noqa: PLC0414 - part of what an algorithm may import from here
 from deploypipe.statistics import weights
 from deploypipe.types import Graph, Group, Member
 

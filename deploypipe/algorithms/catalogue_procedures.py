@@ -1,4 +1,4 @@
-"""What is known about the algorithms with a training procedure of their own: proximal terms, rounds, supernets, heads, fusion."""
+"""What is known about the algorithms that train by a procedure of their own: rounds, supernets, heads, fusion."""
 
 from deploypipe.algorithms.info import Info
 from deploypipe.algorithms.options import Option

@@ -1,5 +1,6 @@
-"""Lottery tickets (Frankle and Carbin, ICLR 2019): counts, bitwise rewinding, zeros that stay, and the order of the controls."""
+"""Lottery tickets (Frankle and Carbin, ICLR 2019): counts, bitwise rewinding, zeros that stay, the order of the controls."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_every_round_removes_the_same_share_of_what_is_left_and_nothing_returns(
     masks.append({name: weight != 0 for name, weight in weights_of(task, ticket).items()})
     for number, found in enumerate(masks):
         assert alive(found) == pytest.approx(n * (target / n) ** (number / 3), abs=3)
-    for before, after in zip(masks, masks[1:]):  # noqa: B905
+    for before, after in itertools.pairwise(masks):
         assert all(bool((before[name] | ~after[name]).all()) for name in before)
     assert NONZERO["params"](ticket, task.graph) <= task.budget
 
@@ -69,7 +70,7 @@ def test_the_largest_at_the_end_of_training_survive_over_all_layers() -> None:
     """The trap: magnitudes of the start, or a threshold counted over weights that are gone already."""
     task, seen, method = small_problem(), watched(), make("lth", QUICK)
     method.train(task, seen)
-    for (_, masks, end), (_, later, _) in zip(seen.rounds, seen.rounds[1:]):  # noqa: B905
+    for (_, masks, end), (_, later, _) in itertools.pairwise(seen.rounds):
         ends = weights_of(task, end)
         kept = torch.cat([ends[name][later[name]].abs() for name in masks])
         gone = torch.cat([ends[name][masks[name] & ~later[name]].abs() for name in masks])
