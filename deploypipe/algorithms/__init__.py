@@ -13,13 +13,17 @@ from deploypipe.plugins import known, resolve
 ENTRY_POINTS = "deploypipe.algorithms"
 
 ALGORITHMS: dict[str, str] = {
+    "depgraph": "deploypipe.algorithms.depgraph:DepGraph",
     "erk": "deploypipe.algorithms.erk:Erk",
+    "fpgm": "deploypipe.algorithms.fpgm:Fpgm",
     "halp": "deploypipe.algorithms.halp:Halp",
     "l1": "deploypipe.algorithms.l1:L1",
     "l2": "deploypipe.algorithms.l2:L2",
     "lamp": "deploypipe.algorithms.lamp:Lamp",
     "netadapt": "deploypipe.algorithms.netadapt:NetAdapt",
     "random": "deploypipe.algorithms.random:Random",
+    "slimming": "deploypipe.algorithms.slimming:Slimming",
+    "taylor": "deploypipe.algorithms.taylor:Taylor",
     "thinet": "deploypipe.algorithms.thinet:ThiNet",
 }
 
