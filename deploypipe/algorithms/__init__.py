@@ -16,7 +16,9 @@ ENTRY_POINTS = "deploypipe.algorithms"
 ALGORITHMS: dict[str, str] = {
     "admm": "deploypipe.algorithms.admm:Admm",
     "autoslim": "deploypipe.algorithms.autoslim:AutoSlim",
+    "depgraph": "deploypipe.algorithms.depgraph:DepGraph",
     "erk": "deploypipe.algorithms.erk:Erk",
+    "fpgm": "deploypipe.algorithms.fpgm:Fpgm",
     "halp": "deploypipe.algorithms.halp:Halp",
     "l1": "deploypipe.algorithms.l1:L1",
     "l2": "deploypipe.algorithms.l2:L2",
@@ -24,6 +26,8 @@ ALGORITHMS: dict[str, str] = {
     "lth": "deploypipe.algorithms.lth:Lth",
     "netadapt": "deploypipe.algorithms.netadapt:NetAdapt",
     "random": "deploypipe.algorithms.random:Random",
+    "slimming": "deploypipe.algorithms.slimming:Slimming",
+    "taylor": "deploypipe.algorithms.taylor:Taylor",
     "thinet": "deploypipe.algorithms.thinet:ThiNet",
 }
 

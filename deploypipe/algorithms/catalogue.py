@@ -18,7 +18,7 @@ SCORERS: dict[str, Info] = {
         "Shen et al., Structural Pruning via Latency-Saliency Knapsack, NeurIPS 2022, arXiv:2210.06659",
         2022,
         "structured, static, from a trained model, gradient and latency",
-        ("data", "labels"),
+        ("data", "labels", "gradients"),
         (
             Option("steps", 10, "pruning steps on the way to the budget", 1),
             Option("interval", 20, "mini-batches before each step, whose saliencies are averaged", 1),
@@ -67,6 +67,33 @@ SCORERS: dict[str, Info] = {
         "Li et al., Revisiting Random Channel Pruning for Neural Network Compression, CVPR 2022, arXiv:2205.05676",
         2022,
         "structured, static, baseline",
+    ),
+    "taylor": Info(
+        "taylor",
+        "Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, arXiv:1906.10771",
+        2019,
+        "structured, static, from a trained model, gradient",
+        ("data", "labels", "gradients"),
+        (
+            Option(
+                "on",
+                "gate",
+                "what is scaled to zero: a gate on the channel, or each weight of its filters by itself",
+                choices=("gate", "weight"),
+            ),
+            Option("order", "first", "order of the expansion", choices=("first", "second")),
+            Option("steps", 10, "pruning steps on the way to the budget", 1),
+            Option("interval", 20, "mini-batches before each step", 1),
+            Option("batch", 64, "images of one mini-batch", 2),
+            Option("lr", 0.001, "learning rate while the network adapts; 0 only measures", 0),
+            Option("probes", 1, "random probes of the Hessian for each mini-batch; 0 for its exact diagonal", 0),
+            Option(
+                "widths",
+                "threshold",
+                "what decides widths: one threshold, equal shares, or the exact allocator",
+                choices=("threshold", "uniform", "shares"),
+            ),
+        ),
     ),
     "thinet": Info(
         "thinet",
