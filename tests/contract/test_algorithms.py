@@ -33,8 +33,13 @@ from tests.toys import TOYS
 NETS = ["plain", "residual", "depthwise", "concat"]
 EVERY = pytest.mark.parametrize("name", sorted(ALGORITHMS))
 LEARNS = pytest.mark.parametrize("name", sorted(LEARNERS))
+SPARSE = sorted(name for name in ALGORITHMS if getattr(make(name), "sparse", False))
+CUTTING = pytest.mark.parametrize("name", sorted(set(ALGORITHMS) - set(SPARSE)))
 EVERYWHERE = pytest.mark.parametrize("net", NETS)
 FAST = {
+    "admm": {"train_epochs": 2, "rho": 0.3},
+    "autoslim": {"train_epochs": 1, "images": 16, "norm_images": 16},
+    "lth": {"rounds": 2, "train_epochs": 1},
     "depgraph": {"train_epochs": 1, "steps": 2},
     "fpgm": {"train_epochs": 1},
     "slimming": {"train_epochs": 1},
@@ -98,7 +103,7 @@ def finished(name: str, problem: Problem, plan: KeepPlan) -> nn.Module:
     return method.repair(small, problem, plan) if hasattr(method, "repair") else small
 
 
-@EVERY
+@CUTTING
 @EVERYWHERE
 def test_c1_masked_equals_sliced(name: str, net: str) -> None:
     problem = learned(name, task(net))
@@ -112,7 +117,7 @@ def test_c1_masked_equals_sliced(name: str, net: str) -> None:
     assert (dense - sliced).abs().max() > 1e-3 * dense.abs().max()
 
 
-@EVERY
+@CUTTING
 @EVERYWHERE
 def test_c2_no_group_is_emptied_under_the_hardest_budget(name: str, net: str) -> None:
     problem = learned(name, task(net))
@@ -125,7 +130,7 @@ def test_c2_no_group_is_emptied_under_the_hardest_budget(name: str, net: str) ->
     assert torch.isfinite(out).all()
 
 
-@EVERY
+@CUTTING
 @EVERYWHERE
 def test_c3_members_are_cut_alike_and_parameters_are_slices(name: str, net: str) -> None:
     problem = learned(name, task(net))
@@ -141,7 +146,7 @@ def test_c3_members_are_cut_alike_and_parameters_are_slices(name: str, net: str)
         assert torch.equal(small[param], expected)
 
 
-@EVERY
+@CUTTING
 @EVERYWHERE
 @pytest.mark.parametrize("table", [MacTable(multiple=1), ParamTable(multiple=1)], ids=["macs", "params"])
 def test_c4_c10_counted_cost_is_within_the_budget(name: str, net: str, table: MacTable | ParamTable) -> None:
@@ -253,7 +258,7 @@ def test_labels_are_read_only_if_declared(name: str) -> None:
     assert "labels" in INFO[name].needs or plans[0] == plans[1]
 
 
-@EVERY
+@CUTTING
 def test_plans_are_signed_and_survive_the_disk(name: str, tmp_path: Path) -> None:
     problem = task("residual")
     plan = algorithm(name).plan(problem)
