@@ -50,7 +50,9 @@ def untrained(seed: int = 0, width: int = 16) -> nn.Module:
 
 @cache
 def trained(seed: int = 0, width: int = 16) -> nn.Module:
-    return trainer(lr=0.1, seed=seed).fit(untrained(seed, width), 6)
+    model = trainer(lr=0.1, seed=seed).fit(untrained(seed, width), 6)
+    model.zero_grad()
+    return model
 
 
 def problem(model: nn.Module, share: float = 0.5, table: Any = None, seed: int = 0) -> Problem:

@@ -16,7 +16,9 @@ ENTRY_POINTS = "deploypipe.algorithms"
 ALGORITHMS: dict[str, str] = {
     "admm": "deploypipe.algorithms.admm:Admm",
     "autoslim": "deploypipe.algorithms.autoslim:AutoSlim",
+    "dcp": "deploypipe.algorithms.dcp:Dcp",
     "depgraph": "deploypipe.algorithms.depgraph:DepGraph",
+    "dkp": "deploypipe.algorithms.dkp:Dkp",
     "erk": "deploypipe.algorithms.erk:Erk",
     "fpgm": "deploypipe.algorithms.fpgm:Fpgm",
     "halp": "deploypipe.algorithms.halp:Halp",

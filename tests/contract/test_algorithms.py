@@ -39,6 +39,8 @@ EVERYWHERE = pytest.mark.parametrize("net", NETS)
 FAST = {
     "admm": {"train_epochs": 2, "rho": 0.3},
     "autoslim": {"train_epochs": 1, "images": 16, "norm_images": 16},
+    "dcp": {"train_epochs": 1, "heads": 1, "images": 48, "parts": 2},
+    "dkp": {"train_epochs": 1, "heads": 1, "images": 48, "parts": 2},
     "lth": {"rounds": 2, "train_epochs": 1},
     "depgraph": {"train_epochs": 1, "steps": 2},
     "fpgm": {"train_epochs": 1},

@@ -30,10 +30,10 @@ def _sparse_schemes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_not_zero_is_within_the_budget_and_every_channel_stays(
     name: str, net: str, table: MacTable | ParamTable
 ) -> None:
-    problem = learned(name, task(net, 0.4, table=table))
+    problem = learned(name, task(net, 0.7, table=table))  # dkp leaves depthwise and linear layers whole
     plan = algorithm(name).plan(problem)
     reached = NONZERO[table.unit](problem.model, problem.graph)
-    assert 0.25 * table.predict(problem.graph) < reached <= problem.budget
+    assert 0.5 * table.predict(problem.graph) < reached <= problem.budget
     assert dict(plan.keep) == {}
     assert plan.algorithm == name
     assert plan.certificate is not None
