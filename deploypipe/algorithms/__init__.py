@@ -16,6 +16,7 @@ ENTRY_POINTS = "deploypipe.algorithms"
 ALGORITHMS: dict[str, str] = {
     "admm": "deploypipe.algorithms.admm:Admm",
     "autoslim": "deploypipe.algorithms.autoslim:AutoSlim",
+    "dcff": "deploypipe.algorithms.dcff:Dcff",
     "dcp": "deploypipe.algorithms.dcp:Dcp",
     "depgraph": "deploypipe.algorithms.depgraph:DepGraph",
     "dkp": "deploypipe.algorithms.dkp:Dkp",

@@ -39,6 +39,18 @@ PROCEDURES: dict[str, Info] = {
             Option("norm_images", 512, "training images that renew a candidate's batch norms; 0 leaves them as they are", 0),
         ),
     ),
+    "dcff": Info(
+        "dcff",
+        "Lin et al., Training Compact CNNs for Image Classification using Dynamic-coded Filter Fusion, TPAMI 2023, arXiv:2107.06916",
+        2023,
+        "structured, static, trained from fresh weights, redundancy (similarity of filters)",
+        ("data", "labels", "training"),
+        (
+            Option("train_epochs", 20, "epochs in which filters are fused and trained", 0),
+            Option("start", "fresh", "weights that training starts from", choices=("fresh", "trained")),
+            Option("rise", 10.0, "how fast mixtures sharpen: k times the number of epochs", 1e-3, 500),
+        ),
+    ),
     "dcp": Info(
         "dcp",
         "Zhuang et al., Discrimination-aware Channel Pruning for Deep Neural Networks, NeurIPS 2018, arXiv:1810.11809",

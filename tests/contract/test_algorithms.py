@@ -39,6 +39,7 @@ EVERYWHERE = pytest.mark.parametrize("net", NETS)
 FAST = {
     "admm": {"train_epochs": 2, "rho": 0.3},
     "autoslim": {"train_epochs": 1, "images": 16, "norm_images": 16},
+    "dcff": {"train_epochs": 2},
     "dcp": {"train_epochs": 1, "heads": 1, "images": 48, "parts": 2},
     "dkp": {"train_epochs": 1, "heads": 1, "images": 48, "parts": 2},
     "lth": {"rounds": 2, "train_epochs": 1},
@@ -116,7 +117,9 @@ def test_c1_masked_equals_sliced(name: str, net: str) -> None:
         sliced = compact(problem.model, problem.graph, plan)(x)
         dense = problem.model(x)
     assert (masked - sliced).abs().max() <= 1e-5 * dense.abs().max()
-    assert (dense - sliced).abs().max() > 1e-3 * dense.abs().max()
+    assert macs(problem.graph, plan) < macs(problem.graph)
+    if not hasattr(algorithm(name), "train"):  # training may have left the channels dead that are cut
+        assert (dense - sliced).abs().max() > 1e-3 * dense.abs().max()
 
 
 @CUTTING
