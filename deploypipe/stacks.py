@@ -7,7 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deploypipe.types import Member
+from deploypipe.errors import NotApplicable
+from deploypipe.types import Graph, Group, Member
+
+SIDES = {"filter": ("produces", "carries"), "channel": ("consumes",)}  # whose slices make up a channel
 
 
 def rows(tensor: Tensor, member: Member) -> Tensor:
@@ -41,6 +44,24 @@ class Stack:
     def of_weight(cls, param: str, shape: Sequence[int]) -> "Stack":
         """Return the stack of a whole weight: its rows are those of its first axis, in order."""
         return cls(param, (Member(param, 0, "produces", np.arange(shape[0])),))
+
+    @classmethod
+    def of_group(cls, graph: Graph, group: Group, side: str) -> "Stack":
+        """Return the stack of what makes the channels of a group ("filter"), norms included, or of what reads them ("channel").
+
+        Behind a norm the filter's scale and shift belong to it: the filter alone can be scaled at will.
+
+        Raises:
+            NotApplicable: No weight does.
+        """
+        members = tuple(m for m in group.members if m.role in SIDES[side] and m.param not in graph.buffers)
+        if not any(len(graph.shapes[member.param]) > 1 for member in members):
+            raise NotApplicable(f"no weight {'makes' if side == 'filter' else 'reads'} its channels")
+        return cls(group.name, members)
+
+    def norms(self, named: Mapping[str, Tensor]) -> Tensor:
+        """Return the (channels,) Euclidean norms of the rows."""
+        return self.read(named).double().square().sum(1).sqrt()
 
     def read(self, named: Mapping[str, Tensor]) -> Tensor:
         """Return the (channels, K) matrix, a copy."""

@@ -15,6 +15,7 @@ ENTRY_POINTS = "deploypipe.algorithms"
 
 ALGORITHMS: dict[str, str] = {
     "admm": "deploypipe.algorithms.admm:Admm",
+    "autocompress": "deploypipe.algorithms.autocompress:AutoCompress",
     "autoslim": "deploypipe.algorithms.autoslim:AutoSlim",
     "dcff": "deploypipe.algorithms.dcff:Dcff",
     "dcp": "deploypipe.algorithms.dcp:Dcp",

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deploypipe.algorithms.base import Problem, judged, shared_out
 from deploypipe.algorithms.options import option
@@ -28,13 +28,9 @@ from deploypipe.errors import NotApplicable
 from deploypipe.plan import KeepPlan
 from deploypipe.projections import KeepRows, KeepTwoInFour, KeepUnits, require_sparse_shape
 from deploypipe.proximal import AdmmHook, Constraint
-from deploypipe.stacks import Stack
+from deploypipe.stacks import SIDES, Stack
 from deploypipe.statistics import weights
 from deploypipe.training.trainer import Trainer
-from deploypipe.types import Graph, Group
-
-ROLES = {"filter": ("produces", "carries"), "channel": ("consumes",)}  # whose slices make up a channel
-
 
 @dataclass(frozen=True)
 class Admm:
@@ -50,7 +46,7 @@ class Admm:
     @property
     def sparse(self) -> bool:
         """Whether the result is zeros inside weights, which no dense runtime skips."""
-        return self.scheme not in ROLES
+        return self.scheme not in SIDES
 
     def train(self, problem: Problem, trainer: Trainer) -> nn.Module:
         """Train with the pull; weights of the unstructured schemes end on their projection.
@@ -79,14 +75,16 @@ class Admm:
         if self.sparse:
             return masked_plan(self, problem)
         view = weights(problem.model)
-        norms, skipped = judged(problem.graph, lambda group: self._norms(problem.graph, group, view).cpu().numpy())
+        graph = problem.graph
+        norms, skipped = judged(graph, lambda group: Stack.of_group(graph, group, self.scheme).norms(view).cpu().numpy())
         return shared_out(self, problem, norms, skipped, "shares")
 
     def _of_groups(self, problem: Problem) -> Iterator[Constraint]:
         """Yield for every group its slices and the number of channels that the budget allows."""
         for name, channels in self.plan(problem).keep.items():
             if len(channels) < problem.graph.group(name).size:
-                yield Constraint(self._stack(problem.graph, problem.graph.group(name)), KeepRows(len(channels)))
+                stack = Stack.of_group(problem.graph, problem.graph.group(name), self.scheme)
+                yield Constraint(stack, KeepRows(len(channels)))
 
     def _of_weights(self, problem: Problem) -> Iterator[Constraint]:
         price = prices(problem.model, problem.graph, problem.table.unit)
@@ -94,15 +92,6 @@ class Admm:
         found = _two_in_four if self.scheme == "2:4" else _entries
         for name, keep in found(problem, price).items():
             yield Constraint(Stack.of_weight(name, keep.shape), keep)
-
-    def _stack(self, graph: Graph, group: Group) -> Stack:
-        members = tuple(m for m in group.members if m.role in ROLES[self.scheme] and m.param not in graph.buffers)
-        if not any(len(graph.shapes[member.param]) > 1 for member in members):
-            raise NotApplicable(f"no weight {'makes' if self.scheme == 'filter' else 'reads'} its channels")
-        return Stack(group.name, members)
-
-    def _norms(self, graph: Graph, group: Group, view: Mapping[str, Tensor]) -> Tensor:
-        return self._stack(graph, group).read(view).double().square().sum(1).sqrt()
 
 
 @torch.no_grad()

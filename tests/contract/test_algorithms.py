@@ -38,6 +38,7 @@ CUTTING = pytest.mark.parametrize("name", sorted(set(ALGORITHMS) - set(SPARSE)))
 EVERYWHERE = pytest.mark.parametrize("net", NETS)
 FAST = {
     "admm": {"train_epochs": 2, "rho": 0.3},
+    "autocompress": {"rounds": 2, "train_epochs": 2, "evaluations": 4, "images": 16, "norm_images": 16},
     "autoslim": {"train_epochs": 1, "images": 16, "norm_images": 16},
     "dcff": {"train_epochs": 2},
     "dcp": {"train_epochs": 1, "heads": 1, "images": 48, "parts": 2},

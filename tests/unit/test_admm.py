@@ -16,6 +16,7 @@ from deploypipe.errors import BudgetError, NotApplicable
 from deploypipe.graph import trace
 from deploypipe.projections import two_in_four
 from deploypipe.sparsity import NONZERO
+from deploypipe.stacks import Stack
 from deploypipe.training.evaluate import recalibrate
 from deploypipe.training.masked import MaskedWeights
 from tests.shapes import accuracy, data, problem, trained, trainer
@@ -91,7 +92,7 @@ def test_the_widths_of_the_plan_are_those_that_training_was_told() -> None:
 def test_a_filter_has_the_scale_and_shift_of_its_norm_beside_it() -> None:
     """The trap: a filter alone is pulled to zero for nothing, because the norm behind it takes every scale back."""
     task = problem(trained())
-    stacks = {s: make("admm", {"scheme": s})._stack(task.graph, task.graph.group("1.0")) for s in ("filter", "channel")}
+    stacks = {s: Stack.of_group(task.graph, task.graph.group("1.0"), s) for s in ("filter", "channel")}
     assert {m.param for m in stacks["filter"].members} == {"1.0.weight", "1.1.weight", "1.1.bias"}
     assert {m.param for m in stacks["channel"].members} == {"2.0.weight"}
     assert stacks["filter"].read(dict(task.model.named_parameters())).shape == (16, 16 * 9 + 2)
@@ -102,12 +103,12 @@ def test_the_joint_norm_decides_in_coupled_groups(scheme: str) -> None:
     """In the residual toy one layer's large filter is not outvoted by counting layers: norms add as squares."""
     model, example = TOYS["residual"]()
     graph = trace(model, example)
-    method, group = make("admm", {"scheme": scheme}), graph.group("stem.0")
+    group = graph.group("stem.0")
     members = [m for m in group.members if (m.role == "consumes") == (scheme == "channel") and m.param not in graph.buffers]
     named = {name: p.detach() for name, p in model.named_parameters()}
     squares = sum(named[m.param].movedim(m.axis, 0).reshape(8, -1).square().sum(1).double() for m in members)
     assert len([m for m in members if named[m.param].dim() > 1]) == {"filter": 2, "channel": 3}[scheme]
-    torch.testing.assert_close(method._norms(graph, group, named), torch.as_tensor(squares).sqrt(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(Stack.of_group(graph, group, scheme).norms(named), torch.as_tensor(squares).sqrt(), atol=1e-6, rtol=1e-5)
 
 
 def test_two_in_four_holds_in_every_block_and_through_training() -> None:
@@ -154,7 +155,7 @@ def test_a_group_that_no_weight_makes_is_skipped() -> None:
     graph = trace(model, example)
     group = replace(graph.group("0.0"), members=tuple(m for m in graph.group("0.0").members if m.role == "carries"))
     with pytest.raises(NotApplicable, match="no weight makes"):
-        make("admm")._stack(graph, group)
+        Stack.of_group(graph, group, "filter")
 
 
 def test_the_users_model_is_left_alone() -> None:
