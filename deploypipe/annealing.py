@@ -94,12 +94,12 @@ def rescaled(rates: Rates, fits: Callable[[Rates], bool]) -> Rates:
 
 
 def guided(sizes: NDArray[np.float64], rng: np.random.Generator) -> Rates:
-    """Return random rates with which no layer is pruned less than a smaller one.
+    """Return random rates with which no layer is pruned less than a smaller one, the largest at most twice as much as the least.
 
     Args:
         sizes: Weights of each layer.
         rng: Of the draw.
     """
     rates = np.empty(len(sizes))
-    rates[np.argsort(sizes, kind="stable")] = np.sort(rng.uniform(0, 1, len(sizes)))
+    rates[np.argsort(sizes, kind="stable")] = np.sort(rng.uniform(0.5, 1, len(sizes)))
     return rates

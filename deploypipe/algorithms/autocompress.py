@@ -8,8 +8,8 @@ dense cost; the paper counts weights. Rates are of groups of coupled channels, a
 same there; column pruning is left out, because no dense runtime is faster for it. Rates become widths that the table offers.
 The temperature is in units of accuracy. The annealing starts from guided rates (no group is pruned less than one with fewer
 weights), and they are free afterwards. A candidate is judged after renewing its batch norms. Purification takes off dead
-channels, and then the weakest ones by the same annealing, as long as the accuracy on held-out images falls by no more than
-`delta`. The final fine-tuning is that of the run.
+channels, and with `delta` the weakest ones by the same annealing, as long as the accuracy on held-out images falls by no more
+than that; by default it does not go below the budget. The final fine-tuning is that of the run.
 """
 
 from collections.abc import Callable, Mapping
@@ -52,7 +52,7 @@ class AutoCompress:
     spread: float = option(0.35, "largest change of a rate at the first temperature", low=0, high=1)
     rho: float = option(0.1, "strength of ADMM's pull at the start of a round", low=0)
     growth: float = option(1.4, "factor on rho after every epoch", low=1)
-    delta: float = option(0.005, "accuracy that purification may cost; 0 takes off dead channels only", low=0, high=1)
+    delta: float = option(0.0, "accuracy that purification may cost; 0 takes off dead channels only", low=0, high=1)
     images: int = option(1000, "training images that are held out to judge candidates, at most half of all", low=1)
     norm_images: int = option(512, "training images that renew a candidate's batch norms; 0 leaves them as they are", low=0)
 

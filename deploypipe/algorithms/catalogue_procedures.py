@@ -34,7 +34,7 @@ PROCEDURES: dict[str, Info] = {
             Option("spread", 0.35, "largest change of a rate at the first temperature", 0, 1),
             Option("rho", 0.1, "strength of ADMM's pull at the start of a round", 0),
             Option("growth", 1.4, "factor on rho after every epoch", 1),
-            Option("delta", 0.005, "accuracy that purification may cost; 0 takes off dead channels only", 0, 1),
+            Option("delta", 0.0, "accuracy that purification may cost; 0 takes off dead channels only", 0, 1),
             Option("images", 1000, "training images that are held out to judge candidates, at most half of all", 1),
             Option("norm_images", 512, "training images that renew a candidate's batch norms; 0 leaves them as they are", 0),
         ),
