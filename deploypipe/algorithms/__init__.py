@@ -22,7 +22,12 @@ ALGORITHMS: dict[str, str] = {
     "lamp": "deploypipe.algorithms.lamp:Lamp",
     "netadapt": "deploypipe.algorithms.netadapt:NetAdapt",
     "random": "deploypipe.algorithms.random:Random",
+    "random-search": "deploypipe.algorithms.random_search:RandomSearch",
+    "scp": "deploypipe.algorithms.scp:Scp",
+    "scratch-b": "deploypipe.algorithms.scratch:ScratchB",
+    "scratch-e": "deploypipe.algorithms.scratch:ScratchE",
     "slimming": "deploypipe.algorithms.slimming:Slimming",
+    "smcp": "deploypipe.algorithms.smcp:Smcp",
     "taylor": "deploypipe.algorithms.taylor:Taylor",
     "thinet": "deploypipe.algorithms.thinet:ThiNet",
 }

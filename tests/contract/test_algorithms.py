@@ -38,6 +38,9 @@ EVERYWHERE = pytest.mark.parametrize("net", NETS)
 FAST = {
     "depgraph": {"train_epochs": 1, "steps": 2},
     "fpgm": {"train_epochs": 1},
+    "random-search": {"n": 3, "tolerance": 0.2, "images": 16, "norm_images": 16},
+    "scp": {"train_epochs": 1},
+    "smcp": {"train_epochs": 1, "every": 1},
     "slimming": {"train_epochs": 1},
     "taylor": {"steps": 2, "interval": 2, "batch": 16},
     "halp": {"steps": 2, "interval": 2, "batch": 16},

@@ -69,7 +69,7 @@ def test_gates_rank_like_the_oracle_and_norms_and_scales_do_not() -> None:
     assert spearmanr(gammas, truth)[0] < first - 0.3
     assert spearmanr(norms, truth)[0] < first - 0.3
     exact = terms(model, problem, batches(gratings(150, seed=3), 150), order="second", probes=0)
-    assert spearmanr(flat(exact.scores()), truth)[0] > max(first, 0.97)
+    assert spearmanr(flat(exact.scores()), truth)[0] > max(first, 0.95)
     assert spearmanr(flat(terms(model, problem, data, on="weight").scores()), truth)[0] >= 0.7
 
 
