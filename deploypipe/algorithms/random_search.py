@@ -3,11 +3,12 @@
 Li et al., Revisiting Random Channel Pruning for Neural Network Compression, CVPR 2022, arXiv:2205.05676, section 3; the
 authors' repository holds no code.
 
-Deviations: the number of networks, the smallest keep ratio and the tolerance are our choices. A network is taken if its cost is
-at most the budget and at least `1 - tolerance` of it; ratios are never rescaled to fit, but while hardly any draw fits, the
-largest ratio is lowered by a tenth. Networks are judged on held-out training images after renewing their batch norm statistics;
-the least squares update of weights, an option of the paper, is left to fine-tuning. If no draw fits at all, the cheapest widths
-are taken.
+Deviations: the number of networks, the smallest keep ratio and the tolerance are our choices. A network is taken if its
+cost is at most the budget and at least `1 - tolerance` of it; ratios are never rescaled to fit, but while hardly any draw
+fits, the largest ratio is lowered by a fifth; where widths are too coarse for the tolerance, the nearest ones below the
+budget are taken. Networks are judged on held-out training images after renewing their batch norm statistics; the least
+squares update of weights, an option of the paper, is left to fine-tuning. If no draw fits at all, the cheapest widths are
+taken.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,8 +30,8 @@ from deploypipe.statistics import batch_size, generator
 from deploypipe.training.evaluate import Accuracy, evaluate, recalibrate
 
 MOST_HELD_OUT = 0.5
-PATIENCE = 200  # draws for each network wanted, before the largest ratio is lowered
-LOWERINGS = 40
+PATIENCE = 100  # draws for each network wanted, before the largest ratio is lowered
+LOWER, LOWERINGS = 0.8, 15
 Widths = Mapping[str, int]
 
 
@@ -74,21 +75,27 @@ class RandomSearch:
 
 
 def accepted(problem: Problem, names: Sequence[str], options: RandomSearch) -> list[Widths]:
-    """Return up to `n` drawn networks, different ones, whose cost is within the tolerance below the budget."""
-    found: dict[tuple[int, ...], Widths] = {}
-    high = 1.0
+    """Return up to `n` drawn networks, different ones, whose cost is within the tolerance below the budget.
+
+    Where widths are too coarse for that, those that come nearest from below; none if no draw fits at all.
+    """
+    high, below = 1.0, dict[tuple[int, ...], tuple[float, Widths]]()
     for lowering in range(LOWERINGS):
+        found: dict[tuple[int, ...], Widths] = {}
         stream = draws(problem, names, (min(options.r_min, high), high), lowering)
         for _, kept in zip(range(PATIENCE * options.n), stream, strict=False):
             cost = problem.table.predict(problem.graph, KeepPlan.of_widths(kept))
+            if cost <= problem.budget:
+                below[tuple(kept.values())] = (cost, kept)
             if (1 - options.tolerance) * problem.budget <= cost <= problem.budget:
                 found.setdefault(tuple(kept.values()), kept)
             if len(found) == options.n:
-                return list(found.values())
+                break
         if found:
             return list(found.values())
-        high *= 0.9
-    return []
+        high *= LOWER
+    nearest = sorted(below.values(), key=lambda network: -network[0])[: options.n]
+    return [kept for _, kept in nearest]
 
 
 def draws(problem: Problem, names: Sequence[str], ratios: tuple[float, float], lowering: int = 0) -> Iterator[dict[str, int]]:

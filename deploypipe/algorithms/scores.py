@@ -42,7 +42,8 @@ def geometric_median(points: Tensor, steps: int = WEISZFELD_STEPS) -> Tensor:
 
 def median_distances(filters: Tensor) -> Tensor:
     """Return for each of (C, K) filters its distance to their geometric median (Fermat point), (C,)."""
-    return torch.linalg.vector_norm(filters - geometric_median(filters), dim=1)
+    distances: Tensor = torch.linalg.vector_norm(filters - geometric_median(filters), dim=1)
+    return distances
 
 
 def _of_filters(measure: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Group, int], Tensor]:

@@ -3,11 +3,12 @@
 Kang and Han, Operation-Aware Soft Channel Pruning using Differentiable Masks, ICML 2020, arXiv:2007.03938, section 3.
 
 Deviations: there is no public code, and the form of the penalty is our choice: `lambda` times the summed probability that a
-channel stays, raised from 0 in the first 15 % of the steps; the temperature falls from 1 to 0.1 in the last third. The mask
-stands behind the batch norm instead of behind the ReLU, which is the same, since it is not negative. Coupled channels share one
-mask, from the sum of the independent normal terms that they are made of (behind a depthwise layer: of its own norm). Groups
-whose readers see negative values have no ReLU and stay whole. Training goes on from the user's model. What is left of the
-masks is folded into the batch norms, and channels go by one threshold on their probability, as low as the budget asks.
+channel stays, raised from 0 in the first 15 % of the steps, with a weight that follows by default from the length of the
+training (`reach`); the temperature falls from 1 to 0.1 in the last third. The mask stands behind the batch norm instead of
+behind the ReLU, which is the same, since it is not negative. Coupled channels share one mask, from the sum of the
+independent normal terms that they are made of (behind a depthwise layer: of its own norm). Groups whose readers see
+negative values have no ReLU and stay whole. Training goes on from the user's model. What is left of the masks is folded
+into the batch norms, and channels go by one threshold on their probability, as low as the budget asks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,14 +41,17 @@ class Scp:
 
     name: ClassVar[str] = "scp"
     train_epochs: int = option(5, "epochs of training with sampled masks, before channels are chosen", low=0)
-    lambda_: float = option(0.003, "weight of the penalty on the number of channels that stay", low=0)
+    lambda_: float = option(0.0, "weight of the penalty on the number of channels that stay; 0 lets reach decide", low=0)
+    reach: float = option(3.0, "how far a gradient of 1 times the penalty's weight moves a shift during the training", low=0)
     widths: str = option("threshold", "what decides widths: one threshold, equal shares, or the exact allocator",
                          choices=SHARED_OUT)  # fmt: skip
 
     def train(self, problem: Problem, trainer: Trainer) -> nn.Module:
         """Train all masks, then fold their expectation into the batch norms."""
         masks, _ = judged(problem.graph, lambda group: Mask.of(problem.model, problem.graph, group))
-        hook = SoftMasks(masks, self.lambda_, trainer.n_steps(self.train_epochs))
+        n_steps = trainer.n_steps(self.train_epochs)
+        weight = self.lambda_ or self.reach / (trainer.settings.travel(n_steps) or 1.0)
+        hook = SoftMasks(masks, weight, n_steps)
         return trainer.fit(problem.model, self.train_epochs, [hook])
 
     def plan(self, problem: Problem) -> KeepPlan:
@@ -149,7 +153,7 @@ class SoftMasks(TrainHook):
 
 def keep_probability(beta: Tensor, gamma: Tensor) -> Tensor:
     """Return `Phi(beta / |gamma|)`, the probability that a normal variable N(beta, gamma^2) is positive."""
-    return (0.5 * (1 + torch.erf(beta / (sqrt(2) * gamma.abs())))).clamp(SURE, 1 - SURE)
+    return (0.5 * (1 + torch.erf(beta / (sqrt(2) * gamma.abs().clamp_min(SURE))))).clamp(SURE, 1 - SURE)
 
 
 def soft_mask(q: Tensor, tau: float, noise: Tensor | None = None) -> Tensor:

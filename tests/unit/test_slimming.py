@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from deploypipe.algorithms import make
-from deploypipe.algorithms.slimming import ScalePenalty, penalty_weight, scale_sums
+from deploypipe.algorithms.slimming import ScalePenalty, scale_sums
 from deploypipe.errors import NotApplicable
 from deploypipe.gates import norms_of
 from deploypipe.graph import trace
@@ -67,7 +67,7 @@ def test_one_step_moves_every_scale_by_lr_lambda_towards_zero_and_zero_stays() -
 
 def test_reach_is_how_far_the_penalty_alone_moves_a_scale() -> None:
     settings, n = TrainSettings(lr=0.05, warmup=0.1), 200
-    weight = penalty_weight(1.5, settings, n)
+    weight = 1.5 / settings.travel(n)
     gamma = nn.Parameter(torch.tensor([10.0]))
     optimizer = torch.optim.SGD([gamma], lr=1.0, momentum=settings.momentum, nesterov=True)
     for step in range(n):
@@ -75,7 +75,7 @@ def test_reach_is_how_far_the_penalty_alone_moves_a_scale() -> None:
         gamma.grad = weight * gamma.detach().sign()
         optimizer.step()
     assert float(10 - gamma.detach()) == pytest.approx(1.5, rel=0.1)
-    assert penalty_weight(1.5, replace(settings, lr=0.1), n) == pytest.approx(weight / 2)
+    assert 1.5 / replace(settings, lr=0.1).travel(n) == pytest.approx(weight / 2)
 
 
 def test_one_threshold_gives_uneven_widths_and_never_empties_a_group() -> None:
