@@ -1,6 +1,7 @@
 """Scores of channels that several methods share: norms, distances, batch norms, gradients, activations. Higher = keep."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 
 from deploypipe.algorithms.base import filter_norms, producers, rows
 from deploypipe.gates import norms_of
-from deploypipe.statistics import generator, weights
-from deploypipe.types import Group
+from deploypipe.statistics import evaluating, generator, weights
+from deploypipe.types import Graph, Group
 
 WEISZFELD_STEPS = 200
 Scores = NDArray[np.float64]
@@ -83,3 +84,65 @@ def data_free(criterion: str, model: nn.Module, seed: int) -> Judge:
         return found
 
     return judge
+
+
+ENTROPY_BINS = 16
+
+
+def activation_scores(model: nn.Module, graph: Graph, inputs: Iterable[Tensor]) -> dict[str, dict[str, Scores]]:
+    """Return "apoz" and "entropy" scores by group, from what the first layer that reads each group meets.
+
+    "apoz": the share of values that are not zero, 1 - APoZ (Hu et al., Network Trimming, 2016, arXiv:1607.03250). "entropy":
+    that of the distribution over images of the mean value, in bins between its extremes (Luo and Wu, An Entropy-based Pruning
+    Method for CNN Compression, 2017, arXiv:1706.05791). Groups that no module reads are missing.
+
+    Args:
+        model: Is run in evaluation mode.
+        graph: Its channel graph.
+        inputs: Batches of the model's input.
+    """
+    modules = dict(model.named_modules())
+    alive: dict[str, list[Tensor]] = {}
+    means: dict[str, list[Tensor]] = {}
+
+    def read(group: Group, owner: Tensor, axis: int, x: Tensor) -> None:
+        slots = x.movedim(axis, 1).flatten(2) if x.dim() > 2 else x[:, :, None]
+        owned, n = owner >= 0, int((owner == 0).sum())
+        by_channel = slots.new_zeros(2, len(x), group.size)
+        for i, values in enumerate((slots.ne(0).float().mean(2), slots.float().mean(2))):
+            by_channel[i].index_add_(1, owner[owned], values[:, owned] / n)
+        alive.setdefault(group.name, []).append(by_channel[0])
+        means.setdefault(group.name, []).append(by_channel[1])
+
+    handles = []
+    for group in graph.prunable:
+        for member in group.members:
+            module = modules.get(member.param.rpartition(".")[0])
+            if member.role == "consumes" and module is not None:
+                axis, owner = (-1 if isinstance(module, nn.Linear) else 1), torch.from_numpy(member.owner)
+                hook = partial(_first_argument, partial(read, group, owner, axis))
+                handles.append(module.register_forward_pre_hook(hook))
+                break
+    try:
+        with evaluating(model), torch.inference_mode():
+            for batch in inputs:
+                model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    apoz = {name: torch.cat(parts).double().mean(0).numpy() for name, parts in alive.items()}
+    return {"apoz": apoz, "entropy": {name: entropies(torch.cat(parts).double().numpy()) for name, parts in means.items()}}
+
+
+def _first_argument(read: Callable[[Tensor], None], module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    read(args[0])
+
+
+def entropies(values: Scores, bins: int = ENTROPY_BINS) -> Scores:
+    """Return the entropy (nats) of each column of (N, C) values, in equal bins between its smallest and largest value."""
+    low, span = values.min(0), np.ptp(values, axis=0)
+    index = np.minimum((bins * (values - low) / np.where(span > 0, span, 1)).astype(int), bins - 1)
+    shares = np.stack([(index == i).mean(0) for i in range(bins)])
+    logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
+    found: Scores = -(shares * logs).sum(0)
+    return found
