@@ -28,7 +28,7 @@ from deploypipe.cli.build import parse_settings
 from deploypipe.cli.main import app, run
 from deploypipe.curves import Curves, Point
 from deploypipe.errors import BackendError, BudgetError, DeployPipeError, ModelError, TargetError, UsageError
-from deploypipe.inspection import Inspection
+from deploypipe.inspection import GroupFacts, Inspection, LayerFacts
 from deploypipe.measurement import Latency
 from deploypipe.progress import Reporter
 from deploypipe.report import Check, Report
