@@ -87,20 +87,16 @@ def feeders(model: nn.Module, example: tuple[object, ...]) -> dict[str, str]:
     return found
 
 
-def first_norms(model: nn.Module, graph: Graph, group: Group) -> list[Norm]:
-    """Return the group's batch norms that follow a layer which makes its channels: where one gate on each acts once.
-
-    A depthwise layer carries the channels on; a gate on the norm behind it as well would act twice.
+def last_norms(model: nn.Module, graph: Graph, group: Group) -> list[Norm]:
+    """Return the group's batch norms that its readers see: behind depthwise layers that carry the channels on, else all.
 
     Raises:
         NotApplicable: There is none.
     """
-    carried = {member.param.rpartition(".")[0] for member in group.members if member.role == "carries"}
-    fed_by = feeders(model, graph.example)
-    found = [norm for norm in norms_of(model, group) if fed_by.get(norm.name) not in carried]
-    if not found:
-        raise NotApplicable("no batch norm follows the layer that makes its channels")
-    return found
+    carriers = {member.param.rpartition(".")[0] for member in group.members if member.role == "carries"}
+    norms, fed_by = norms_of(model, group), feeders(model, graph.example)
+    behind = [norm for norm in norms if fed_by.get(norm.name) in carriers]
+    return behind or norms
 
 
 def gate_forward(model: nn.Module, norms: Sequence[Norm], gates: Mapping[str, Tensor]) -> list[RemovableHandle]:
@@ -148,18 +144,18 @@ class Scaled:
 
 
 def gated_parameters(model: nn.Module, graph: Graph, group: Group) -> list[Scaled]:
-    """Return what one gate on each channel multiplies: batch norms behind the layers that make it, and layers without one.
+    """Return what one gate on each channel multiplies: its batch norms, and the layers that make it without one behind them.
 
-    A gate before the ReLU scales what comes out of it, and one factor on all terms of a residual sum scales the sum. So this is
-    a gate on the trunk as well, as long as it is positive.
+    In training mode that is a gate on what the readers of the channel see. A norm takes back every scale of what it reads, so
+    that of several norms in a row (before and behind a depthwise layer) only the last one counts; and one positive factor on
+    all terms of a residual sum scales the sum, also behind a ReLU.
 
     Raises:
         NotApplicable: Nothing can be scaled.
     """
-    fed_by, parameters = feeders(model, graph.example), dict(model.named_parameters())
-    normalised = set(fed_by.values())
+    normalised, parameters = set(feeders(model, graph.example).values()), dict(model.named_parameters())
     try:
-        norms = {norm.name for norm in first_norms(model, graph, group)}
+        norms = {norm.name for norm in norms_of(model, group)}
     except NotApplicable:
         norms = set()
     found = [

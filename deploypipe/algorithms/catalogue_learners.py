@@ -38,6 +38,19 @@ LEARNERS: dict[str, Info] = {
             _widths("uniform", "what decides widths: equal shares, one threshold, or the exact allocator"),
         ),
     ),
+    "scp": Info(
+        "scp",
+        "Kang and Han, Operation-Aware Soft Channel Pruning using Differentiable Masks, ICML 2020, arXiv:2007.03938",
+        2020,
+        "structured, static, from a trained model, penalty on differentiable masks",
+        _TRAINING,
+        (
+            Option("train_epochs", 5, "epochs of training with sampled masks, before channels are chosen", 0),
+            Option("lambda_", 0.0, "weight of the penalty on the number of channels that stay; 0 lets reach decide", 0),
+            Option("reach", 3.0, "how far a gradient of 1 times the penalty's weight moves a shift during the training", 0),
+            _widths("threshold", "what decides widths: one threshold, equal shares, or the exact allocator"),
+        ),
+    ),
     "slimming": Info(
         "slimming",
         "Liu et al., Learning Efficient Convolutional Networks through Network Slimming, ICCV 2017, arXiv:1708.06519",
@@ -49,6 +62,26 @@ LEARNERS: dict[str, Info] = {
             Option("lambda_", 0.0, "weight of the penalty; 0 lets reach decide", 0),
             Option("reach", 1.0, "how far the penalty alone can move a scale during the training", 0),
             _widths("threshold", "what decides widths: one threshold, equal shares, or the exact allocator"),
+        ),
+    ),
+    "smcp": Info(
+        "smcp",
+        "Humble et al., Soft Masking for Cost-Constrained Channel Pruning, ECCV 2022, arXiv:2211.02206",
+        2022,
+        "structured, static, from a trained model, magnitude or gradient and latency, soft masks",
+        _TRAINING,
+        (
+            Option("train_epochs", 5, "epochs of training with soft masks, before channels are chosen", 0),
+            Option("every", 80, "steps from one choice of channels to the next", 1),
+            Option("warmup", 0.1, "share of the training before the first choice", 0, 1),
+            Option("cooldown", 0.3, "share of the training after the last choice, with fixed masks", 0, 1),
+            Option("decay", 2e-4, "decay of masked weights", 0),
+            Option(
+                "importance",
+                "magnitude",
+                "what an input channel is worth: sum of |w|, or |sum of w dE/dw|",
+                choices=("magnitude", "taylor"),
+            ),
         ),
     ),
 }

@@ -22,7 +22,7 @@ from deploypipe.algorithms.base import SHARED_OUT, Problem, judged, shared_out
 from deploypipe.algorithms.options import option
 from deploypipe.gates import Norm, norms_of
 from deploypipe.plan import KeepPlan
-from deploypipe.training.settings import TrainHook, TrainSettings
+from deploypipe.training.settings import TrainHook
 from deploypipe.training.trainer import Trainer
 from deploypipe.types import Group
 
@@ -41,8 +41,8 @@ class Slimming:
     def train(self, problem: Problem, trainer: Trainer) -> nn.Module:
         """Train with the penalty on the scales of all channels that may go."""
         norms, _ = judged(problem.graph, lambda group: norms_of(problem.model, group))
-        n_steps = trainer.n_steps(self.train_epochs)
-        weight = self.lambda_ or penalty_weight(self.reach, trainer.settings, n_steps)
+        travel = trainer.settings.travel(trainer.n_steps(self.train_epochs))
+        weight = self.lambda_ or (self.reach / travel if travel else 0.0)
         return trainer.fit(problem.model, self.train_epochs, [ScalePenalty([*chain(*norms.values())], weight)])
 
     def plan(self, problem: Problem) -> KeepPlan:
@@ -70,12 +70,6 @@ class ScalePenalty(TrainHook):
             gamma = model.get_parameter(f"{name}.weight")
             if gamma.grad is not None:
                 gamma.grad += self._weight * torch.sign(gamma) * chosen.to(gamma)
-
-
-def penalty_weight(reach: float, settings: TrainSettings, n_steps: int) -> float:
-    """Return the lambda with which the penalty alone moves a scale by `reach` in so many steps."""
-    moved = sum(settings.lr_at(step, n_steps) for step in range(n_steps)) / (1 - settings.momentum)
-    return reach / moved if moved else 0.0
 
 
 def scale_sums(model: nn.Module, group: Group) -> Tensor:

@@ -1,6 +1,7 @@
 """What every algorithm owes the pipeline, over every row of the table: contracts C1 to C8 and C10."""
 
 import dataclasses
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,9 @@ FAST = {
     "lth": {"rounds": 2, "train_epochs": 1},
     "depgraph": {"train_epochs": 1, "steps": 2},
     "fpgm": {"train_epochs": 1},
+    "random-search": {"n": 3, "tolerance": 0.2, "images": 16, "norm_images": 16},
+    "scp": {"train_epochs": 1},
+    "smcp": {"train_epochs": 1, "every": 1},
     "slimming": {"train_epochs": 1},
     "taylor": {"steps": 2, "interval": 2, "batch": 16},
     "halp": {"steps": 2, "interval": 2, "batch": 16},
@@ -101,6 +105,13 @@ def learned(name: str, problem: Problem) -> Problem:
     return dataclasses.replace(problem, model=trained(method, problem, data, settings)[0])
 
 
+@functools.cache
+def solved(name: str, net: str) -> tuple[Problem, KeepPlan]:
+    """The problem as planning meets it, and the plan: made once for all tests, which leave both alone."""
+    problem = learned(name, task(net))
+    return problem, algorithm(name).plan(problem)
+
+
 def finished(name: str, problem: Problem, plan: KeepPlan) -> nn.Module:
     """Compacted, and repaired where the method does."""
     method, small = algorithm(name), compact(problem.model, problem.graph, plan)
@@ -110,13 +121,12 @@ def finished(name: str, problem: Problem, plan: KeepPlan) -> nn.Module:
 @CUTTING
 @EVERYWHERE
 def test_c1_masked_equals_sliced(name: str, net: str) -> None:
-    problem = learned(name, task(net))
-    plan = algorithm(name).plan(problem)
+    problem, plan = solved(name, net)
     x = inputs_like(problem.graph.example[0], 64, seed=1)
     with torch.no_grad():
         masked = mask(problem.model, problem.graph, plan)(x)
         sliced = compact(problem.model, problem.graph, plan)(x)
-        dense = problem.model(x)
+        dense = task(net).model(x)
     assert (masked - sliced).abs().max() <= 1e-5 * dense.abs().max()
     assert macs(problem.graph, plan) < macs(problem.graph)
     if not hasattr(algorithm(name), "train"):  # training may have left the channels dead that are cut
@@ -126,7 +136,7 @@ def test_c1_masked_equals_sliced(name: str, net: str) -> None:
 @CUTTING
 @EVERYWHERE
 def test_c2_no_group_is_emptied_under_the_hardest_budget(name: str, net: str) -> None:
-    problem = learned(name, task(net))
+    problem, _ = solved(name, net)
     with pytest.raises(BudgetError) as caught:
         algorithm(name).plan(dataclasses.replace(problem, budget=1.0))
     smallest = float(caught.value.message.split("cost is ")[1].split(" ")[0].replace(",", ""))
@@ -139,8 +149,7 @@ def test_c2_no_group_is_emptied_under_the_hardest_budget(name: str, net: str) ->
 @CUTTING
 @EVERYWHERE
 def test_c3_members_are_cut_alike_and_parameters_are_slices(name: str, net: str) -> None:
-    problem = learned(name, task(net))
-    plan = algorithm(name).plan(problem)
+    problem, plan = solved(name, net)
     small = compact(problem.model, problem.graph, plan).state_dict()
     for param, tensor in problem.model.state_dict().items():
         expected = tensor
@@ -212,8 +221,8 @@ def test_the_model_is_left_as_it_was(name: str) -> None:
 @EVERY
 @EVERYWHERE
 def test_c6_parameters_are_trainable_tensors_of_their_own(name: str, net: str) -> None:
-    problem = learned(name, task(net))
-    small = finished(name, problem, algorithm(name).plan(problem)).train()
+    problem, plan = solved(name, net)
+    small = finished(name, problem, plan).train()
     optimizer = torch.optim.SGD(small.parameters(), lr=0.1, momentum=0.9)
     small(*problem.graph.example).square().sum().backward()
     optimizer.step()
@@ -226,9 +235,20 @@ def test_c6_parameters_are_trainable_tensors_of_their_own(name: str, net: str) -
 
 @EVERY
 @EVERYWHERE
+def test_c7_nothing_but_plain_modules_is_left(name: str, net: str) -> None:
+    problem, plan = solved(name, net)
+    small = finished(name, problem, plan)
+    assert [type(module) for module in small.modules()] == [type(module) for module in task(net).model.modules()]
+    assert not [m for m in small.modules() if m._forward_hooks or m._forward_pre_hooks]
+
+
+@pytest.mark.parametrize(
+    ("name", "net"), [*((name, "residual") for name in sorted(ALGORITHMS)), *(("l2", net) for net in NETS)]
+)
 def test_c7_exported_without_gates_and_equal(name: str, net: str, tmp_path: Path) -> None:
-    problem = learned(name, task(net))
-    small = finished(name, problem, algorithm(name).plan(problem)).eval()
+    """Plain modules (the test before) export alike: every method on one net, one method on every net."""
+    problem, plan = solved(name, net)
+    small = finished(name, problem, plan).eval()
     example = problem.graph.example
     export_onnx(small, example, tmp_path / "small.onnx")
     proto = onnx.load(tmp_path / "small.onnx")
@@ -266,8 +286,7 @@ def test_labels_are_read_only_if_declared(name: str) -> None:
 
 @CUTTING
 def test_plans_are_signed_and_survive_the_disk(name: str, tmp_path: Path) -> None:
-    problem = task("residual")
-    plan = algorithm(name).plan(problem)
+    problem, plan = solved(name, "residual")
     assert plan.algorithm == name
     assert plan.options == dataclasses.asdict(algorithm(name))
     assert plan.fingerprint == problem.graph.fingerprint
