@@ -94,7 +94,7 @@ def rescaled(rates: Rates, fits: Callable[[Rates], bool]) -> Rates:
 
 
 def guided(sizes: NDArray[np.float64], rng: np.random.Generator) -> Rates:
-    """Return random rates with which no layer is pruned less than a smaller one, the largest at most twice as much as the least.
+    """Return random rates with which no layer is pruned less than a smaller one, and the most at most twice the least.
 
     Args:
         sizes: Weights of each layer.

@@ -18,7 +18,7 @@ TOLERANCE = 1e-6  # of the largest output
 
 
 def unread(model: nn.Module, graph: Graph, group: Group) -> Tensor:
-    """Return booleans (C,): every weight that reads the channel is zero there. All False if nothing that can be seen reads it."""
+    """Return booleans (C,): every weight that reads the channel is zero there. All False if no weight reads it."""
     return _zero(model, group, "consumes")
 
 

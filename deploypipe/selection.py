@@ -25,7 +25,7 @@ from deploypipe.training.evaluate import logits
 class JointLoss:
     """What a layer's new weights are judged by: `mean |O - O_baseline|^2 / 2 + weight * cross entropy`.
 
-    The mean is over images, channels and places, so that layers of different size count alike; over several layers it is summed.
+    The mean is over images, channels and places, so that layers of different size count alike; layers are summed.
 
     Attributes:
         baseline: The model whose outputs are to be kept; stays as it is.

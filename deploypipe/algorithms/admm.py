@@ -32,6 +32,7 @@ from deploypipe.stacks import SIDES, Stack
 from deploypipe.statistics import weights
 from deploypipe.training.trainer import Trainer
 
+
 @dataclass(frozen=True)
 class Admm:
     """Alternate between training with a pull towards the sparse set and projecting onto it."""

@@ -9,7 +9,7 @@ PROCEDURES: dict[str, Info] = {
         "Zhang et al., A Systematic DNN Weight Pruning Framework using ADMM, ECCV 2018, arXiv:1804.03294",
         2018,
         "structured or unstructured, static, from a trained model, penalty with a moving target",
-        ("data", "labels", "training"),
+        ("data", "labels", "gradients", "training"),
         (
             Option("scheme", "filter", "what becomes zero", choices=("filter", "channel", "unstructured", "2:4")),
             Option("train_epochs", 10, "epochs with the pull, before pruning", 0),
@@ -23,7 +23,7 @@ PROCEDURES: dict[str, Info] = {
         "Liu et al., AutoCompress: An Automatic DNN Structured Pruning Framework, AAAI 2020, arXiv:1907.03141",
         2020,
         "structured, static, from a trained model, penalty with a moving target and search",
-        ("data", "labels", "training"),
+        ("data", "labels", "gradients", "training"),
         (
             Option("rounds", 3, "rounds on the way to the budget", 1),
             Option("train_epochs", 9, "epochs with the pull of ADMM, over all rounds", 0),
@@ -44,7 +44,7 @@ PROCEDURES: dict[str, Info] = {
         "Yu and Huang, AutoSlim: Towards One-Shot Architecture Search for Channel Numbers, 2019, arXiv:1903.11728",
         2019,
         "structured, static, from a trained model, greedy search on a supernet by measured latency",
-        ("data", "labels", "training"),
+        ("data", "labels", "gradients", "training"),
         (
             Option("train_epochs", 10, "epochs in which the supernet is trained", 0),
             Option("start", "trained", "weights that the supernet starts from", choices=("trained", "fresh")),
@@ -62,10 +62,10 @@ PROCEDURES: dict[str, Info] = {
     ),
     "dcff": Info(
         "dcff",
-        "Lin et al., Training Compact CNNs for Image Classification using Dynamic-coded Filter Fusion, TPAMI 2023, arXiv:2107.06916",
+        "Lin et al., Training Compact CNNs using Dynamic-coded Filter Fusion, TPAMI 2023, arXiv:2107.06916",
         2023,
         "structured, static, trained from fresh weights, redundancy (similarity of filters)",
-        ("data", "labels", "training"),
+        ("data", "labels", "gradients", "training"),
         (
             Option("train_epochs", 20, "epochs in which filters are fused and trained", 0),
             Option("start", "fresh", "weights that training starts from", choices=("fresh", "trained")),
@@ -77,7 +77,7 @@ PROCEDURES: dict[str, Info] = {
         "Zhuang et al., Discrimination-aware Channel Pruning for Deep Neural Networks, NeurIPS 2018, arXiv:1810.11809",
         2018,
         "structured, static, from a trained model, reconstruction and discrimination",
-        ("data", "labels", "training"),
+        ("data", "labels", "gradients", "training"),
         (
             Option("train_epochs", 6, "epochs with auxiliary classifiers before selecting, over all stages", 0),
             Option("heads", 2, "auxiliary classifiers", 0),
@@ -92,7 +92,7 @@ PROCEDURES: dict[str, Info] = {
         "Liu et al., Discrimination-aware Network Pruning for Deep Model Compression, TPAMI 2021, arXiv:2001.01050",
         2021,
         "kernels (semi-structured), static, from a trained model, reconstruction and discrimination",
-        ("data", "labels", "training"),
+        ("data", "labels", "gradients", "training"),
         (
             Option("train_epochs", 6, "epochs with auxiliary classifiers before selecting, over all stages", 0),
             Option("heads", 2, "auxiliary classifiers", 0),
@@ -107,7 +107,7 @@ PROCEDURES: dict[str, Info] = {
         "Frankle and Carbin, The Lottery Ticket Hypothesis, ICLR 2019, arXiv:1803.03635",
         2019,
         "unstructured, static, tickets from random weights found by rounds of training, magnitude",
-        ("data", "labels", "training"),
+        ("data", "labels", "gradients", "training"),
         (
             Option("rounds", 5, "rounds of training and pruning", 1),
             Option("train_epochs", 5, "epochs of each round", 1),

@@ -9,9 +9,9 @@ allocator, which is handed the joint loss at every width as a share of the loss 
 the trained model with all others whole, and not one after the other. The classifiers are trained with the model stage by stage,
 in one step with the final loss where the paper takes two, and fitted anew on the fixed model before the selection. Several
 layers that read a group are judged together: errors are summed, the gradient's norm is taken over all of them. Residual trunks
-are pruned, too. An eighth of the channels joins at a time, and
-Adam adapts what is in over some hundred images (the paper: SGD over all of them for every single channel). The weights that were adapted during selection only serve to judge;
-after compaction the layers rescale their inputs by least squares on the dense model's outputs.
+are pruned, too. An eighth of the channels joins at a time, and Adam adapts what is in over some hundred images (the paper: SGD
+over all of them for every single channel). The weights that were adapted during selection only serve to judge; after compaction
+the layers rescale their inputs by least squares on the dense model's outputs.
 """
 
 from dataclasses import dataclass
@@ -73,5 +73,5 @@ class Dcp:
         return allocated(self, problem, orders, values, skipped)
 
     def repair(self, small: nn.Module, problem: Problem, plan: KeepPlan) -> nn.Module:
-        """Return a copy of the compacted model whose pruned layers give the dense model's outputs in the least squares sense."""
+        """Return a copy of the compacted model whose pruned layers rescale their inputs by least squares."""
         return reconstructed(small, problem, plan, (self.images, 40), 1e-6)

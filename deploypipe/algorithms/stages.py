@@ -78,9 +78,7 @@ class Stages:
         channels = _channels(self._problem, place)
         head = Head(channels, n_classes(model, self._problem.graph.example), self._problem.seed)
         with torch.enable_grad():
-            return fitted(
-                head, torch.cat(features), self._labels, steps=FIT_STEPS, batch=self._batch, seed=self._problem.seed
-            )
+            return fitted(head, torch.cat(features), self._labels, steps=FIT_STEPS, batch=self._batch, seed=self._problem.seed)
 
 
 def _channels(problem: Problem, weight: str) -> int:

@@ -106,9 +106,12 @@ def test_the_joint_norm_decides_in_coupled_groups(scheme: str) -> None:
     group = graph.group("stem.0")
     members = [m for m in group.members if (m.role == "consumes") == (scheme == "channel") and m.param not in graph.buffers]
     named = {name: p.detach() for name, p in model.named_parameters()}
-    squares = sum(named[m.param].movedim(m.axis, 0).reshape(8, -1).square().sum(1).double() for m in members)
+    parts = (named[m.param].movedim(m.axis, 0).reshape(8, -1).square().sum(1).double() for m in members)
+    squares = sum(parts)
     assert len([m for m in members if named[m.param].dim() > 1]) == {"filter": 2, "channel": 3}[scheme]
-    torch.testing.assert_close(Stack.of_group(graph, group, scheme).norms(named), torch.as_tensor(squares).sqrt(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        Stack.of_group(graph, group, scheme).norms(named), torch.as_tensor(squares).sqrt(), atol=1e-6, rtol=1e-5
+    )
 
 
 def test_two_in_four_holds_in_every_block_and_through_training() -> None:

@@ -1,6 +1,7 @@
 """DCFF (Lin et al., TPAMI 2023): mixtures, temperatures, gradients, and the compact model that is left."""
 
 import copy
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +33,7 @@ def test_the_temperature_runs_from_one_to_ten_thousand() -> None:
         assert sharpness(0, 300, rise) == pytest.approx(1.0, abs=1e-6)
         assert sharpness(300, 300, rise) == pytest.approx(1e4, abs=1)
         path = [sharpness(e, 300, rise) for e in range(301)]
-        assert all(later >= before for before, later in zip(path, path[1:], strict=False))
+        assert all(later >= before for before, later in itertools.pairwise(path))
 
 
 def test_the_papers_rise_is_over_after_the_first_epochs() -> None:

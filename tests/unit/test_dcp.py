@@ -36,7 +36,9 @@ def test_the_channels_that_it_takes_first_know_more_than_others(seed: int) -> No
     first, last = ({name: order[part].tolist() for name, order in orders.items()} for part in (slice(8), slice(-8, None)))
     rng = np.random.default_rng(0)
     others = [{name: rng.choice(16, 8, replace=False).tolist() for name in orders} for _ in range(5)]
-    found, worst, *chance = (judged(task, KeepPlan({n: tuple(sorted(c)) for n, c in k.items()})) for k in (first, last, *others))
+    found, worst, *chance = (
+        judged(task, KeepPlan({n: tuple(sorted(c)) for n, c in k.items()})) for k in (first, last, *others)
+    )
     assert found > worst + 0.2
     assert found > np.mean(chance) + 0.1
 

@@ -15,7 +15,9 @@ from tests.toys import TOYS, Fn, conv, head
 
 
 def without(gone: dict[str, tuple[int, ...]], graph: Any) -> KeepPlan:
-    return KeepPlan({name: tuple(c for c in range(graph.group(name).size) if c not in channels) for name, channels in gone.items()})
+    return KeepPlan(
+        {name: tuple(c for c in range(graph.group(name).size) if c not in channels) for name, channels in gone.items()}
+    )
 
 
 @pytest.mark.parametrize("net", ["plain", "residual", "depthwise", "concat", "channel_shuffle"])
@@ -98,7 +100,11 @@ def test_purification_never_adds_parameters() -> None:
     with torch.no_grad():
         for parameter in thin.parameters():
             if parameter.dim() > 1:
-                parameter.mul_((torch.rand(parameter.shape[:2], generator=rng) < 0.15).view(*parameter.shape[:2], *[1] * (parameter.dim() - 2)))
+                parameter.mul_(
+                    (torch.rand(parameter.shape[:2], generator=rng) < 0.15).view(
+                        *parameter.shape[:2], *[1] * (parameter.dim() - 2)
+                    )
+                )
     small = compact(thin, graph, without(dead(thin, graph), graph))
     count = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
     assert count(small) < count(thin)

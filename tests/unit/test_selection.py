@@ -126,7 +126,9 @@ def test_adapting_is_what_makes_correlated_channels_stand_in_for_each_other() ->
     x = torch.randn(300, 4, 1, 1, generator=torch.Generator().manual_seed(2))
     x[:, 1] = x[:, 0] + 0.1 * x[:, 1]
     loss = JointLoss(model, ["0.weight"], x, torch.zeros(300).long(), 0.0, None)
-    still, moving = (select(model, inputs_of("0.weight", 4), 4, 3, loss, per_pass=1, lr=lr, passes=10).losses[-1] for lr in (0.0, 0.1))
+    still, moving = (
+        select(model, inputs_of("0.weight", 4), 4, 3, loss, per_pass=1, lr=lr, passes=10).losses[-1] for lr in (0.0, 0.1)
+    )
     assert moving < 0.5 * still
 
 
