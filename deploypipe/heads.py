@@ -64,7 +64,7 @@ def layer_of(model: nn.Module, weight: str) -> nn.Module:
     Raises:
         NotApplicable: There is none: the weight is used by a function.
     """
-    owner = dict(model.named_modules()).get(weight.rpartition(".")[0])
+    owner: nn.Module | None = dict(model.named_modules()).get(weight.rpartition(".")[0])
     if owner is None or not weight.endswith(".weight"):
         raise NotApplicable(f"{weight} belongs to no module")
     return owner

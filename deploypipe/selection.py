@@ -53,7 +53,7 @@ class JointLoss:
 
     def parts(self) -> list[Tensor]:
         """Return the indices of the images of each batch."""
-        return list(torch.arange(len(self.labels)).split(self.batch))
+        return list(torch.split(torch.arange(len(self.labels)), self.batch))
 
     def losses(self, model: nn.Module) -> Iterator[tuple[Tensor, float]]:
         """Yield the loss of each batch and the share of all images that it holds."""
@@ -152,7 +152,7 @@ class _Run:
             (share * value).backward()  # type: ignore[no-untyped-call]
             total += share * value.item()
         gradient = self._stack.read(self._gradients()).reshape(self._n_units, -1)
-        return total, gradient.double().norm(dim=1).cpu().numpy()  # type: ignore[no-untyped-call]
+        return total, gradient.double().square().sum(1).sqrt().cpu().numpy()
 
     @torch.no_grad()
     def join(self, units: NDArray[np.int64]) -> None:

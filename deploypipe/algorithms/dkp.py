@@ -6,7 +6,7 @@ greedy selection of discrimination-aware channel pruning (Zhuang et al., NeurIPS
 Deviations: every convolution keeps the same share of its kernels, the largest that the budget allows, instead of a rate that is
 set by hand. Layers are gone through in forward order, each in the model in which those before are pruned already, as in the
 paper; an eighth of the kernels joins at a time, and Adam adapts what is in over some hundred images. Linear, depthwise and
-grouped layers stay whole. The classifiers are trained stage by stage, in one step with the final loss where the paper takes two,
+grouped layers stay whole. The classifiers are trained stage by stage, in one step with the final loss (the paper takes two),
 and fitted anew before the selection. Filters whose channel no kernel reads any more are set to zero as well; to cut them out,
 prune channels. Zeros of this kind save no time in a dense runtime.
 """

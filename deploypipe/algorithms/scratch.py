@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from deploypipe.algorithms import make
@@ -25,7 +24,7 @@ from deploypipe.compact import compact
 from deploypipe.count import macs
 from deploypipe.errors import UsageError
 from deploypipe.plan import KeepPlan
-from deploypipe.statistics import generator
+from deploypipe.training.fresh import fresh
 from deploypipe.training.settings import TrainSettings
 from deploypipe.training.trainer import Trainer
 
@@ -123,26 +122,3 @@ def epochs_b(epochs: int, dense: float, pruned: float, cap: float = 0.0) -> int:
     """
     factor = min(dense / pruned, cap or float("inf"))
     return round(epochs * factor)
-
-
-def fresh(model: nn.Module, seed: int) -> nn.Module:
-    """Return a copy with weights as they are before any training: every module's own initialisation.
-
-    Parameters of modules that have none get their own values in random order. What is not trained (`requires_grad` is False)
-    stays.
-    """
-    found = copy.deepcopy(model)
-    fixed = {name: p.detach().clone() for name, p in found.named_parameters() if not p.requires_grad}
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        for name, module in found.named_modules():
-            reset = getattr(module, "reset_parameters", None)
-            if callable(reset):
-                reset()
-                continue
-            for leaf, parameter in module.named_parameters(recurse=False):
-                order = torch.randperm(parameter.numel(), generator=generator(seed, name, leaf)).to(parameter.device)
-                parameter.copy_(parameter.flatten()[order].reshape(parameter.shape))
-        for name, value in fixed.items():
-            found.get_parameter(name).copy_(value)
-    return found

@@ -72,7 +72,7 @@ class Stages:
         model = self._problem.model
         listening, features = Listening(model, [place], stop_after=place), []
         with listening():
-            for part in self._inputs.split(self._batch):
+            for part in torch.split(self._inputs, self._batch):
                 listening.run(part)
                 features = listening.outputs[place]
         channels = _channels(self._problem, place)

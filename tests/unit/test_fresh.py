@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from deploypipe.errors import ModelError
 from deploypipe.training.fresh import fresh
 from tests.toys import TOYS
 
@@ -32,12 +31,15 @@ def test_the_seed_alone_decides() -> None:
     assert float(first[0][0].weight.detach().std()) == pytest.approx((1 / 27 / 3) ** 0.5, rel=0.2)  # torch's rule for 27 inputs
 
 
-def test_a_parameter_that_nothing_can_draw_is_named() -> None:
+def test_parameters_without_a_rule_are_shuffled_and_frozen_ones_stay() -> None:
     class Scale(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.gamma = nn.Parameter(torch.ones(3))
+            self.gamma = nn.Parameter(torch.arange(50.0))
 
-    with pytest.raises(ModelError, match="Scale cannot be drawn anew") as caught:
-        fresh(nn.Sequential(nn.Conv2d(3, 3, 1), Scale()), 0)
-    assert "'1'" in caught.value.at
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Scale(), nn.Conv2d(3, 3, 1).requires_grad_(False))
+    new = fresh(model, 0)
+    assert torch.equal(new[1].gamma.detach().sort().values, torch.arange(50.0))
+    assert not torch.equal(new[1].gamma, model[1].gamma)
+    assert torch.equal(new[2].weight, model[2].weight)
+    assert not torch.equal(new[0].weight, model[0].weight)
