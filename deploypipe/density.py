@@ -128,7 +128,7 @@ def largest(named: Mapping[str, Tensor], price: Prices, budget: float, alive: Ma
     stays[firsts] = True
     order = order[~stays[order]]
     spent = price.rest + float(each[firsts].sum()) + each[order].cumsum(0)
-    stays[order[spent <= budget * (1 + 1e-12)]] = True
+    stays[order[spent <= budget]] = True
     parts = torch.split(stays, [price.sizes[name] for name in names])
     return {name: part.view_as(named[name]) for name, part in zip(names, parts, strict=True)}
 

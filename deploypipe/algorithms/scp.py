@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from deploypipe.algorithms.base import SHARED_OUT, Problem, judged, shared_out
 from deploypipe.algorithms.options import option
 from deploypipe.errors import NotApplicable
-from deploypipe.gates import Norm, feeders, fold_gates, gate_forward, last_norms, norms_of
+from deploypipe.gates import Norm, fold_gates, gate_forward, last_norms, norms_of
 from deploypipe.plan import KeepPlan
 from deploypipe.statistics import evaluating
 from deploypipe.training.settings import TrainHook
@@ -86,14 +86,20 @@ class Mask:
         """Return the mask of a group.
 
         Raises:
-            NotApplicable: A layer that makes its channels has no batch norm, or no ReLU follows.
+            NotApplicable: Something else than a batch norm and a ReLU decides what the readers see.
         """
         norms, seen = norms_of(model, group), last_norms(model, graph, group)
-        made = {member.param.rpartition(".")[0] for member in group.members if member.role == "produces"}
-        if made - set(feeders(model, graph.example).values()):
-            raise NotApplicable("a layer without a batch norm makes its channels")
-        if not sees_only_relu(model, graph, group):
+        met = readings(model, graph, group)
+        if not met or any(bool((x < 0).any()) for x in met):
             raise NotApplicable("its batch norm is not followed by a ReLU")
+        off = gate_forward(model, norms, {norm.name: torch.zeros(group.size) for norm in norms})
+        try:
+            silent = not any(bool(x.any()) for x in readings(model, graph, group))
+        finally:
+            for handle in off:
+                handle.remove()
+        if not silent:
+            raise NotApplicable("its readers see more than what passes a batch norm")
         return cls(norms, seen)
 
     def keep_probability(self, model: nn.Module) -> Tensor:
@@ -173,14 +179,13 @@ def temperature(share: float) -> float:
     return float(WARM * (COLD / WARM) ** min(1.0, late))
 
 
-def sees_only_relu(model: nn.Module, graph: Graph, group: Group) -> bool:
-    """Say whether the layers that read the channels meet them, and never a negative value of them, on random inputs."""
+def readings(model: nn.Module, graph: Graph, group: Group) -> list[Tensor]:
+    """Return what the layers that read the channels meet of them, on random inputs."""
     owners = {m.param.rpartition(".")[0]: torch.from_numpy(m.owner >= 0) for m in group.members if m.role == "consumes"}
-    met: list[bool] = []
+    met: list[Tensor] = []
 
     def look(module: nn.Module, owned: Tensor, x: Tensor) -> None:
-        axis = -1 if isinstance(module, nn.Linear) else 1
-        met.append(bool((x.movedim(axis, 0)[owned] >= 0).all()))
+        met.append(x.movedim(-1 if isinstance(module, nn.Linear) else 1, 0)[owned])
 
     modules = [(module, owners[name]) for name, module in model.named_modules() if name in owners]
     handles = [m.register_forward_pre_hook(lambda m, args, owned=owned: look(m, owned, args[0])) for m, owned in modules]
@@ -192,4 +197,4 @@ def sees_only_relu(model: nn.Module, graph: Graph, group: Group) -> bool:
     finally:
         for handle in handles:
             handle.remove()
-    return bool(met) and all(met)
+    return met

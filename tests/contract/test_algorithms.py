@@ -334,3 +334,14 @@ def test_listing_needs_no_torch() -> None:
     code = "import sys; from deploypipe.algorithms import algorithms; algorithms(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert set(INFO) == set(ALGORITHMS)
+
+
+@EVERY
+def test_squeeze_and_excitation_is_pruned_or_told_why_not(name: str) -> None:
+    problem, plan = solved(name, "se_block")
+    assert problem.table.predict(problem.graph, plan) <= problem.budget
+    assert all(plan.skipped.values())
+    x = inputs_like(problem.graph.example[0], 8, seed=1)
+    with torch.no_grad():
+        masked, sliced = mask(problem.model, problem.graph, plan)(x), compact(problem.model, problem.graph, plan)(x)
+    assert (masked - sliced).abs().max() <= 1e-5 * masked.abs().max()

@@ -1,4 +1,4 @@
-"""`docs/algorithms.md` says of every method what its own file says; `--update-golden` writes it."""
+"""`docs/algorithms.md` says of every method what its own file says; `pytest --update-golden` writes it."""
 
 from pathlib import Path
 from typing import Any

@@ -140,7 +140,7 @@ def test_a_trunk_has_one_mask_made_from_all_that_is_added() -> None:
 def test_what_it_cannot_judge_says_why() -> None:
     model, example = TOYS["residual"]()
     graph = trace(model, example)
-    with pytest.raises(NotApplicable, match="without a batch norm"):
+    with pytest.raises(NotApplicable, match="more than what passes a batch norm"):
         Mask.of(model, graph, graph.group("short"))
     parts = [nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.SiLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(64, 2)]
     smooth = nn.Sequential(*parts).eval()
