@@ -121,6 +121,11 @@ class Request:
         if self.value_finalists < 1:
             raise UsageError(f"value_finalists is {self.value_finalists}", at="--value-finalists", fix="use 1 or more")
         parse_budget(self.budget, self.metric, float("inf"))
-        make(self.algo, self.options)
+        if getattr(make(self.algo, self.options), "sparse", False) and self.metric == "latency":
+            raise UsageError(
+                f"'{self.algo}' sets single weights to zero: no dense runtime skips them, so that no latency is saved",
+                at="--metric latency",
+                fix="use --metric macs or --metric params, which count weights that are not zero",
+            )
         self.resolved_target()
         _ = self.training

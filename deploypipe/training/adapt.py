@@ -22,6 +22,7 @@ class Adapting:
 
     Attributes:
         model: The copy; gradients of the latest batch stand in its parameters.
+        latest: Inputs and labels of that batch.
 
     Args:
         model: Stays as it is.
@@ -38,6 +39,7 @@ class Adapting:
         self._zero: Slots = ()
         self._stream = _endless(data, batch_size, seed)
         self._seed, self._step = seed, 0
+        self.latest: tuple[Tensor, Tensor]
 
     @torch.no_grad()
     def hold(self, zero: Slots) -> None:
@@ -61,6 +63,7 @@ class Adapting:
         for _ in range(n):
             with seeded((self._seed * 1_000_003 + self._step) % 2**31):
                 inputs, labels = (part.to(device) for part in next(self._stream))
+                self.latest = (inputs, labels)
                 self._optimizer.zero_grad()
                 loss = F.cross_entropy(logits(self.model, inputs, labels), labels)
                 loss.backward()  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
 """Run a classifier on a data set: its accuracy, and its batch norm statistics estimated anew."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -98,7 +98,7 @@ def recalibrate(
     return fresh
 
 
-def logits(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+def logits(model: Callable[..., Any], inputs: Tensor, labels: Tensor) -> Tensor:
     """Return the model's logits (N, K) for a batch.
 
     Raises:
@@ -107,7 +107,7 @@ def logits(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     shape = tuple(inputs.shape)
     fix = "check that --data and --model fit together: number of channels, image size, number of classes"
     out = guarded(partial(model, inputs), f"the model fails on a batch of shape {shape}", "forward", ModelError, fix)
-    out = _main_output(out)
+    out = main_output(out)
     if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != len(inputs):
         found = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
         raise ModelError(f"the model returns {found}, not logits of shape ({shape[0]}, classes)", at="forward", fix=fix)
@@ -117,7 +117,7 @@ def logits(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     return out
 
 
-def _main_output(out: Any) -> Any:
+def main_output(out: Any) -> Any:
     """Return the first tensor of what a classifier returns: some add auxiliary outputs or wrap the logits."""
     if isinstance(out, Mapping):
         return out.get("logits", next(iter(out.values()), None))

@@ -10,7 +10,8 @@ from torch.utils.data import Dataset, TensorDataset
 
 from deploypipe.algorithms import make
 from deploypipe.algorithms.base import Problem
-from deploypipe.algorithms.thinet import errors, removal_order, rescale
+from deploypipe.algorithms.reconstruction import rescale
+from deploypipe.algorithms.thinet import errors, removal_order
 from deploypipe.compact import compact
 from deploypipe.count import MacTable
 from deploypipe.errors import UsageError

@@ -1,0 +1,141 @@
+"""AutoSlim (Yu and Huang, 2019): greedy slimming against the analytic choice, and why batch norms must be renewed."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import replace
+from math import log
+
+import pytest
+import torch
+
+from deploypipe.algorithms import make
+from deploypipe.algorithms.autoslim import slimmed
+from deploypipe.compact import compact, difference, run
+from deploypipe.count import MacTable
+from deploypipe.errors import BudgetError, UsageError
+from deploypipe.judge import Judge
+from deploypipe.plan import KeepPlan
+from deploypipe.training.evaluate import Accuracy, evaluate
+from tests.shapes import accuracy, data, problem, trained, trainer
+
+QUICK = {"train_epochs": 6, "images": 200, "norm_images": 200}
+GRID = (2, 4, 6, 8, 10, 12, 14, 16)
+LAYERS = {"a": 1.0, "b": 3.0, "c": 0.5}
+LEGAL = dict.fromkeys(LAYERS, GRID)
+
+
+def knows(kept: Mapping[str, int]) -> Accuracy:
+    value = sum(weight * log(kept[name]) for name, weight in LAYERS.items())
+    return Accuracy(value, -value, 1)
+
+
+def chain(kept: Mapping[str, int]) -> float:
+    return 3.0 * kept["a"] + kept["a"] * kept["b"] + kept["b"] * kept["c"]
+
+
+def analytic(budget: float) -> list[dict[str, int]]:
+    """Each step takes off two channels where a log w falls least, written down without the code under test."""
+    now, path = dict.fromkeys(LAYERS, 16), []
+    while chain(now) > budget:
+        falls = {n: LAYERS[n] * (log(now[n]) - log(now[n] - 2)) for n in LAYERS if now[n] > 2}
+        least = min(falls, key=lambda n: falls[n])
+        now = {**now, least: now[least] - 2}
+        path.append(now)
+    return path
+
+
+@pytest.mark.parametrize("budget", [400, 250, 100, 60])
+def test_the_steps_are_those_of_the_analytic_greedy_choice(budget: float) -> None:
+    found = [kept for kept, _ in slimmed(dict.fromkeys(LAYERS, 16), LEGAL, chain, knows, budget)]
+    assert found == analytic(budget)
+    costs = [chain(kept) for kept in found]
+    assert all(later < before for before, later in itertools.pairwise(costs))
+    assert costs[-1] <= budget < costs[-2]
+
+
+def test_several_targets_lie_on_one_path() -> None:
+    path = [kept for kept, _ in slimmed(dict.fromkeys(LAYERS, 16), LEGAL, chain, knows, 60)]
+    for budget in (400, 250, 100):
+        alone = [kept for kept, _ in slimmed(dict.fromkeys(LAYERS, 16), LEGAL, chain, knows, budget)]
+        assert path[: len(alone)] == alone
+
+
+def test_steps_of_no_saving_are_jumped_over_on_a_staircase() -> None:
+    """Latency falls by plateaus: a step within one would cost accuracy for nothing, and never end."""
+    stairs = lambda kept: float(sum(-(-kept[name] // 8) for name in kept))  # noqa: E731
+    path = list(slimmed(dict.fromkeys(LAYERS, 16), LEGAL, stairs, knows, 4))
+    assert [sorted(kept.values()) for kept, _ in path] == [[8, 16, 16], [8, 8, 16]]
+    assert list(slimmed(dict.fromkeys(LAYERS, 8), LEGAL, stairs, knows, 1)) == [], "no group alone makes it cheaper"
+
+
+def test_accuracy_per_saved_cost_is_another_choice() -> None:
+    price = lambda kept: 100.0 * kept["b"] + kept["a"] + kept["c"]  # noqa: E731
+    first = {p: next(iter(slimmed(dict.fromkeys(LAYERS, 16), LEGAL, price, knows, 1, p)))[0] for p in ("accuracy", "ratio")}
+    assert first["accuracy"]["c"] == 14
+    assert first["ratio"]["b"] == 14
+
+
+def test_the_start_is_the_same_network_with_its_strongest_channels_first() -> None:
+    task, method = problem(trained()), make("autoslim", {"train_epochs": 0})
+    start = method.train(task, trainer())
+    example = task.graph.example
+    assert difference(run(task.model, example), run(start, example)) < 1e-5
+    norms = start[1][0].weight.flatten(1).norm(dim=1)
+    assert torch.equal(norms, norms.sort(descending=True).values)
+    anew = make("autoslim", {"train_epochs": 0, "start": "fresh"}).train(task, trainer())
+    assert difference(run(task.model, example), run(anew, example)) > 0.1
+
+
+def test_the_supernet_holds_networks_that_work_which_the_plain_one_does_not() -> None:
+    task = problem(trained(), 0.1)
+    judge = Judge(task.graph, data().train, 200, 200, 0)
+    narrow = KeepPlan.of_widths({group.name: 4 for group in task.graph.prunable})
+    slimmable = make("autoslim", QUICK).train(task, trainer())
+    plain = make("autoslim", {**QUICK, "train_epochs": 0}).train(task, trainer())
+    assert judge(slimmable, narrow).top1 > 0.9
+    assert judge(slimmable, narrow).top1 > judge(plain, narrow).top1 + 0.1
+    assert accuracy(slimmable) > 0.95, "the largest network is trained as well"
+
+
+def test_running_statistics_of_the_largest_network_mislead() -> None:
+    """The trap: a sub-network judged with the statistics of the whole one looks far worse than it is."""
+    task = problem(trained(), 0.1)
+    slimmable = make("autoslim", QUICK).train(task, trainer())
+    narrow = KeepPlan.of_widths({group.name: 4 for group in task.graph.prunable})
+    renewed = Judge(task.graph, data().train, 200, 200, 0)(slimmable, narrow).top1
+    stale = Judge(task.graph, data().train, 200, 0, 0)(slimmable, narrow).top1
+    assert renewed > stale + 0.1
+
+
+def test_the_plan_is_the_first_channels_within_the_budget_and_repeatable() -> None:
+    task, method = problem(trained(), 0.25, MacTable(multiple=4)), make("autoslim", QUICK)
+    plans = []
+    for _ in range(2):
+        after = replace(task, model=method.train(task, trainer()))
+        plans.append(method.plan(after))
+    plan = plans[0]
+    assert plan == plans[1]
+    assert all(channels == tuple(range(len(channels))) for channels in plan.keep.values())
+    assert plan.certificate is not None
+    assert plan.certificate.predicted <= task.budget
+    assert plan.certificate.value > 0.9
+    small = compact(after.model, task.graph, plan)
+    tuned = trainer().fit(small, 2)
+    assert evaluate(tuned, data().test).top1 > 0.95
+
+
+def test_every_width_is_one_that_the_table_offers_and_is_trained() -> None:
+    task = problem(trained(), 0.4, MacTable(multiple=8))
+    method = make("autoslim", {**QUICK, "train_epochs": 1})
+    assert set(method.plan(replace(task, model=method.train(task, trainer()))).keep) == {"0.0", "1.0", "2.0"}
+    assert method._widths(task) == dict.fromkeys(("0.0", "1.0", "2.0"), (8, 16))
+    narrow = make("autoslim", {"least": 0.6})._widths(task)
+    assert narrow == dict.fromkeys(("0.0", "1.0", "2.0"), (16,))
+
+
+def test_fails_at_once_and_in_words() -> None:
+    task = problem(trained())
+    with pytest.raises(BudgetError, match="smallest reachable"):
+        make("autoslim").plan(replace(task, budget=1.0))
+    with pytest.raises(UsageError, match="needs data"):
+        make("autoslim").plan(replace(task, data=None))

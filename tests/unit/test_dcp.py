@@ -1,0 +1,174 @@
+"""DCP and DKP (Zhuang et al., NeurIPS 2018; Liu et al., TPAMI 2021): orders, allocation, kernels, repair."""
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from deploypipe.algorithms import make
+from deploypipe.algorithms.stages import Stages
+from deploypipe.compact import compact, difference, run
+from deploypipe.count import MacTable, ParamTable
+from deploypipe.density import prices
+from deploypipe.errors import BudgetError, UsageError
+from deploypipe.plan import KeepPlan
+from deploypipe.projections import project
+from deploypipe.sparsity import NONZERO
+from deploypipe.training.evaluate import recalibrate
+from deploypipe.training.masked import MaskedWeights
+from tests.shapes import accuracy, problem, trained, trainer
+
+QUICK: dict[str, Any] = {"train_epochs": 0, "images": 128, "heads": 1, "parts": 4}
+
+
+def judged(task: Any, plan: KeepPlan) -> float:
+    return accuracy(recalibrate(compact(task.model, task.graph, plan), task.data))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_channels_that_it_takes_first_know_more_than_others(seed: int) -> None:
+    task, orders = problem(trained(seed)), dict[str, Any]()
+    taken = replace(task, allocator=lambda p, o, v: _whole(p, o, orders))
+    make("dcp", {**QUICK, "images": 600, "parts": 8}).plan(taken)
+    first, last = ({name: order[part].tolist() for name, order in orders.items()} for part in (slice(8), slice(-8, None)))
+    rng = np.random.default_rng(0)
+    others = [{name: rng.choice(16, 8, replace=False).tolist() for name in orders} for _ in range(5)]
+    found, worst, *chance = (
+        judged(task, KeepPlan({n: tuple(sorted(c)) for n, c in k.items()})) for k in (first, last, *others)
+    )
+    assert found > worst + 0.2
+    assert found > np.mean(chance) + 0.1
+
+
+def _whole(task: Any, found: Any, into: dict[str, Any]) -> Any:
+    """An allocator that only remembers the orders."""
+    from deploypipe.allocation.allocate import unproved  # noqa: PLC0415
+
+    into.update(found)
+    kept = task.graph.kept()
+    return kept, unproved(task.graph, kept, task.table, 1e12, 0.0, "test")
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_the_allocator_gets_a_falling_loss_and_the_plan_is_within_the_budget(share: float) -> None:
+    task, seen = problem(trained(), share), {}
+
+    def look(p: Any, orders: Any, values: Any) -> Any:
+        seen.update(values)
+        return problem_allocator(p, orders, values)
+
+    problem_allocator = task.allocator
+    plan = make("dcp", QUICK).plan(replace(task, allocator=look))
+    assert plan.certificate is not None
+    assert plan.certificate.predicted <= task.budget
+    assert set(seen) == {"0.0", "1.0", "2.0"}
+    for values in seen.values():
+        assert len(values) == 17
+        assert values[0] == pytest.approx(-1)
+        assert (np.diff(values) >= 0).all()
+        assert values[-1] > -0.9
+
+
+def test_each_layer_is_judged_by_the_next_classifier() -> None:
+    task = problem(trained())
+    stages = Stages(task, 2, 64, 1.0)
+    assert list(stages._heads) == ["0.0.weight", "1.0.weight"]
+    losses = {weight: stages.loss(task.model, [weight]) for weight in ("0.0.weight", "1.0.weight", "2.0.weight")}
+    assert [loss.head[0] if loss.head else None for loss in losses.values()] == ["0.0.weight", "1.0.weight", None]
+    both = stages.loss(task.model, ["0.0.weight", "2.0.weight"])
+    assert both.head is None
+    value = sum(float(v.detach()) * share for v, share in losses["2.0.weight"].losses(task.model))
+    inputs, labels = stages._inputs, stages._labels
+    expected = torch.nn.functional.cross_entropy(task.model(inputs), labels)
+    assert value == pytest.approx(float(expected.detach()), rel=1e-3, abs=1e-6)  # nothing cut: no error of outputs
+
+
+def test_stages_train_the_model_in_parts_of_the_epochs() -> None:
+    task, own = problem(trained()), trainer()
+    model = make("dcp", {**QUICK, "train_epochs": 3, "heads": 2}).train(task, own)
+    assert own.n_epochs == 3
+    assert accuracy(model) > 0.95
+    assert set(model.state_dict()) == set(task.model.state_dict())
+    none = trainer()
+    make("dcp", {**QUICK, "train_epochs": 2, "heads": 0}).train(task, none)
+    assert none.n_epochs == 2
+
+
+def test_repair_lowers_the_error_of_the_outputs() -> None:
+    task = problem(trained(), 0.4)
+    method = make("dcp", QUICK)
+    plan = method.plan(task)
+    small = compact(task.model, task.graph, plan)
+    mended = method.repair(small, task, plan)
+    x = task.data.tensors[0][:200]  # type: ignore[union-attr]
+    with torch.no_grad():
+        wanted, before, after = task.model(x), small(x), mended(x)
+    assert (after - wanted).square().mean() < 0.7 * (before - wanted).square().mean()
+
+
+def test_needs_data_and_a_budget_that_can_be_reached() -> None:
+    task = problem(trained())
+    with pytest.raises(UsageError, match="needs data"):
+        make("dcp").plan(replace(task, data=None))
+    with pytest.raises(BudgetError, match="smallest reachable"):
+        make("dcp").plan(replace(task, budget=1.0))
+
+
+# --- kernels
+
+
+def kernels(model: Any, weight: str) -> int:
+    return int((dict(model.named_parameters())[weight].detach().flatten(2) != 0).any(2).sum())
+
+
+def test_as_many_kernels_stay_as_were_asked_for_and_they_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = problem(trained(), 0.4, ParamTable())
+    method = make("dkp", QUICK)
+    monkeypatch.setattr(sys.modules["deploypipe.algorithms.dkp"], "silenced", lambda model, graph: model)
+    asked = method.kernels(task)
+    assert list(asked) == ["0.0.weight", "1.0.weight", "2.0.weight"]
+    model = method.train(task, trainer())
+    assert {weight: kernels(model, weight) for weight in asked} == asked
+    shares = [n / np.prod(task.graph.shapes[weight][:2]) for weight, n in asked.items()]
+    assert max(shares) - min(shares) < 0.03
+    assert 0.39 < NONZERO["params"](model, task.graph) / task.table.predict(task.graph) <= 0.4
+
+
+def test_a_column_of_kernels_without_survivors_takes_its_filter_along() -> None:
+    task = problem(trained(), 0.12, MacTable())
+    model = make("dkp", {**QUICK, "lambda_": 0.0}).train(task, trainer())
+    empty = (model[2][0].weight == 0).all(3).all(2).all(0)
+    if not empty.any():
+        pytest.fail("the budget was meant to be hard enough to empty a column")
+    assert (model[1][0].weight[empty] == 0).all()
+    assert NONZERO["MACs"](model, task.graph) <= task.budget
+
+
+def test_selected_kernels_know_more_than_the_largest_and_stay_zero_in_tuning() -> None:
+    method, gains = make("dkp", {**QUICK, "images": 600, "parts": 8, "lambda_": 0.1}), []
+    for seed in (1, 0):
+        task = problem(trained(seed), 0.3, ParamTable())
+        selected, largest = method.train(task, trainer()), trainer().fit(task.model, 0)
+        with torch.no_grad():
+            for weight, n in method.kernels(task).items():
+                parameter = dict(largest.named_parameters())[weight]
+                parameter.copy_(project(parameter, "kernel", n))
+        gains.append(accuracy(recalibrate(selected, task.data)) - accuracy(recalibrate(largest, task.data)))
+    assert min(gains) > 0
+    assert np.mean(gains) > 0.02
+    tuned = trainer(lr=0.1).fit(selected, 1, [MaskedWeights.of_zeros(selected)])
+    assert NONZERO["params"](tuned, task.graph) <= task.budget
+    assert accuracy(tuned) > 0.9
+    assert prices(task.model, task.graph, "params").dense == task.table.predict(task.graph)
+
+
+def test_the_model_of_the_user_is_left_alone() -> None:
+    task = problem(trained(), 0.4)
+    before = run(task.model, task.graph.example)
+    make("dkp", QUICK).train(task, trainer())
+    make("dcp", QUICK).plan(task)
+    assert difference(before, run(task.model, task.graph.example)) == 0
+    assert all(p.requires_grad and p.grad is None for p in task.model.parameters())
