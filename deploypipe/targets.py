@@ -68,15 +68,27 @@ class MeasureSpec:
 
 @dataclass(frozen=True)
 class Target:
-    """What a model is deployed to. Facts only; `path` is the file they were read from."""
+    """What a model is deployed to. Facts only; `path` is the file they were read from.
+
+    Attributes:
+        note: What the user should know before choosing it.
+        run_on_hardware: Whether anything has ever been built and measured there with this program.
+    """
 
     name: str
     build: BuildSpec
     title: str = ""
+    note: str = ""
+    run_on_hardware: bool = True
     device: Device = field(default_factory=Device)
     reach: Reach = field(default_factory=Reach)
     measure: MeasureSpec = field(default_factory=MeasureSpec)
     path: str = field(default="", metadata={"file": False})
+
+    @property
+    def shown(self) -> str:
+        """The name, with the device if it is not this machine."""
+        return f"{self.name} at {self.reach.host}" if self.reach.host else self.name
 
     def reached_at(self, host: str) -> "Target":
         """Return a copy for another device of this kind; a target on this machine becomes one that SSH reaches."""

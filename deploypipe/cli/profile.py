@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from deploypipe.cli import console
-from deploypipe.cli.build import Json, Model, TargetName, Threads, Weights
+from deploypipe.cli.build import HostName, Json, Model, TargetName, Threads, Weights
 
 
 def profile(
@@ -16,13 +16,14 @@ def profile(
     threads: Threads = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what was measured on this target before.")] = False,
     save: Annotated[Path | None, typer.Option(help="Write this model's part of the table into a new folder.")] = None,
+    host: HostName = None,
     as_json: Json = False,
 ) -> None:
     """Measure a model's layers at many widths, on the target."""
     from deploypipe import pipeline
 
     with console.progress() as reporter:
-        summary = pipeline.profile_model(model, weights, target, threads, reporter, fresh=fresh, save=save)
+        summary = pipeline.profile_model(model, weights, target, threads, reporter, fresh=fresh, save=save, host=host)
     if as_json:
         console.answer_json(summary)
     else:
@@ -34,6 +35,7 @@ def bench(
     target: TargetName = "cpu",
     threads: Threads = None,
     layers: Annotated[bool, typer.Option(help="Also measure each kernel; takes about as long again.")] = True,
+    host: HostName = None,
     as_json: Json = False,
 ) -> None:
     """Measure the latency of an artifact on the target, whole and kernel by kernel."""
@@ -41,7 +43,7 @@ def bench(
     from deploypipe import pipeline
 
     with console.progress() as reporter:
-        times = pipeline.bench_artifact(artifact, target, threads, reporter, layers=layers)
+        times = pipeline.bench_artifact(artifact, target, threads, reporter, layers=layers, host=host)
     if as_json:
         console.answer_json(times.to_json())
         return

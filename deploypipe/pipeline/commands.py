@@ -34,6 +34,7 @@ def profile_model(
     *,
     fresh: bool = False,
     save: str | Path | None = None,
+    host: str | None = None,
 ) -> dict[str, Any]:
     """Measure (or find, unless `fresh`) the latency table of a model and return what was learned, in plain values.
 
@@ -44,14 +45,14 @@ def profile_model(
     """
     if save and Path(save).exists() and (not Path(save).is_dir() or any(Path(save).iterdir())):
         raise UsageError("the folder to save the table in is not empty", at=f"--save {save}", fix="name a new folder")
-    chosen = Request(target=target, threads=threads).resolved_target()
+    chosen = Request(target=target, threads=threads, host=host).resolved_target()
     loaded = load_model(model, weights)
     graph = trace(loaded.model, loaded.example)
     table = profile(loaded.model, loaded.example, chosen, graph=graph, reporter=reporter, fresh=fresh)
     if save:
         with explained(Path(save)):
             table.only(graph).save(save)
-    return _summary(chosen.name, table, graph)
+    return _summary(chosen.shown, table, graph)
 
 
 def bench_artifact(
@@ -61,6 +62,7 @@ def bench_artifact(
     reporter: Reporter | None = None,
     *,
     layers: bool = True,
+    host: str | None = None,
 ) -> ArtifactTimes:
     """Measure an artifact or ONNX file on a target: the whole, and with `layers` each kernel.
 
@@ -70,13 +72,13 @@ def bench_artifact(
     path, tell = Path(artifact), reporter or Silent()
     if not path.is_file():
         raise UsageError("there is no such file", at=str(path), fix="give a built artifact or an .onnx file")
-    device = Device(Request(target=target, threads=threads).resolved_target())
+    device = Device(Request(target=target, threads=threads, host=host).resolved_target())
     tell.stage("bench")
     whole = Latency(**device.bench({"model": path})["model"])
     if layers:
         tell.stage("profile kernels")
     profiled = device.profile(path) if layers else None
-    return ArtifactTimes(str(path), device.target.name, device.target.measure.threads, whole, profiled)
+    return ArtifactTimes(str(path), device.target.shown, device.target.measure.threads, whole, profiled)
 
 
 def _summary(target: str, table: LatencyTable, graph: Graph) -> dict[str, Any]:

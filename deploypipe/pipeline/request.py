@@ -9,6 +9,7 @@ from typing import Any, Self
 from deploypipe.algorithms import make
 from deploypipe.allocation.budget import parse_budget
 from deploypipe.errors import UsageError, nearest
+from deploypipe.runners import load_runner
 from deploypipe.targets import Target, load_target
 from deploypipe.training.settings import TrainSettings
 
@@ -42,6 +43,7 @@ class Request:
         table: Folder of a latency table to use instead of measuring one; refused if it does not hold on this device.
         value: What a width is worth: what the algorithm's "scores" say, or the "measured" rise of the loss on held-out images.
         value_rounds: How often widths are measured again around the solution, at most.
+        host: Which device, instead of the one that the target names: `[user@]host[:port]` over SSH, a serial number over adb.
         command: For the report.
     """
 
@@ -65,6 +67,7 @@ class Request:
     table: str | Path | None = None
     value: str = "scores"
     value_rounds: int = 2
+    host: str | None = None
     command: str = ""
 
     @property
@@ -72,8 +75,8 @@ class Request:
         """Where the run is kept."""
         if self.out is not None:
             return Path(self.out)
-        parts = (Path(self.model).name, Path(self.target).stem, self.algo, self.budget)
-        return Path("runs") / re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(parts)).strip("-")
+        parts = (Path(self.model).name, Path(self.target).stem, self.host or "", self.algo, self.budget)
+        return Path("runs") / re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(filter(None, parts))).strip("-")
 
     @property
     def training(self) -> TrainSettings:
@@ -87,9 +90,10 @@ class Request:
         return replace(settings, **{name: value for name, value in given.items() if value is not None})
 
     def resolved_target(self) -> Target:
-        """Return the target with the threads that were asked for."""
+        """Return the target with the threads and the device that were asked for."""
         target = load_target(self.target)
-        return target.replace(threads=self.threads) if self.threads else target
+        target = target.replace(threads=self.threads) if self.threads else target
+        return target.reached_at(self.host) if self.host else target
 
     @classmethod
     def of(cls, **values: Any) -> Self:
@@ -118,5 +122,5 @@ class Request:
             raise UsageError(f"value_rounds is {self.value_rounds}", at="--value-rounds", fix="use 0 or more")
         parse_budget(self.budget, self.metric, float("inf"))
         make(self.algo, self.options)
-        self.resolved_target()
+        load_runner(self.resolved_target())
         _ = self.training

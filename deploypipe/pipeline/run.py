@@ -230,8 +230,9 @@ class _Run:
 
         def bench(folder: Path) -> None:
             _write_json(folder / "latency.json", self.device.bench({side: file.value for side, file in files.items()}))
+            _write_json(folder / "device.json", self.device.state())
 
-        key = [1, *files.values(), asdict(self.target.measure), self.device.facts]
+        key = [2, *files.values(), asdict(self.target.measure), self.device.facts]
         return self.store.keep("bench", key, bench, lambda root: json.loads((root / "latency.json").read_text()))
 
     @cached_property
@@ -282,7 +283,7 @@ class _Run:
             accuracies=self.accuracies.value,
             files={side: kept.value for side, kept in self.artifacts.items()},
             seconds={stage.stage: stage.seconds for stage in order},
-            facts=self.device.facts,
+            facts=self.device.facts | json.loads((self.store.root / "device.json").read_text()),
             notes=tuple(note for note in (*self.loaded.notes, *self.graph.notes, *valued, *notes) if note),
         )
         report = assemble(self.request, self.data, self.target, found)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from deploypipe.job import Job, JobResult
+from deploypipe.runners.describe import Machine
 
 
 class Runner(Protocol):
@@ -11,9 +12,11 @@ class Runner(Protocol):
 
     Attributes:
         here: Whether the target is this machine.
+        place: The device in words, for errors and reports.
     """
 
     here: ClassVar[bool]
+    place: str
 
     def run(self, job: Job, into: Path) -> JobResult:
         """Carry out `job`; the pulled files lie in the folder `into`.
@@ -22,4 +25,16 @@ class Runner(Protocol):
             TargetError: The target does not say which device.
             BackendError: The device cannot be reached; the program is missing, failed, took too long, or left a file out.
         """
+        ...
+
+    def describe(self) -> Machine:
+        """Say what the device is and how it is set just now.
+
+        Raises:
+            TargetError, BackendError: As of `run`.
+        """
+        ...
+
+    def close(self) -> None:
+        """Leave the device; a later job reaches for it again."""
         ...

@@ -9,6 +9,7 @@ from typing import ClassVar
 from deploypipe.errors import BackendError
 from deploypipe.job import PYTHON, Job, JobResult
 from deploypipe.runners import ending
+from deploypipe.runners.describe import Machine, describe
 from deploypipe.runners.process import finish
 from deploypipe.targets import Reach
 
@@ -17,6 +18,7 @@ class Local:
     """This machine; the job's folder is temporary."""
 
     here: ClassVar[bool] = True
+    place = "local"
 
     def __init__(self, reach: Reach) -> None:
         self.workdir = reach.workdir or None
@@ -36,11 +38,18 @@ class Local:
             try:
                 ended = finish(argv, job.timeout_s, cwd=folder, env=job.env)
             except TimeoutError as error:
-                raise ending.timed_out(job, argv, "local") from error
+                raise ending.timed_out(job, argv, self.place) from error
             except OSError as error:
-                raise ending.missing(argv[0], error.strerror or str(error), ending.where("local", argv)) from error
-            ending.succeeded(argv, ended, "local")
-            return ending.result(job, argv, ended, "local", _pull(job, folder, into))
+                raise ending.missing(argv[0], error.strerror or str(error), ending.where(self.place, argv)) from error
+            ending.succeeded(argv, ended, self.place)
+            return ending.result(job, argv, ended, self.place, _pull(job, folder, into))
+
+    def describe(self) -> Machine:
+        """Say what this machine is and how it is set just now."""
+        return describe(self.run)
+
+    def close(self) -> None:
+        """There is nothing to leave."""
 
 
 def _push(source: Path | bytes, target: Path) -> None:

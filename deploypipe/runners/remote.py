@@ -20,6 +20,7 @@ from typing import ClassVar, Protocol
 from deploypipe.errors import BackendError, TargetError
 from deploypipe.job import PYTHON, Job, JobResult
 from deploypipe.runners import ending
+from deploypipe.runners.describe import Machine, describe
 from deploypipe.runners.elf import built_for, surely_foreign
 from deploypipe.runners.process import Ended
 from deploypipe.targets import Reach
@@ -117,6 +118,10 @@ class Remote:
             raise BackendError(
                 "the connection to the device broke, twice during the same job", at=ending.where(self.place, argv), fix=fix
             ) from error
+
+    def describe(self) -> Machine:
+        """Say what the device is and how it is set just now."""
+        return describe(self.run)
 
     def close(self) -> None:
         """Leave the device; the next job connects again."""
