@@ -1,25 +1,30 @@
-"""An OpenSSH server on the loopback address, with keys, a home folder and a configuration of its own."""
+"""An OpenSSH server on the loopback address, with keys, a home folder and a configuration of its own; and a device's Python."""
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import time
+import venv
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import pytest
 
 SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")
 
 
 @dataclass
 class SshServer:
-    """`config` is the client's configuration: it knows the host key, and checks it."""
+    """`config` is the client's configuration: it knows the host key, and checks it. `path` is the PATH of who logs in."""
 
     folder: Path
+    path: str = os.defpath
     port: int = 0
     process: "subprocess.Popen[bytes] | None" = None
     options: tuple[str, ...] = ()
@@ -38,13 +43,23 @@ class SshServer:
         return self.folder / "home"
 
     @property
+    def jobs(self) -> Path:
+        """Where jobs' folders are made."""
+        return self.folder / "tmp"
+
+    @property
+    def n_connections(self) -> int:
+        """How many have been accepted so far."""
+        return self.log.count("Accepted publickey")
+
+    @property
     def log(self) -> str:
         return (self.folder / "server" / "log").read_text()
 
     def prepare(self) -> None:
         """Make keys and both configurations; the port is a free one."""
         server, client = self.folder / "server", self.folder / "client"
-        for path in (server, client, self.home):
+        for path in (server, client, self.home, self.jobs):
             path.mkdir(parents=True)
         for key in (server / "host_key", client / "user_key"):
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True, timeout=30)
@@ -59,14 +74,14 @@ class SshServer:
             f"UserKnownHostsFile {client / 'known_hosts'}\nGlobalKnownHostsFile none\nStrictHostKeyChecking yes\n"
         )
 
-    def start(self, path: str = "") -> None:
-        """Listen; `path` comes first on the PATH of whoever logs in."""
+    def start(self) -> None:
+        """Listen."""
         server = self.folder / "server"
         lines = [
             f"Port {self.port}", "ListenAddress 127.0.0.1", f"HostKey {server / 'host_key'}", f"PidFile {server / 'pid'}",
             f"AuthorizedKeysFile {server / 'authorized_keys'}", "StrictModes no", "UsePAM no", "PasswordAuthentication no",
             "KbdInteractiveAuthentication no", "PermitRootLogin prohibit-password", "LogLevel VERBOSE", "UseDNS no",
-            f"SetEnv HOME={self.home} PATH={path or os.defpath}", *self.options,
+            f"SetEnv HOME={self.home} TMPDIR={self.jobs} PATH={self.path}", *self.options,
         ]  # fmt: skip
         (server / "config").write_text("\n".join(lines) + "\n")
         if os.getuid() == 0:
@@ -98,3 +113,33 @@ class SshServer:
             self.process.kill()
             self.process.wait()
             self.process = None
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, kib: int) -> Iterator[Path]:
+    """Mount a disk of this size; skip the test where that is not allowed."""
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", folder], capture_output=True, text=True, check=False, timeout=30
+    )
+    if mounted.returncode:
+        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True, timeout=30)
+
+
+def device_python(folder: Path, *packages: str) -> Path:
+    """Make a virtual environment that has just these packages, of those installed here; return its folder of programs."""
+    venv.EnvBuilder(symlinks=True).create(folder)
+    [site] = folder.glob("lib/python*/site-packages")
+    for name in packages:
+        found = importlib.util.find_spec(name)
+        assert found is not None
+        assert found.origin is not None
+        source = Path(found.origin).parent
+        for part in (source, source.with_name(f"{name}.libs")):  # shared libraries of a wheel lie beside it
+            if part.exists():
+                (site / name).parent.joinpath(part.name).symlink_to(part)
+    return folder / "bin"

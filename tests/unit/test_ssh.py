@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ssh_server import SSHD, SshServer
+from ssh_server import small_disk
 
 from deploypipe.errors import BackendError, TargetError
 from deploypipe.job import PYTHON, Job
@@ -18,7 +18,6 @@ from deploypipe.runners import remote
 from deploypipe.runners.ssh import Host, Ssh, unreachable
 from deploypipe.targets import Reach
 
-needs_server = pytest.mark.skipif(SSHD is None, reason="no SSH server here: apt install openssh-server")
 HOSTILE = [
     "a b",
     "-rf",
@@ -36,15 +35,6 @@ HOSTILE = [
 ]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    made = SshServer(tmp_path_factory.mktemp("ssh"))
-    made.prepare()
-    made.start("/usr/local/bin:/usr/bin:/bin")
-    yield made
-    made.stop()
-
-
 @pytest.fixture
 def device(tmp_path):
     """The folder on the 'device' in which jobs' folders are made; its name is hostile, too."""
@@ -54,9 +44,8 @@ def device(tmp_path):
 
 
 @pytest.fixture
-def ssh(server, device, monkeypatch):
-    monkeypatch.setenv("DEPLOYPIPE_SSH_CONFIG", str(server.config))
-    runner = Ssh(Reach("ssh", server.host, str(device)))
+def ssh(ssh_server, device, monkeypatch):
+    runner = Ssh(Reach("ssh", ssh_server.host, str(device)))
     yield runner
     runner.close()
 
@@ -74,7 +63,6 @@ def soon(condition, seconds=10.0):
     return False
 
 
-@needs_server
 def test_files_go_there_and_back_and_nothing_stays(ssh, device, tmp_path):
     (tmp_path / "in.txt").write_text("abc")
     code = 'cat a b > out.txt; printf %s "$C" >> out.txt; pwd; ls -A'
@@ -92,7 +80,6 @@ def test_files_go_there_and_back_and_nothing_stays(ssh, device, tmp_path):
     assert not list(device.iterdir())
 
 
-@needs_server
 def test_hostile_names_and_arguments_arrive_as_they_are(ssh, tmp_path):
     code = (
         "import sys, os, shutil; [shutil.copy(n, 'back ' + n) for n in sys.argv[1:]]; "
@@ -124,7 +111,6 @@ def test_an_environment_variable_has_a_name(name):
         Job(("true",), env={name: "x"})
 
 
-@needs_server
 def test_a_pushed_program_is_executable_and_the_output_is_the_programs_own(ssh, tmp_path):
     program = tmp_path / "tool"
     program.write_text("#!/bin/sh\necho out; echo err >&2; exit 4\n")
@@ -135,7 +121,6 @@ def test_a_pushed_program_is_executable_and_the_output_is_the_programs_own(ssh, 
     assert (result.stdout, result.stderr, result.exit_code) == ("out\n", "err\n", 0)
 
 
-@needs_server
 @pytest.mark.parametrize(
     ("job", "message", "fix"),
     [
@@ -148,30 +133,39 @@ def test_a_pushed_program_is_executable_and_the_output_is_the_programs_own(ssh, 
         (Job(("./x",), {"x": Path("/no/such/file")}), "there is no file '/no/such/file'", "check the path"),
     ],
 )
-def test_every_failure_says_what_where_and_how_to_fix_it(ssh, server, device, tmp_path, job, message, fix):
+def test_every_failure_says_what_where_and_how_to_fix_it(ssh, ssh_server, device, tmp_path, job, message, fix):
     with pytest.raises(BackendError, match=message) as caught:
         ssh.run(job, tmp_path / "into")
     assert fix in caught.value.fix
-    assert caught.value.at.startswith((f"ssh {server.host}", "local"))
+    assert caught.value.at.startswith((f"ssh {ssh_server.host}", "local"))
     assert ssh.run(shell("echo on"), tmp_path).stdout == "on\n"
     [session] = device.iterdir()
     assert [path.name for path in session.iterdir()] == ["keeper"]
 
 
-@needs_server
-def test_a_missing_interpreter_is_told_from_other_programs(server, device, tmp_path, monkeypatch):
-    monkeypatch.setenv("DEPLOYPIPE_SSH_CONFIG", str(server.config))
-    ssh = Ssh(Reach("ssh", server.host, str(device), "~/no venv/bin/python"))
+def test_a_full_disk_is_told_wherever_it_fills(ssh_server, tmp_path):
+    with small_disk(tmp_path / "disk", 512) as disk:
+        ssh = Ssh(Reach("ssh", ssh_server.host, str(disk)))
+        for job in (shell("true", push={"big": bytes(2_000_000)}), shell("head -c 2000000 /dev/zero > big")):
+            with pytest.raises(BackendError, match="the disk is full") as caught:
+                ssh.run(job, tmp_path / "into")
+            assert "[reach] workdir" in caught.value.fix
+        assert ssh.run(shell("echo on"), tmp_path).stdout == "on\n", "the space was given back"
+        ssh.close()
+        assert not list(disk.iterdir())
+
+
+def test_a_missing_interpreter_is_told_from_other_programs(ssh_server, device, tmp_path, monkeypatch):
+    ssh = Ssh(Reach("ssh", ssh_server.host, str(device), "~/no venv/bin/python"))
     with pytest.raises(BackendError, match="the device has no '~/no venv/bin/python'") as caught:
         ssh.run(Job((PYTHON, "-c", "")), tmp_path)
     assert "[reach] python" in caught.value.fix
-    (server.home / "no venv" / "bin").mkdir(parents=True)
-    (server.home / "no venv" / "bin" / "python").symlink_to("/bin/echo")
+    (ssh_server.home / "no venv" / "bin").mkdir(parents=True)
+    (ssh_server.home / "no venv" / "bin" / "python").symlink_to("/bin/echo")
     assert ssh.run(Job((PYTHON, "hello")), tmp_path).stdout == "hello\n", "~/ is the home folder on the device"
     ssh.close()
 
 
-@needs_server
 def test_a_program_for_another_processor_is_refused_before_it_runs(ssh, tmp_path):
     foreign = {"x86_64": 183}.get(os.uname().machine, 62)
     header = b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack("<HH", 2, foreign) + bytes(44)
@@ -180,7 +174,6 @@ def test_a_program_for_another_processor_is_refused_before_it_runs(ssh, tmp_path
     assert "uname -m" in caught.value.fix
 
 
-@needs_server
 def test_a_timeout_ends_the_program_and_its_children_there(ssh, device, tmp_path):
     mark = tmp_path / "pid"
     with pytest.raises(BackendError, match=r"did not end within 0\.5 s"):
@@ -190,15 +183,14 @@ def test_a_timeout_ends_the_program_and_its_children_there(ssh, device, tmp_path
     assert [path.name for path in session.iterdir()] == ["keeper"]
 
 
-@needs_server
-def test_a_connection_that_breaks_is_opened_again_and_the_job_done_again(ssh, server, device, tmp_path, monkeypatch):
+def test_a_connection_that_breaks_is_opened_again_and_the_job_done_again(ssh, ssh_server, device, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "PAUSES_S", (0.1,))
     marks = tmp_path / "marks"
     marks.mkdir()
 
     def cut():
         assert soon(lambda: len(list(marks.iterdir())) == 1)
-        server.cut()
+        ssh_server.cut()
 
     thread = threading.Thread(target=cut)
     thread.start()
@@ -211,20 +203,18 @@ def test_a_connection_that_breaks_is_opened_again_and_the_job_done_again(ssh, se
     assert soon(lambda: len(list(device.iterdir())) == 1), "and removed its folder"
 
 
-@needs_server
-def test_a_device_that_is_gone_is_named_and_nothing_half_written_is_left(server, device, tmp_path, monkeypatch):
-    monkeypatch.setenv("DEPLOYPIPE_SSH_CONFIG", str(server.config))
+def test_a_device_that_is_gone_is_named_and_nothing_half_written_is_left(ssh_server, device, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "PAUSES_S", (0.05, 0.05))
-    ssh = Ssh(Reach("ssh", server.host, str(device)))
+    ssh = Ssh(Reach("ssh", ssh_server.host, str(device)))
     assert ssh.run(shell("echo on"), tmp_path).stdout == "on\n"
-    server.stop()
+    ssh_server.stop()
     try:
         with pytest.raises(
             BackendError, match="the connection broke, and the device cannot be reached again: no SSH server"
         ) as caught:
             ssh.run(shell("echo x > out", pull=("out",)), tmp_path / "into")
     finally:
-        server.start("/usr/local/bin:/usr/bin:/bin")
+        ssh_server.start()
     assert "what has been measured is kept" in caught.value.fix
     assert not (tmp_path / "into").exists()
     assert soon(lambda: not list(device.iterdir()))
@@ -232,8 +222,7 @@ def test_a_device_that_is_gone_is_named_and_nothing_half_written_is_left(server,
     ssh.close()
 
 
-@needs_server
-def test_a_folder_whose_keeper_was_killed_goes_at_the_next_contact(ssh, server, device, tmp_path):
+def test_a_folder_whose_keeper_was_killed_goes_at_the_next_contact(ssh, ssh_server, device, tmp_path):
     ssh.run(shell("true"), tmp_path)
     [session] = device.iterdir()
     os.kill(int((session / "keeper").read_text()), signal.SIGKILL)
@@ -243,34 +232,31 @@ def test_a_folder_whose_keeper_was_killed_goes_at_the_next_contact(ssh, server, 
     assert not session.exists()
 
 
-@needs_server
-def test_host_keys_are_checked(server, device, tmp_path, monkeypatch):
-    known = server.config.parent / "known_hosts"
+def test_host_keys_are_checked(ssh_server, device, tmp_path, monkeypatch):
+    known = ssh_server.config.parent / "known_hosts"
     config = tmp_path / "config"
-    config.write_text(server.config.read_text().replace(str(known), str(tmp_path / "known")))
+    config.write_text(ssh_server.config.read_text().replace(str(known), str(tmp_path / "known")))
     monkeypatch.setenv("DEPLOYPIPE_SSH_CONFIG", str(config))
-    ssh = Ssh(Reach("ssh", server.host, str(device)))
+    ssh = Ssh(Reach("ssh", ssh_server.host, str(device)))
     with pytest.raises(BackendError, match="host key is not known yet") as caught:
         ssh.run(shell("true"), tmp_path)
-    assert f"ssh -p {server.port} {server.user}@127.0.0.1" in caught.value.fix
-    other = (server.folder / "client" / "user_key.pub").read_text()
-    (tmp_path / "known").write_text(f"[127.0.0.1]:{server.port} {other}")
+    assert f"ssh -p {ssh_server.port} {ssh_server.user}@127.0.0.1" in caught.value.fix
+    other = (ssh_server.folder / "client" / "user_key.pub").read_text()
+    (tmp_path / "known").write_text(f"[127.0.0.1]:{ssh_server.port} {other}")
     with pytest.raises(BackendError, match="not the one you know") as caught:
         ssh.run(shell("true"), tmp_path)
     assert "ssh-keygen -R" in caught.value.fix
 
 
-@needs_server
-def test_a_key_that_is_not_accepted_and_a_folder_that_cannot_be_made(server, tmp_path, monkeypatch):
-    monkeypatch.setenv("DEPLOYPIPE_SSH_CONFIG", str(server.config))
+def test_a_key_that_is_not_accepted_and_a_folder_that_cannot_be_made(ssh_server, tmp_path, monkeypatch):
     with pytest.raises(BackendError, match="no folder can be made") as caught:
-        Ssh(Reach("ssh", server.host, str(tmp_path / "missing"))).run(shell("true"), tmp_path)
+        Ssh(Reach("ssh", ssh_server.host, str(tmp_path / "missing"))).run(shell("true"), tmp_path)
     assert "[reach] workdir" in caught.value.fix
     config = tmp_path / "config"
-    config.write_text(server.config.read_text().replace("user_key", "no_key"))
+    config.write_text(ssh_server.config.read_text().replace("user_key", "no_key"))
     monkeypatch.setenv("DEPLOYPIPE_SSH_CONFIG", str(config))
     with pytest.raises(BackendError, match="accepts none of your keys") as caught:
-        Ssh(Reach("ssh", server.host)).run(shell("true"), tmp_path)
+        Ssh(Reach("ssh", ssh_server.host)).run(shell("true"), tmp_path)
     assert "ssh-copy-id" in caught.value.fix
 
 
