@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from deploypipe.errors import BackendError
-from deploypipe.runners.remote import MARK
+from deploypipe.runners.keeper import MARK
 
 _DATE = 1_000_000_000  # of every file: one that no device's clock takes for the future
 

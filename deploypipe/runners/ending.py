@@ -10,7 +10,9 @@ from deploypipe.job import Job, JobResult
 from deploypipe.runners.process import Ended
 
 NOT_EXECUTABLE, NOT_FOUND = 126, 127  # a shell's exit codes
-_DISK_FULL = re.compile(r"No space left on device|Errno 28\b|ENOSPC|Disk quota exceeded|Wrote only \d+ of \d+ bytes|short write")
+_DISK_FULL = re.compile(
+    r"No space left on device|Errno 28\b|ENOSPC|Disk quota exceeded|Wrote only \d+ of \d+ bytes|short write"
+)
 _LIBRARY = re.compile(r"error while loading shared libraries: ([^:\s]+)")
 _FOREIGN = re.compile(r"Exec format error|cannot execute binary file|not executable: \d+-bit ELF|\bELF\b.*not found")
 

@@ -1,5 +1,6 @@
 """Run a job on this machine, in a folder of its own."""
 
+import errno
 import shutil
 import sys
 import tempfile
@@ -33,13 +34,15 @@ class Local:
         argv = tuple(self.python if part == PYTHON else part for part in job.argv)
         with tempfile.TemporaryDirectory(dir=self.workdir, prefix="deploypipe-") as name:
             folder = Path(name)
-            for file, source in job.push.items():
-                _push(source, folder / file)
             try:
+                for file, source in job.push.items():
+                    _push(source, folder / file)
                 ended = finish(argv, job.timeout_s, cwd=folder, env=job.env)
             except TimeoutError as error:
                 raise ending.timed_out(job, argv, self.place) from error
             except OSError as error:
+                if error.errno == errno.ENOSPC:
+                    raise ending.disk_full(self.place, ending.where(self.place, argv)) from error
                 raise ending.missing(argv[0], error.strerror or str(error), ending.where(self.place, argv)) from error
             ending.succeeded(argv, ended, self.place)
             return ending.result(job, argv, ended, self.place, _pull(job, folder, into))

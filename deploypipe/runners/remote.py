@@ -1,8 +1,6 @@
 """Jobs on a device that is not this machine: what the ways to reach one have in common.
 
-While we are connected, a *keeper* runs on the device: a shell that makes a folder, tells its name and waits for its input to
-end. It ends when we close the connection and also when the connection breaks; then it kills what still runs in the folder and
-removes it. Where it could not (the power went), the next keeper does.
+A keeper (see `keeper.py`) has a folder on the device while we are connected; each job gets a folder in it.
 
 All that is sent as a command line is fixed text and the folder's name. What a job brings along - program, arguments, file
 names, environment - stands in a script that is pushed as a file, quoted by `shlex` and read by `sh` alone, whatever the user's
@@ -22,29 +20,14 @@ from deploypipe.job import PYTHON, Job, JobResult
 from deploypipe.runners import ending
 from deploypipe.runners.describe import Machine, describe
 from deploypipe.runners.elf import built_for, surely_foreign
+from deploypipe.runners.keeper import MARK, tidy
 from deploypipe.runners.process import Ended
 from deploypipe.targets import Reach
 
-MARK = "deploypipe: from here on"  # on both outputs; what comes before it is a login shell that greets
 TIDY_S = 20.0  # to end a job and remove its folder
 TRANSFER_S = 3600.0  # for the files of one job; a connection that broke is noticed long before
 PAUSES_S = (1.0, 4.0)  # before we try to reach again a device whose connection broke
 _AGAIN = "then run the same command again: what has been measured is kept"
-
-# One line each, with neither quotes nor backslashes nor exclamation marks in it, so that every login shell reads the same.
-_TIDY = 'k=$(cat "$1/$2.pid" 2>/dev/null) && { kill -9 -"$k" || kill -9 "$k"; } 2>/dev/null; rm -rf "$1/$2" "$1/$2".*'
-_KEEPER = (
-    "umask 077; w=$1; u=$(id -u); "
-    'case $w in "") w=${TMPDIR:-$2};; "~/"*) w=$HOME/${w#??};; esac; '
-    'end() { for p in "$1"/*.pid; do k=$(cat "$p" 2>/dev/null) && { kill -9 -"$k" || kill -9 "$k"; } 2>/dev/null; done; '
-    'rm -rf "$1"; }; '
-    'for o in "$w"/deploypipe-"$u"-*; do [ -d "$o" ] && k=$(cat "$o"/keeper 2>/dev/null) && '
-    '{ kill -0 "$k" 2>/dev/null || end "$o"; }; done; '
-    'd=$(mktemp -d "$w/deploypipe-$u-XXXXXX") || exit 73; '
-    'bye() { end "$d"; }; trap bye EXIT; trap "exit 0" HUP INT TERM PIPE; '
-    'echo $$ > "$d"/keeper || exit 74; '
-    f'echo "{MARK}"; echo "$d"; uname -m; cat > /dev/null'
-)
 
 
 class Lost(Exception):
@@ -83,11 +66,12 @@ class Remote:
     """A device behind a link. Each way to reach one says how a link is opened."""
 
     here: ClassVar[bool] = False
+    needs_host: ClassVar[bool] = True
     python: ClassVar[str] = "python3"
 
     def __init__(self, reach: Reach) -> None:
         self.reach = reach
-        self.place = f"{reach.via} {reach.host}"
+        self.place = f"{reach.via} {reach.host}".strip()
         self._interpreter = reach.python or self.python
         self._link: Link | None = None
         self._numbers = count(1)
@@ -130,7 +114,7 @@ class Remote:
             link.close()
 
     def _connected(self) -> Link:
-        if not self.reach.host:
+        if not self.reach.host and self.needs_host:
             fix = "say which: --host [user@]host[:port], or [reach] host in the target file"
             raise TargetError(f"the target is reached by {self.reach.via}, but names no device", at="reach.host", fix=fix)
         self._link = self._link or self.connect()
@@ -159,7 +143,7 @@ class Remote:
             raise ending.timed_out(job, argv, self.place) from error
         finally:
             with contextlib.suppress(Lost, OSError):
-                link.call(f"exec sh -c '{_TIDY}' sh {quote(link.folder)} {number}", TIDY_S)
+                link.call(tidy(link.folder, number), TIDY_S)
         return ending.result(job, argv, ended, self.place, pulled)
 
     def _check(self, job: Job, argv: Sequence[str], link: Link) -> None:
@@ -208,11 +192,6 @@ def get_script(folder: str, number: str, job: Job) -> str:
         f"echo '{MARK}'\n"
         '[ $# -eq 0 ] || exec tar -c -f - "$@"\n'
     )
-
-
-def keeper(workdir: str, usual: str) -> str:
-    """Return the command line of the keeper; `usual` is the folder for temporary files if the device does not name one."""
-    return f"exec sh -c '{_KEEPER}' sh {quote(workdir)} {quote(usual)}"
 
 
 def word(part: str) -> str:

@@ -5,15 +5,10 @@ asked for, so nothing waits for one. The environment variable DEPLOYPIPE_SSH_CON
 `ssh -F` takes it. All jobs go over one connection, whose control socket lies in a private folder.
 """
 
-import contextlib
 import os
 import re
-import select
 import shutil
-import subprocess
 import tempfile
-import time
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +18,9 @@ from typing import IO
 from deploypipe.errors import BackendError, TargetError
 from deploypipe.runners.archive import after_mark, pack, unpack
 from deploypipe.runners.ending import last_lines, missing
-from deploypipe.runners.process import Ended, end, finish
-from deploypipe.runners.remote import MARK, Link, Lost, Remote, keeper
+from deploypipe.runners.keeper import Keeper, keep
+from deploypipe.runners.process import Ended, finish
+from deploypipe.runners.remote import Link, Lost, Remote
 from deploypipe.targets import Reach
 
 CONNECT_S = 15  # to reach the server; the rest of the handshake may take as long again, twice
@@ -124,17 +120,16 @@ class _Connection:
             shutil.rmtree(private)
             private = tempfile.mkdtemp(prefix="deploypipe-ssh-", dir="/tmp")
         self._private, self._host, self._place = Path(private), host, place
-        argv = self._ssh("ControlMaster=yes", keeper(workdir, "/tmp"))  # noqa: S108 - as the device's own default
-        with (self._private / "log").open("wb") as log:
-            try:
-                self._keeper = subprocess.Popen(
-                    argv, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
-                )
-            except OSError as error:
-                shutil.rmtree(private)
-                raise missing("ssh", "there is no OpenSSH client here", place) from error
-        self._leave = weakref.finalize(self, _hang_up, self._keeper, self._private)
-        self.folder, self.arch = self._ready()
+        usual = "/tmp"  # noqa: S108 - of the device
+        try:
+            self._keeper = Keeper(self._ssh("ControlMaster=yes", keep(workdir, usual)), self._private)
+        except OSError as error:
+            shutil.rmtree(private)
+            raise missing("ssh", "there is no OpenSSH client here", place) from error
+        ready = self._keeper.ready(3 * CONNECT_S)
+        if ready is None:
+            raise unreachable(host, self._keeper.give_up(), place)
+        self.folder, self.arch = ready
 
     def put(self, number: str, files: Mapping[str, Path | bytes], timeout_s: float) -> Ended:
         """Write files below the folder."""
@@ -163,7 +158,7 @@ class _Connection:
 
     def close(self) -> None:
         """Let the keeper tidy up, and leave."""
-        self._leave()
+        self._keeper.leave()
 
     def _ssh(self, *options: str) -> list[str]:
         *set_, command = options
@@ -176,32 +171,9 @@ class _Connection:
         # Never a connection of its own when ours has broken: the folder would not be there.
         argv = self._ssh("ControlMaster=no", "ProxyCommand=false", command)
         ended = finish(argv, timeout_s, stdin=stdin, stdout=stdout)
-        if ended.code == _SSH_FAILED and self._broken():
+        if ended.code == _SSH_FAILED and self._keeper.gone():
             raise Lost
         return ended
-
-    def _broken(self) -> bool:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._keeper.wait(1.0)  # it dies a moment after what ran over it
-        return self._keeper.poll() is not None
-
-    def _ready(self) -> tuple[str, str]:
-        """Wait for the keeper to tell its folder and the device's processor."""
-        out, text = self._keeper.stdout, b""
-        assert out is not None
-        deadline = time.monotonic() + 3 * CONNECT_S
-        while (left := deadline - time.monotonic()) > 0 and select.select([out], [], [], left)[0]:
-            part = os.read(out.fileno(), 4096)
-            text += part
-            lines = text.decode(errors="replace").partition(MARK + "\n")[2].splitlines(keepends=True)
-            if len(lines) >= 2 and lines[1].endswith("\n"):
-                return lines[0].strip(), lines[1].strip()
-            if not part:
-                break
-        end(self._keeper)
-        said = (self._private / "log").read_text(errors="replace")
-        self._leave()
-        raise unreachable(self._host, said, self._place)
 
 
 def unreachable(host: Host, said: str, place: str) -> BackendError:
@@ -213,15 +185,3 @@ def unreachable(host: Host, said: str, place: str) -> BackendError:
             message = f"{meaning} ({last_lines(said, 1, 200)})"
             return BackendError(message, at=place, fix=fix.format(name=host.name, destination=destination, by_hand=by_hand))
     return BackendError(f"cannot connect to the device: {last_lines(said)}", at=place, fix=f"try: {by_hand}")
-
-
-def _hang_up(process: "subprocess.Popen[bytes]", private: Path) -> None:
-    if process.stdin and not process.stdin.closed:
-        process.stdin.close()
-    try:
-        process.wait(CONNECT_S)  # the keeper tidies up
-    except subprocess.TimeoutExpired:
-        end(process)
-    if process.stdout:
-        process.stdout.close()
-    shutil.rmtree(private, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The command line on a device that is reached over SSH: a real server on the loopback address, whose Python has no deploypipe."""
+"""The command line on a device that is reached over SSH: a real server, whose Python has no deploypipe."""
 
 import json
 import threading
