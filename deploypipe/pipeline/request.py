@@ -43,7 +43,7 @@ class Request:
         table: Folder of a latency table to use instead of measuring one; refused if it does not hold on this device.
         value: What a width is worth: what the algorithm's "scores" say, or the "measured" rise of the loss on held-out images.
         value_rounds: How often widths are measured again around the solution, at most.
-        host: Which device, instead of the one that the target names: `[user@]host[:port]` over SSH, a serial number over adb.
+        host: Which device, instead of the one that the target names.
         command: For the report.
     """
 

@@ -27,7 +27,7 @@ _KEEP = (
     "umask 077; w=$1; u=$(id -u); "
     'case $w in "") w=${TMPDIR:-$2};; "~/"*) w=$HOME/${w#??};; esac; '
     'end() { for p in "$1"/*.pid; do ' + _KILL + 'done; rm -rf "$1"; }; '
-    'for o in "$w"/deploypipe-"$u"-*; do [ -d "$o" ] && k=$(cat "$o"/keeper 2>/dev/null) && '
+    'for o in "$w"/deploypipe-"$u"-*; do [ -d "$o" ] && [ -O "$o" ] && k=$(cat "$o"/keeper 2>/dev/null) && '
     '{ kill -0 "$k" 2>/dev/null || end "$o"; }; done; '
     'd=$(mktemp -d "$w/deploypipe-$u-XXXXXX") || exit 73; '
     'bye() { end "$d"; }; trap bye EXIT; trap "exit 0" HUP INT TERM PIPE; '

@@ -98,7 +98,7 @@ class Remote:
             return self._once(job, argv, into)
         except Lost as error:
             self.close()
-            fix = f"look at the device's network and power; {_AGAIN}"
+            fix = f"look at the device's network, power and memory; {_AGAIN}"
             raise BackendError(
                 "the connection to the device broke, twice during the same job", at=ending.where(self.place, argv), fix=fix
             ) from error
@@ -135,7 +135,7 @@ class Remote:
         link, number = self._connected(), str(next(self._numbers))
         self._check(job, argv, link)
         try:
-            self._put(link, number, job, argv)
+            self._put(link, number, job)
             ended = said(link.call(f"exec sh {quote(f'{link.folder}/{number}.run')}", job.timeout_s))
             self._judge(job, argv, ended)
             pulled = link.get(number, job.pull, into, TRANSFER_S)
@@ -157,9 +157,9 @@ class Remote:
             said = f"it was built for {built}, the device is {link.arch}"
             raise ending.not_startable(argv[0], said, ending.where(self.place, argv))
 
-    def _put(self, link: Link, number: str, job: Job, argv: Sequence[str]) -> None:
+    def _put(self, link: Link, number: str, job: Job) -> None:
         files: dict[str, Path | bytes] = {
-            f"{number}.run": run_script(link.folder, number, job, argv).encode(),
+            f"{number}.run": run_script(link.folder, number, job, self._interpreter).encode(),
             f"{number}.get": get_script(link.folder, number, job).encode(),
         }
         files |= {f"{number}/{name}": source for name, source in job.push.items()}
@@ -172,15 +172,16 @@ class Remote:
         ending.succeeded(argv, ended, self.place, by_shell=True)
 
 
-def run_script(folder: str, number: str, job: Job, argv: Sequence[str]) -> str:
+def run_script(folder: str, number: str, job: Job, interpreter: str) -> str:
     """Return what `sh` has to do for a job.
 
     Its process number is kept, so that the job can be ended with its children. It stays the program's parent: a shell knows by
     which signal a program was ended, SSH only says that there was one.
     """
+    words = [home(interpreter) if part == PYTHON else quote(part) for part in job.argv]
     lines = [f"echo $$ > {quote(f'{folder}/{number}.pid')}", f"cd {quote(f'{folder}/{number}')} || exit 125"]
     lines += [f"export {name}={quote(value)}" for name, value in job.env.items()]
-    return "\n".join([*lines, f"echo '{MARK}'; echo '{MARK}' >&2", " ".join(map(word, argv)), "exit $?"]) + "\n"
+    return "\n".join([*lines, f"echo '{MARK}'; echo '{MARK}' >&2", " ".join(words), "exit $?"]) + "\n"
 
 
 def get_script(folder: str, number: str, job: Job) -> str:
@@ -194,9 +195,9 @@ def get_script(folder: str, number: str, job: Job) -> str:
     )
 
 
-def word(part: str) -> str:
-    """Quote one word for `sh`; `~/` at its beginning is the home folder on the device."""
-    return f'"$HOME"/{quote(part[2:])}' if part.startswith("~/") else quote(part)
+def home(path: str) -> str:
+    """Quote a path for `sh`; `~/` at its beginning is the home folder on the device."""
+    return f'"$HOME"/{quote(path[2:])}' if path.startswith("~/") else quote(path)
 
 
 def said(ended: Ended) -> Ended:

@@ -24,7 +24,9 @@ from deploypipe.errors import BackendError
 from deploypipe.job import PYTHON, Job
 from deploypipe.runners.base import Runner
 
-HOSTILE = ("a b", "-rf", "$(id)", "`id`", "it's", 'say "hi"', "back\\slash", "new\nline", "*", "~", "a;b&c|d", "\u00fcn\u00ef")
+HOSTILE = (
+    "a b", "-rf", "$(id)", "`id`", "it's", 'say "hi"', "back\\slash", "new\nline", "*", "~", "~root", "a;b&c|d", "\u00fcn\u00ef",
+)  # fmt: skip
 
 
 def shell(code: str, *arguments: str, push: dict[str, Path | bytes] | None = None, pull: tuple[str, ...] = ()) -> Job:
@@ -66,6 +68,7 @@ class RunnerContract:
         result = runner.run(job, tmp_path / "into")
         assert result.stdout == "".join(f"{name}|" for name in HOSTILE) + "".join(HOSTILE)
         assert {name: path.read_text() for name, path in result.pulled.items()} == dict(zip(names, HOSTILE, strict=True))
+        assert runner.run(shell('printf %s "$1"', "~/x"), tmp_path).stdout == "~/x"
 
     def test_a_pushed_program_can_be_started(self, runner: Runner, tmp_path: Path) -> None:
         """A file that is executable here is executable there."""

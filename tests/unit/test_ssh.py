@@ -30,6 +30,7 @@ HOSTILE = [
     "ünï",
     "*",
     "~",
+    "~root",
     "a;b&c|d",
     "!x",
 ]
@@ -162,7 +163,7 @@ def test_a_missing_interpreter_is_told_from_other_programs(ssh_server, device, t
     assert "[reach] python" in caught.value.fix
     (ssh_server.home / "no venv" / "bin").mkdir(parents=True)
     (ssh_server.home / "no venv" / "bin" / "python").symlink_to("/bin/echo")
-    assert ssh.run(Job((PYTHON, "hello")), tmp_path).stdout == "hello\n", "~/ is the home folder on the device"
+    assert ssh.run(Job((PYTHON, "~/x")), tmp_path).stdout == "~/x\n", "~/ is the home folder on the device"
     ssh.close()
 
 
