@@ -25,7 +25,8 @@ from deploypipe.job import PYTHON, Job
 from deploypipe.runners.base import Runner
 
 HOSTILE = (
-    "a b", "-rf", "$(id)", "`id`", "it's", 'say "hi"', "back\\slash", "new\nline", "*", "~", "~root", "a;b&c|d", "\u00fcn\u00ef",
+    "a b", "-rf", "$(id)", "`id`", "it's", 'say "hi"', "back\\slash", "new\nline", "*", "~", "~root", "a;b&c|d",
+    "\u00fcn\u00ef",
 )  # fmt: skip
 
 
