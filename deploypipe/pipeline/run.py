@@ -137,7 +137,7 @@ class _Run:
         source = self.table if timed else request.metric
         key = [request.algo, algorithm, self.budget, source, self.data.key, request.seed, request.keep, self.dense_key]
         if self.meter:
-            key += [request.value, request.value_rounds, self.meter.effort]
+            key += [request.value, request.value_rounds, request.value_finalists, self.meter.effort]
         planner = Planner(request, self.store, self.device, self.problem, key, lambda: self.artifact("dense"), self.meter)
         return planner.measured(self.table.value) if timed else planner.once()
 
