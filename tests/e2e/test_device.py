@@ -20,7 +20,17 @@ from deploypipe.runners import load_runner, remote
 from deploypipe.targets import cache_folder, load_target
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
-MODEL = f"{FACTORY}:net"
+NET = """from torch import nn
+
+
+class Net(nn.Sequential):
+    input_size = (2, 12, 12)
+
+
+def net():
+    layers = [nn.Conv2d(2, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return Net(*layers, nn.Linear(32, 3))
+"""
 STEPS = {"conv": Steps(16, 4, 1.4, (8,)), "depthwise": Steps(16, 4, 7.0), "linear": Steps(8)}
 
 
@@ -29,9 +39,16 @@ def _quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache of our own; how widths are learned is the work of test_learn, and takes seconds."""
     monkeypatch.setenv("DEPLOYPIPE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(profiler, "learn_steps", lambda measure: STEPS)
-    monkeypatch.setattr(profiler, "_PER_JOB", 16)
+    monkeypatch.setattr(profiler, "_PER_JOB", 4)
     monkeypatch.setattr(bench, "_AGAIN", 1)
     monkeypatch.setattr(remote, "PAUSES_S", (0.1, 0.2))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """A network whose export takes half a second."""
+    (tmp_path / "small.py").write_text(NET)
+    return f"{tmp_path / 'small.py'}:net"
 
 
 def kernels() -> list[str]:
@@ -61,11 +78,11 @@ def test_the_device_has_no_deploypipe(ssh_server: SshServer, tmp_path: Path) -> 
 
 
 def test_a_build_on_a_device_and_a_benchmark_of_what_it_built(
-    ssh_server: SshServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ssh_server: SshServer, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, before = tmp_path / "run", ssh_server.n_connections
     options = ["--algo", "l2", "--budget", "70%", "--metric", "macs", "--epochs", "0", "--out", str(out), "--json"]
-    code = run(["build", "--model", MODEL, "--data", f"{FACTORY}:data", "--host", ssh_server.host, *options])
+    code = run(["build", "--model", model, "--data", f"{FACTORY}:data", "--host", ssh_server.host, *options])
     captured = capsys.readouterr()
     assert code == 0, captured.err
     report = json.loads(captured.out)
@@ -82,9 +99,9 @@ def test_a_build_on_a_device_and_a_benchmark_of_what_it_built(
 
 
 def test_a_profile_goes_on_after_its_connection_broke_and_after_its_device_was_gone(
-    ssh_server: SshServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ssh_server: SshServer, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["profile", "--model", MODEL, "--host", ssh_server.host]
+    command = ["profile", "--model", model, "--host", ssh_server.host]
     gone = once_measuring(1, ssh_server.stop)
     try:
         assert run(command) == BackendError.exit_code
@@ -128,11 +145,11 @@ def test_the_doctor_says_what_is_missing_on_a_device(
 def test_a_full_disk_ends_a_benchmark_with_the_way_out(
     ssh_server: SshServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = tmp_path / "model.onnx"
-    model.write_bytes(bytes(2_000_000))
+    large = tmp_path / "model.onnx"
+    large.write_bytes(bytes(2_000_000))
     with small_disk(tmp_path / "disk", 512) as disk:
         target = device_target(tmp_path, ssh_server, workdir=str(disk))
-        assert run(["bench", str(model), "--target", str(target)]) == BackendError.exit_code
+        assert run(["bench", str(large), "--target", str(target)]) == BackendError.exit_code
     err = capsys.readouterr().err
     assert "error: the disk is full" in err
     assert "set [reach] workdir" in err
