@@ -13,6 +13,8 @@ COPY profiles profiles
 RUN /opt/deploypipe/bin/python -m pip install --no-cache-dir --constraint constraints.txt .
 
 FROM ${BASE}
+# The client by which devices are reached; mount your keys and configuration at /home/deploypipe/.ssh.
+RUN apt-get update && apt-get install --yes --no-install-recommends openssh-client && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 10001 deploypipe
 COPY --from=build /opt/deploypipe /opt/deploypipe
 ENV PATH=/opt/deploypipe/bin:$PATH

@@ -26,11 +26,19 @@ class Device:
 
 @dataclass(frozen=True)
 class Reach:
-    """How to get there: `via` names a runner; host and work folder are for remote ones."""
+    """How to get there.
+
+    Attributes:
+        via: Name of a runner.
+        host: Of the device, as the runner understands it; "" if the user has to say it.
+        workdir: Folder on the device in which the jobs' folders are made, if not the usual one for temporary files.
+        python: Interpreter on the device, if not the runner's usual one; `~/` is the home folder there.
+    """
 
     via: str = "local"
     host: str = ""
     workdir: str = ""
+    python: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,15 +69,31 @@ class MeasureSpec:
 
 @dataclass(frozen=True)
 class Target:
-    """What a model is deployed to. Facts only; `path` is the file they were read from."""
+    """What a model is deployed to. Facts only; `path` is the file they were read from.
+
+    Attributes:
+        note: What the user should know before choosing it.
+        run_on_hardware: Whether anything has ever been built and measured there with this program.
+    """
 
     name: str
     build: BuildSpec
     title: str = ""
+    note: str = ""
+    run_on_hardware: bool = True
     device: Device = field(default_factory=Device)
     reach: Reach = field(default_factory=Reach)
     measure: MeasureSpec = field(default_factory=MeasureSpec)
     path: str = field(default="", metadata={"file": False})
+
+    @property
+    def shown(self) -> str:
+        """The name, with the device if it is not this machine."""
+        return f"{self.name} at {self.reach.host}" if self.reach.host else self.name
+
+    def reached_at(self, host: str) -> "Target":
+        """Return a copy for another device of this kind; a target on this machine becomes one that SSH reaches."""
+        return self.replace(host=host, via=self.reach.via if self.reach.via != Reach.via else "ssh")
 
     def replace(self, **changes: Any) -> "Target":
         """Return a copy with some facts changed, wherever in the tree they stand: `target.replace(threads=2)`.

@@ -1,10 +1,11 @@
 """Tests run on one thread: the machine is small and results should not depend on it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from ssh_server import SSHD, SshServer, device_python
 
 torch.set_num_threads(1)
 
@@ -34,3 +35,23 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert text == path.read_text(), f"{path.name} differs; if that is meant: pytest --update-golden"
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def _ssh_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:
+    if SSHD is None:
+        pytest.skip("no SSH server is installed here: apt install openssh-server")
+    folder = tmp_path_factory.mktemp("ssh")
+    programs = device_python(folder / "device", "onnxruntime", "numpy")
+    server = SshServer(folder / "server", f"{programs}:/usr/local/bin:/usr/bin:/bin")
+    server.prepare()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def ssh_server(_ssh_server: SshServer, monkeypatch: pytest.MonkeyPatch) -> SshServer:
+    """A device on the loopback address that has Python, NumPy and ONNX Runtime, and the client set up to reach it."""
+    monkeypatch.setenv("DEPLOYPIPE_SSH_CONFIG", str(_ssh_server.config))
+    return _ssh_server

@@ -1,9 +1,11 @@
-"""Build, time, profile or run ONNX models with ONNX Runtime: runs alone, with only Python, NumPy and ONNX Runtime.
+"""Build, time, profile or run ONNX models with ONNX Runtime: runs alone, with Python 3.8 or newer and onnxruntime only.
 
     python3 ort_measure.py request.json      # writes answer.json beside it
 
 It is pushed to the target with `stopwatch.py` beside it, so it imports nothing of deploypipe.
 """
+
+from __future__ import annotations
 
 import json
 import statistics

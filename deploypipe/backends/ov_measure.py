@@ -1,10 +1,12 @@
-"""Build, time, profile or run models with OpenVINO on the CPU: runs alone, with only Python, NumPy and OpenVINO.
+"""Build, time, profile or run models with OpenVINO on the CPU: runs alone, with only Python (3.8 or newer), NumPy and OpenVINO.
 
     python3 ov_measure.py request.json      # writes answer.json beside it
 
 It is pushed to the target with `stopwatch.py` beside it, so it imports nothing of deploypipe. Models are ONNX files, or zips
 of `model.xml` and `model.bin`.
 """
+
+from __future__ import annotations
 
 import zipfile
 from functools import partial

@@ -1,7 +1,9 @@
 """What every measuring script shares: quiet cores, interleaved runs, facts of the device. Pushed beside the script.
 
-A script runs alone on the target, so this file imports nothing of deploypipe: only Python and NumPy.
+A script runs alone on the target, so this file imports nothing of deploypipe: only Python (3.8 or newer) and NumPy.
 """
+
+from __future__ import annotations
 
 import json
 import os
@@ -10,14 +12,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Dict
 
 import numpy as np
 
 FEW, MANY = 6, 12  # the runs of each model come in so many turns, so that slow drift meets all models alike
 REWARM = 2  # runs at the start of a turn that do not count
 
-Request = dict[str, Any]
+Request = Dict[str, Any]
 
 
 class Cores:
@@ -30,8 +32,8 @@ class Cores:
             before = self.busy(allowed)
             time.sleep(0.1)
             after = self.busy(allowed)
-            idle_first = sorted(allowed, key=lambda cpu: (after.get(cpu, 0.0) - before.get(cpu, 0.0), cpu))
-            self.cpus = sorted(idle_first[:threads])
+            best_first = sorted(allowed, key=lambda cpu: (-capacity(cpu), after.get(cpu, 0.0) - before.get(cpu, 0.0), cpu))
+            self.cpus = sorted(best_first[:threads])
             os.sched_setaffinity(0, self.cpus)
         self.start()
 
@@ -65,6 +67,12 @@ class Cores:
         tick = len(self.cpus) / os.sysconf("SC_CLK_TCK")  # both counters move in ticks
         others, whole = sum(window[0] for window in windows), sum(window[1] for window in windows)
         return round(max(0.0, others - tick) / whole, 4)
+
+
+def capacity(cpu: int) -> int:
+    """How much a core does, where cores of several kinds are in one chip and the system tells; else 0."""
+    file = Path(f"/sys/devices/system/cpu/cpu{cpu}/cpu_capacity")
+    return int(file.read_text()) if file.is_file() else 0
 
 
 def quiet_turns(turn: Callable[[], Any], cores: Cores, request: Request, wanted: int) -> tuple[list[int], float | None]:
@@ -107,7 +115,7 @@ def bench(runs: Mapping[str, Callable[[], Any]], cores: Cores, request: Request)
     chosen, load = quiet_turns(turn, cores, request, wanted)
     rows = {}
     for name, values in times.items():
-        wall, worked = zip(*(run for i in chosen for run in values[i]), strict=True)
+        wall, worked = zip(*(run for i in chosen for run in values[i]))
         # With one thread, processor time is latency without the time that other programs took from us.
         rows[name] = [*spread(wall), len(wall), spread(worked)[0] if request["threads"] == 1 else None]
     return {"models": rows, "foreign_load": load}
@@ -145,7 +153,7 @@ def run_all(names: list[str], compute: Callable[[dict[str, Any]], Any], request:
         inputs = {name: arrays[name] for name in arrays.files}
     n = len(next(iter(inputs.values())))
     values = [compute({name: array[i] for name, array in inputs.items()}) for i in range(n)]
-    columns = zip(names, zip(*values, strict=True), strict=True)
+    columns = zip(names, zip(*values))
     outputs: Any = {name: np.stack(column) for name, column in columns}
     np.savez(request["outputs"], **outputs)
     return {"outputs": names}
@@ -154,15 +162,18 @@ def run_all(names: list[str], compute: Callable[[dict[str, Any]], Any], request:
 def device(request: Request) -> dict[str, Any]:
     """Facts of the device that decide whether two measurements may be laid beside each other."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        text = ""
-    info = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines()) if key}
+        lines = []
+    pairs = [(key.strip(), value.strip()) for key, colon, value in (line.partition(":") for line in lines) if colon]
+    info = dict(pairs)
+    # Cores of ARM have no name, only numbers of maker and design; a chip may have several designs.
+    design = " ".join(sorted({value for key, value in pairs if key in ("CPU implementer", "CPU part")}))
     flags = set((info.get("flags") or info.get("Features") or "").split())
     vector = sorted(flag for flag in flags if flag.startswith(("avx", "sse4", "fma", "amx", "asimd", "sve", "neon", "f16c")))
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     return {
-        "cpu": info.get("model name") or platform.processor() or platform.machine(), "cpu_flags": vector,
+        "cpu": info.get("model name") or design or platform.processor() or platform.machine(), "cpu_flags": vector,
         "arch": platform.machine(), "cores": os.cpu_count(),
         "governor": governor.read_text().strip() if governor.is_file() else "",
         "python": platform.python_version(), "system": platform.platform(), "threads": request["threads"],

@@ -10,6 +10,9 @@ import typer
 from deploypipe.cli import console
 from deploypipe.errors import UsageError
 
+HostName = Annotated[
+    str | None, typer.Option("--host", help="Which device: [user@]host[:port] over SSH, or a serial number over adb.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 Keep = Annotated[list[str] | None, typer.Option(metavar="GROUP", help="Leave this group whole; may be repeated.")]
 Model = Annotated[str, typer.Option(help="demo, torchvision:NAME, timm:NAME, file.py:factory or package.module:factory.")]
@@ -49,6 +52,7 @@ def build(
     value: Value = "scores",
     value_rounds: ValueRounds = 2,
     value_finalists: ValueFinalists = 1,
+    host: HostName = None,
     as_json: Json = False,
 ) -> None:
     """Prune, compact, fine-tune, export, verify and measure a model."""
@@ -58,6 +62,7 @@ def build(
         model, weights, data, target, algo, budget, metric, epochs, out, seed, parse_settings(settings or ()),
         distill=distill, lr=lr, batch_size=batch_size, threads=threads, accuracy_floor=accuracy_floor,
         keep=tuple(keep or ()), table=table, value=value, value_rounds=value_rounds, value_finalists=value_finalists,
+        host=host,
         command=shlex.join(["deploypipe", *(context.obj or ())]),
     )  # fmt: skip
     with console.progress() as reporter:

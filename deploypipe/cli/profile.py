@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from deploypipe.cli import console
-from deploypipe.cli.build import Json, Model, TargetName, Threads, Weights
+from deploypipe.cli.build import HostName, Json, Model, TargetName, Threads, Weights
 
 
 def profile(
@@ -19,15 +19,15 @@ def profile(
     allow_noise: Annotated[
         bool, typer.Option("--allow-noise", help="Accept what other programs disturbed; the table says so.")
     ] = False,
+    host: HostName = None,
     as_json: Json = False,
 ) -> None:
     """Measure a model's layers at many widths, on the target."""
     from deploypipe import pipeline
 
     with console.progress() as reporter:
-        summary = pipeline.profile_model(
-            model, weights, target, threads, reporter, fresh=fresh, save=save, allow_noise=allow_noise or None
-        )
+        request = pipeline.Request(model, weights, target=target, threads=threads, host=host)
+        summary = pipeline.profile_model(request, reporter, fresh=fresh, save=save, allow_noise=allow_noise or None)
     if as_json:
         console.answer_json(summary)
     else:
@@ -39,6 +39,7 @@ def bench(
     target: TargetName = "cpu",
     threads: Threads = None,
     layers: Annotated[bool, typer.Option(help="Also measure each kernel; takes about as long again.")] = True,
+    host: HostName = None,
     as_json: Json = False,
 ) -> None:
     """Measure the latency of an artifact on the target, whole and kernel by kernel."""
@@ -46,7 +47,7 @@ def bench(
     from deploypipe import pipeline
 
     with console.progress() as reporter:
-        times = pipeline.bench_artifact(artifact, target, threads, reporter, layers=layers)
+        times = pipeline.bench_artifact(artifact, target, threads, reporter, layers=layers, host=host)
     if as_json:
         console.answer_json(times.to_json())
         return

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from deploypipe.cli import console
-from deploypipe.cli.build import Json, Model, Weights, show_report
+from deploypipe.cli.build import HostName, Json, Model, Weights, show_report
+from deploypipe.errors import BackendError
 
 
 def inspect(model: Model = "demo", weights: Weights = None, as_json: Json = False) -> None:
@@ -78,14 +79,25 @@ def targets(as_json: Json = False) -> None:
 
     found = [load_target(path) for path in list_targets().values()]
     if as_json:
-        console.answer_json([{"name": t.name, "title": t.title, "backend": t.build.backend, "file": t.path} for t in found])
-    else:
-        columns = ("target", "what it is", "backend", "reached by", "threads")
-        console.table(columns, [(t.name, t.title, t.build.backend, t.reach.via, str(t.measure.threads)) for t in found])
+        console.answer_json([_target_record(target) for target in found])
+        return
+    columns = ("target", "what it is", "backend", "reached by", "threads", "state")
+    console.table(columns, [_target_row(target) for target in found])
+    notes = [(target.name, target.note) for target in found if target.note]
+    if notes:
+        console.answer("")
+        console.pairs(notes)
 
 
-def doctor(as_json: Json = False) -> None:
-    """Show what is installed and where files are kept."""
+def doctor(
+    target: Annotated[str | None, typer.Option(help="Look at this target's device instead of this machine.")] = None,
+    host: HostName = None,
+    as_json: Json = False,
+) -> None:
+    """Show what is installed and where files are kept; with --target, whether the device can be used."""
+    if target is not None or host is not None:
+        _doctor_device(target or "cpu", host, as_json)
+        return
     from deploypipe.doctor import diagnose
 
     facts = diagnose()
@@ -98,6 +110,24 @@ def doctor(as_json: Json = False) -> None:
     console.table(("package", "version", "needed for"), facts.packages)
     console.answer("")
     console.table(("backend", "ready", "why not"), [(b.name, "yes" if b.ready else "no", b.reason) for b in facts.backends])
+
+
+def _doctor_device(target: str, host: str | None, as_json: bool) -> None:
+    from deploypipe import checkup
+    from deploypipe.targets import load_target
+
+    chosen = load_target(target)
+    found = checkup.examine(chosen.reached_at(host) if host else chosen)
+    if as_json:
+        console.answer_json(found.to_json())
+    else:
+        console.pairs([("target", found.target), ("device", found.place)])
+        console.answer("")
+        console.table(checkup.COLUMNS, checkup.rows(found))
+        console.answer("")
+        console.pairs(checkup.verdict(found))
+    if not found.usable:
+        raise typer.Exit(BackendError.exit_code)
 
 
 def compare(
@@ -145,6 +175,16 @@ def report(
     from deploypipe.report import Report
 
     show_report(Report.load(run), run if run.is_dir() else run.parent, as_json)
+
+
+def _target_record(target: Any) -> dict[str, Any]:
+    facts = {"name": target.name, "title": target.title, "backend": target.build.backend, "reached_by": target.reach.via}
+    return facts | {"run_on_hardware": target.run_on_hardware, "note": target.note, "file": target.path}
+
+
+def _target_row(target: Any) -> tuple[str, ...]:
+    state = "" if target.run_on_hardware else "not run on hardware"
+    return (target.name, target.title, target.build.backend, target.reach.via, str(target.measure.threads), state)
 
 
 def _layer_row(layer: Any) -> tuple[str, ...]:

@@ -81,8 +81,9 @@ def bench_stage(store: Store, device: Device, files: Mapping[str, Kept[Path]]) -
     def bench(folder: Path) -> None:
         found = device.bench({side: file.value for side, file in files.items()})
         (folder / "latency.json").write_text(json.dumps(found, indent=1) + "\n")
+        (folder / "device.json").write_text(json.dumps(device.state(), indent=1) + "\n")
 
-    key = [1, *files.values(), asdict(device.target.measure), device.facts]
+    key = [2, *files.values(), asdict(device.target.measure), device.facts]
     return store.keep("bench", key, bench, lambda root: json.loads((root / "latency.json").read_text()))
 
 

@@ -26,10 +26,7 @@ def inspect(model: str = "demo", weights: str | Path | None = None) -> Inspectio
 
 
 def profile_model(
-    model: str,
-    weights: str | Path | None,
-    target: str | Path,
-    threads: int | None,
+    request: Request,
     reporter: Reporter | None = None,
     *,
     fresh: bool = False,
@@ -38,22 +35,23 @@ def profile_model(
 ) -> dict[str, Any]:
     """Measure (or find, unless `fresh`) the latency table of a model and return what was learned, in plain values.
 
-    With `save`, the part of the table that prices this model is written into that folder.
+    Of the request only model, weights, target, threads and host matter. With `save`, the part of the table that prices this
+    model is written into that folder.
 
     Raises:
         UsageError: The folder to save into is not empty, or cannot be written.
     """
     if save and Path(save).exists() and (not Path(save).is_dir() or any(Path(save).iterdir())):
         raise UsageError("the folder to save the table in is not empty", at=f"--save {save}", fix="name a new folder")
-    chosen = Request(target=target, threads=threads).resolved_target()
-    loaded = load_model(model, weights)
+    chosen = request.resolved_target()
+    loaded = load_model(request.model, request.weights)
     graph = trace(loaded.model, loaded.example)
     example = loaded.example
     table = profile(loaded.model, example, chosen, graph=graph, reporter=reporter, fresh=fresh, allow_noise=allow_noise)
     if save:
         with explained(Path(save)):
             table.only(graph).save(save)
-    return _summary(chosen.name, table, graph)
+    return _summary(chosen.shown, table, graph)
 
 
 def bench_artifact(
@@ -63,6 +61,7 @@ def bench_artifact(
     reporter: Reporter | None = None,
     *,
     layers: bool = True,
+    host: str | None = None,
 ) -> ArtifactTimes:
     """Measure an artifact or ONNX file on a target: the whole, and with `layers` each kernel.
 
@@ -72,13 +71,13 @@ def bench_artifact(
     path, tell = Path(artifact), reporter or Silent()
     if not path.is_file():
         raise UsageError("there is no such file", at=str(path), fix="give a built artifact or an .onnx file")
-    device = Device(Request(target=target, threads=threads).resolved_target())
+    device = Device(Request(target=target, threads=threads, host=host).resolved_target())
     tell.stage("bench")
     whole = Latency(**device.bench({"model": path})["model"])
     if layers:
         tell.stage("profile kernels")
     profiled = device.profile(path) if layers else None
-    return ArtifactTimes(str(path), device.target.name, device.target.measure.threads, whole, profiled)
+    return ArtifactTimes(str(path), device.target.shown, device.target.measure.threads, whole, profiled)
 
 
 def _summary(target: str, table: LatencyTable, graph: Graph) -> dict[str, Any]:

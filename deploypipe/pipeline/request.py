@@ -9,6 +9,7 @@ from typing import Any, Self
 from deploypipe.algorithms import make
 from deploypipe.allocation.budget import parse_budget
 from deploypipe.errors import UsageError, nearest
+from deploypipe.runners import load_runner
 from deploypipe.targets import Target, load_target
 from deploypipe.training.settings import TrainSettings
 
@@ -43,6 +44,7 @@ class Request:
         value: What a width is worth: what the algorithm's "scores" say, or the "measured" rise of the loss on held-out images.
         value_rounds: How often widths are measured again around the solution, at most.
         value_finalists: How many of the plans tried are trained for one epoch each before one is taken; 1: none.
+        host: Which device, instead of the one that the target names.
         command: For the report.
     """
 
@@ -67,6 +69,7 @@ class Request:
     value: str = "scores"
     value_rounds: int = 2
     value_finalists: int = 1
+    host: str | None = None
     command: str = ""
 
     @property
@@ -74,8 +77,8 @@ class Request:
         """Where the run is kept."""
         if self.out is not None:
             return Path(self.out)
-        parts = (Path(self.model).name, Path(self.target).stem, self.algo, self.budget)
-        return Path("runs") / re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(parts)).strip("-")
+        parts = (Path(self.model).name, Path(self.target).stem, self.host or "", self.algo, self.budget)
+        return Path("runs") / re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(filter(None, parts))).strip("-")
 
     @property
     def training(self) -> TrainSettings:
@@ -89,9 +92,10 @@ class Request:
         return replace(settings, **{name: value for name, value in given.items() if value is not None})
 
     def resolved_target(self) -> Target:
-        """Return the target with the threads that were asked for."""
+        """Return the target with the threads and the device that were asked for."""
         target = load_target(self.target)
-        return target.replace(threads=self.threads) if self.threads else target
+        target = target.replace(threads=self.threads) if self.threads else target
+        return target.reached_at(self.host) if self.host else target
 
     @classmethod
     def of(cls, **values: Any) -> Self:
@@ -127,5 +131,5 @@ class Request:
                 at="--metric latency",
                 fix="use --metric macs or --metric params, which count weights that are not zero",
             )
-        self.resolved_target()
+        load_runner(self.resolved_target())
         _ = self.training

@@ -285,7 +285,7 @@ class _Run:
             accuracies=self.accuracies.value,
             files={side: kept.value for side, kept in self.artifacts.items()},
             seconds={stage.stage: stage.seconds for stage in order},
-            facts=self.device.facts,
+            facts=self.device.facts | json.loads((self.store.root / "device.json").read_text()),
             epochs=(epochs_before(self.store.root) if self.trained else 0, self.tuning.epochs),
             sparse=(self.compacted.value, self.tuned.value) if sparse else None,
             arms=tuple(self.arms.value) if self.arms else (),

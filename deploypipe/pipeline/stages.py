@@ -16,6 +16,7 @@ from deploypipe.backends.base import Arrays, Facts, Profile
 from deploypipe.compact import mask
 from deploypipe.data.batches import count, take
 from deploypipe.data.load import Data
+from deploypipe.device import facts_of
 from deploypipe.errors import ModelError
 from deploypipe.latency.stale import refuse_stale
 from deploypipe.latency.table import LatencyTable
@@ -45,7 +46,11 @@ class Device:
     def facts(self) -> Facts:
         """Runtime, versions, processor and threads of the device."""
         with tempfile.TemporaryDirectory(prefix="deploypipe-") as folder:
-            return self.backend.read_description(self.runner.run(self.backend.describe_job(self.target), Path(folder)))
+            return facts_of(self.backend, self.runner, self.target, Path(folder))
+
+    def state(self) -> Facts:
+        """Return how the device is reached, and what changes there from minute to minute: temperature, clocks."""
+        return {"reached": self.runner.place, **self.runner.describe().passing}
 
     def build(self, model: Path, artifact: Path) -> None:
         """Compile an ONNX file into `artifact`."""

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from deploypipe.backends.base import Backend, Facts, Profile, Timing
+from deploypipe.device import facts_of
 from deploypipe.errors import BackendError
 from deploypipe.latency.files import Entry
 from deploypipe.profiler.export import Export, exported
@@ -38,8 +39,8 @@ class Bench:
 
     def facts(self) -> Facts:
         """Return what identifies the runtime and the device."""
-        answer = self.runner.run(self.backend.describe_job(self.target), self.folder)
-        return {**self.backend.read_description(answer), "precision": self.target.build.precision, "target": self.target.name}
+        found = facts_of(self.backend, self.runner, self.target, self.folder)
+        return {**found, "precision": self.target.build.precision, "target": self.target.name}
 
     def whole(self, models: Mapping[str, Path | bytes], target: Target | None = None) -> dict[str, Timing]:
         """Time whole models in turns, without profiling."""
@@ -152,10 +153,10 @@ def opened(
     """Give a bench with a temporary folder.
 
     Raises:
-        BackendError: The backend is not installed here.
+        BackendError: The backend is not installed here, where the target is.
     """
     ready, missing = backend.available()
-    if not ready:
+    if runner.here and not ready:
         raise BackendError(f"backend {backend.name} is not installed", at=f"target {target.name}", fix=missing)
     with tempfile.TemporaryDirectory(prefix="deploypipe-profile-") as folder:
         yield Bench(backend, runner, target, Path(folder), noise=noise or Noise(), export=export)

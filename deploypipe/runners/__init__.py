@@ -6,7 +6,9 @@ from deploypipe.runners.base import Runner
 from deploypipe.targets import Target
 
 RUNNERS: dict[str, str] = {
+    "adb": "deploypipe.runners.adb:Adb",
     "local": "deploypipe.runners.local:Local",
+    "ssh": "deploypipe.runners.ssh:Ssh",
 }
 ENTRY_POINTS = "deploypipe.runners"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from deploypipe.backends import BACKENDS
+from deploypipe.runners import RUNNERS
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "deploypipe"
@@ -76,6 +77,13 @@ def test_the_environment_decides_nothing_in_the_library(path: Path) -> None:
 def test_no_stage_knows_a_runtime(folder: str) -> None:
     for path in (PACKAGE / folder).glob("*.py"):
         assert not [backend for backend in BACKENDS if backend in path.read_text().lower()], path.name
+
+
+@pytest.mark.parametrize("folder", ["profiler", "allocation", "latency", "pipeline"])
+def test_no_stage_knows_a_way_to_a_device(folder: str) -> None:
+    words = re.compile(rf"\b({'|'.join(set(RUNNERS) - {'local'})})\b", re.IGNORECASE)  # "local" is also an ordinary word
+    for path in (PACKAGE / folder).glob("*.py"):
+        assert not words.findall(path.read_text()), path.name
 
 
 def test_the_top_level_is_as_described() -> None:
