@@ -326,10 +326,14 @@ def test_listing_needs_no_torch() -> None:
 
 
 @EVERY
-def test_squeeze_and_excitation_is_pruned_or_told_why_not(name: str) -> None:
-    problem, plan = solved(name, "se_block")
+@pytest.mark.parametrize("net", ["se_block", "fixed_shortcut"])
+def test_squeeze_and_excitation_and_fixed_weights_are_pruned_or_told_why_not(name: str, net: str) -> None:
+    problem, plan = solved(name, net)
     assert problem.table.predict(problem.graph, plan) <= problem.budget
     assert all(plan.skipped.values())
+    assert dict(problem.model.named_buffers()).keys() == dict(task(net).model.named_buffers()).keys()
+    fixed = [key for key in dict(problem.model.named_buffers()) if key.endswith("weight")]
+    assert all(torch.equal(problem.model.get_buffer(key), task(net).model.get_buffer(key)) for key in fixed)
     x = inputs_like(problem.graph.example[0], 8, seed=1)
     with torch.no_grad():
         masked, sliced = mask(problem.model, problem.graph, plan)(x), compact(problem.model, problem.graph, plan)(x)
