@@ -10,7 +10,7 @@ from torch import nn
 
 from deploypipe.data.batches import Data, n_batches
 from deploypipe.errors import UsageError
-from deploypipe.progress import Reporter
+from deploypipe.progress import Reporter, Silent
 from deploypipe.training.finetune import finetune
 from deploypipe.training.settings import TrainHook, TrainSettings
 
@@ -40,7 +40,7 @@ class Trainer:
         reporter: Reporter | None = None,
     ) -> None:
         self._data, self.settings = data, settings
-        self._teacher, self._folder, self._reporter = teacher, folder, reporter
+        self._teacher, self._folder, self._reporter = teacher, folder, _Renamed(reporter or Silent())
         self.n_epochs, self._n_calls = 0, 0
 
     @property
@@ -86,3 +86,22 @@ class Trainer:
         return finetune(
             model, self.data, settings, teacher=self._teacher, checkpoint=file, reporter=self._reporter, hooks=hooks
         )
+
+
+class _Renamed(Silent):
+    """Tells of training under its own name: what follows the plan is fine-tuning, this is not."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        """Begin the stage "train", whatever it is called."""
+        self._reporter.stage("train", total)
+
+    def advance(self, done: int, note: str = "") -> None:
+        """Pass it on."""
+        self._reporter.advance(done, note)
+
+    def note(self, text: str) -> None:
+        """Pass it on."""
+        self._reporter.note(text.replace("fine-tuning", "training"))
