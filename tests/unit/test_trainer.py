@@ -12,6 +12,7 @@ from deploypipe.algorithms.base import Problem
 from deploypipe.errors import ModelError
 from deploypipe.pipeline.training import trained, tuning_hooks
 from deploypipe.plan import KeepPlan
+from deploypipe.progress import Recorder
 from deploypipe.sparsity import NONZERO, nonzero_macs, nonzero_params, sparse_layers
 from deploypipe.training.checkpoint import state_digest
 from deploypipe.training.masked import MaskedWeights
@@ -50,6 +51,12 @@ def test_each_of_several_trainings_goes_on_where_it_was(tmp_path: Path) -> None:
     resumed, seen = twice(tmp_path)
     assert seen == [1], "both epochs of the first and one of the second are not trained again"
     assert state_digest(resumed) == state_digest(wanted)
+
+
+def test_training_is_told_under_its_own_name() -> None:
+    told = Recorder()
+    Trainer(toy_data(200), SETTINGS, reporter=told).fit(net(), 1)
+    assert told.ran == ["train"]
 
 
 def test_trainings_in_a_row_meet_the_data_in_another_order() -> None:
