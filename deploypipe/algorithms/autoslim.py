@@ -45,8 +45,8 @@ class AutoSlim:
     least: float = option(0.15, "narrowest width of a sub-network, as a share of its group", low=0, high=1)
     prefer: str = option("accuracy", "narrows where accuracy stays highest, or where least is lost for what is saved",
                          choices=("accuracy", "ratio"))  # fmt: skip
-    images: int = option(1000, "training images that are held out to judge candidates, at most half of all", low=1)
-    norm_images: int = option(512, "training images that renew a candidate's batch norms; 0 leaves them as they are", low=0)
+    images: int = option(512, "training images that are held out to judge candidates, at most half of all", low=1)
+    norm_images: int = option(256, "training images that renew a candidate's batch norms; 0 leaves them as they are", low=0)
 
     def train(self, problem: Problem, trainer: Trainer) -> nn.Module:
         """Train the supernet."""
