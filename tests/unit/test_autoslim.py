@@ -129,6 +129,7 @@ def test_every_width_is_one_that_the_table_offers_and_is_trained() -> None:
     method = make("autoslim", {**QUICK, "train_epochs": 1})
     assert set(method.plan(replace(task, model=method.train(task, trainer()))).keep) == {"0.0", "1.0", "2.0"}
     assert method._widths(task) == dict.fromkeys(("0.0", "1.0", "2.0"), (8, 16))
+    assert make("autoslim", {"least": 0, "bins": 4})._widths(problem(trained()))["0.0"] == (1, 6, 11, 16)
     narrow = make("autoslim", {"least": 0.6})._widths(task)
     assert narrow == dict.fromkeys(("0.0", "1.0", "2.0"), (16,))
 
