@@ -23,7 +23,7 @@ from deploypipe.allocation.allocate import cheapest_widths
 from deploypipe.compact import kept_slots
 from deploypipe.errors import NotApplicable
 from deploypipe.plan import KeepPlan
-from deploypipe.statistics import weights
+from deploypipe.statistics import trained_weights
 from deploypipe.training.settings import TrainHook
 from deploypipe.training.trainer import Trainer
 from deploypipe.types import Graph, Group, Member
@@ -57,7 +57,7 @@ class DepGraph:
         dense, plan = table.predict(graph), KeepPlan({})
         cheapest_widths(graph, [group.name for group in graph.prunable], table, problem.budget)  # else fail now
         for step in range(1, self.steps + 1):
-            view = left(weights(problem.model), graph, plan)
+            view = left(trained_weights(problem.model), graph, plan)
             squares, skipped = judged(graph, partial(group_squares, weights=view))
             scores = {name: (found / found.mean().clamp_min(TINY)).cpu().numpy() for name, found in squares.items()}
             last = step == self.steps
@@ -77,7 +77,7 @@ class GroupDecay(TrainHook):
     @torch.no_grad()
     def on_batch_backward(self, model: nn.Module, step: int) -> None:
         """Add the gradient of the regulariser."""
-        view, named = weights(model), dict(model.named_parameters())
+        view, named = trained_weights(model), dict(model.named_parameters())
         for group in self._graph.prunable:
             members = scored_members(group, view)
             if not members:
@@ -93,8 +93,8 @@ class GroupDecay(TrainHook):
 
 
 def scored_members(group: Group, weights: Mapping[str, Tensor]) -> list[Member]:
-    """Return the members that count: weights, and scales of norms; no biases, shifts or statistics."""
-    return [m for m in group.members if m.param.endswith("weight") or weights[m.param].dim() > 1]
+    """Return the members that count: weights, and scales of norms; no biases, shifts, statistics or fixed weights."""
+    return [m for m in group.members if m.param in weights and (m.param.endswith("weight") or weights[m.param].dim() > 1)]
 
 
 def group_squares(group: Group, weights: Mapping[str, Tensor]) -> Tensor:
@@ -117,7 +117,7 @@ def decay(squares: Tensor, alpha: float) -> Tensor:
 
 def left(weights: Mapping[str, Tensor], graph: Graph, plan: KeepPlan) -> dict[str, Tensor]:
     """Return copies of the weights with zeros where a plan has cut: at what makes lost channels and at what reads them."""
-    cut = {member.param for name in plan.keep for member in graph.group(name).members}
+    cut = {m.param for name in plan.keep for m in graph.group(name).members if m.param in weights}
     found = dict(weights)
     for param in cut:
         tensor = weights[param].clone()

@@ -19,9 +19,9 @@ from typing import ClassVar
 from torch import nn
 
 from deploypipe.algorithms.base import Problem, labelled
+from deploypipe.algorithms.masking import masked_plan
 from deploypipe.algorithms.options import option
 from deploypipe.algorithms.stages import Stages, staged
-from deploypipe.algorithms.zeros import masked_plan
 from deploypipe.density import prices, uniform
 from deploypipe.errors import NotApplicable
 from deploypipe.plan import KeepPlan

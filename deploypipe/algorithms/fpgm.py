@@ -25,7 +25,7 @@ from deploypipe.algorithms.scores import filters_of, summed_distances
 from deploypipe.allocation.allocate import ranking
 from deploypipe.allocation.threshold import uniform_widths
 from deploypipe.plan import KeepPlan
-from deploypipe.statistics import weights
+from deploypipe.statistics import trained_weights
 from deploypipe.training.settings import TrainHook
 from deploypipe.training.trainer import Trainer
 from deploypipe.types import Graph
@@ -64,7 +64,7 @@ class Fpgm:
         return shared_out(self, problem, scores, skipped, self.widths)
 
     def _scores(self, problem: Problem) -> tuple[dict[str, Scores], dict[str, str]]:
-        view = weights(problem.model)
+        view = trained_weights(problem.model)
         filters, skipped = judged(problem.graph, lambda group: filters_of(group, view))
         kept, _ = uniform_widths(problem.graph, filters, problem.table, problem.budget)
         return {name: scores_of(found, kept[name], self.norm_share) for name, found in filters.items()}, skipped
@@ -80,7 +80,7 @@ class SoftZero(TrainHook):
     @torch.no_grad()
     def on_epoch_end(self, model: nn.Module, epoch: int) -> None:
         """Set them to zero: weights and biases of all layers that make the channels."""
-        view, named = weights(model), dict(model.named_parameters())
+        view, named = trained_weights(model), dict(model.named_parameters())
         for name, n_keep in self._kept.items():
             group = self._graph.group(name)
             dropped = ranking(scores_of(filters_of(group, view), n_keep, self._norm_share))[n_keep:]

@@ -14,6 +14,7 @@ from scipy.linalg import cho_factor, cho_solve
 from torch import Tensor, nn
 
 from deploypipe.algorithms.base import Problem
+from deploypipe.branch import branches, removed_params
 from deploypipe.compact import kept_slots
 from deploypipe.errors import NotApplicable
 from deploypipe.plan import KeepPlan
@@ -129,8 +130,8 @@ def _pruned_layers(problem: Problem, plan: KeepPlan) -> list[_Cut]:
         for member in members
         if len(plan.keep.get(name, ())) not in (0, graph.group(name).size)
     }
-    cuts = []
-    for weight in dict.fromkeys(weight for weight in calls if weight in axes):
+    cuts, gone = [], removed_params(graph, branches(graph, plan).values())
+    for weight in dict.fromkeys(weight for weight in calls if weight in axes and weight not in gone):
         axis = axes[weight]
         unknown = np.arange(graph.shapes[weight][axis])
         for group, member in graph.cuts(weight, axis):

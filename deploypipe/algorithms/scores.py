@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deploypipe.algorithms.base import filter_norms, producers, rows
 from deploypipe.gates import norms_of
-from deploypipe.statistics import evaluating, generator, weights
+from deploypipe.statistics import evaluating, generator, trained_weights, weights
 from deploypipe.types import Graph, Group
 
 WEISZFELD_STEPS = 200
@@ -49,7 +49,7 @@ def median_distances(filters: Tensor) -> Tensor:
 
 def _of_filters(measure: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Group, int], Tensor]:
     def score(model: nn.Module, group: Group, seed: int) -> Tensor:
-        return torch.stack([measure(layer) for layer in filters_of(group, weights(model))]).sum(0)
+        return torch.stack([measure(layer) for layer in filters_of(group, trained_weights(model))]).sum(0)
 
     return score
 

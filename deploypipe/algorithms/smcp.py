@@ -26,7 +26,7 @@ from deploypipe.allocation.allocate import cheapest_widths, ranking
 from deploypipe.compact import masked_slots
 from deploypipe.errors import NotApplicable
 from deploypipe.plan import KeepPlan
-from deploypipe.statistics import weights
+from deploypipe.statistics import trained_weights, weights
 from deploypipe.training.settings import TrainHook
 from deploypipe.training.trainer import Trainer
 from deploypipe.types import Group
@@ -66,8 +66,8 @@ class Smcp:
         Raises:
             BudgetError: The budget cannot be reached.
         """
-        view = weights(problem.model)
-        return self.chosen(problem, {name: weight.abs() for name, weight in view.items()})
+        worth = {name: weight.abs() for name, weight in trained_weights(problem.model).items()}
+        return self.chosen(problem, worth)
 
     def chosen(self, problem: Problem, worth: Mapping[str, Tensor]) -> KeepPlan:
         """Return the plan of the largest summed importance, given what each weight is worth."""
@@ -103,23 +103,25 @@ class SoftMasking(TrainHook):
     def on_batch_backward(self, model: nn.Module, step: int) -> None:
         """Put the full weights back, choose channels if it is time, and decay what is masked."""
         named = dict(model.named_parameters())
-        for name, weight in self._full.items():
-            named[name].copy_(weight)
-        self._full = {}
+        self._unmask(model)
         if step in self._times:
             share = schedule(self._times.index(step) + 1, len(self._times))
             budget = self._dense + share * (self._problem.budget - self._dense)
             self.plan = self._options.chosen(replace(self._problem, budget=budget), self._worth(named))
         for name, axis, slots in masked_slots(self._problem.graph, self.plan):
-            parameter, at = named[name], slots.to(named[name].device)
-            if parameter.grad is not None:
+            parameter = named.get(name)
+            if parameter is not None and parameter.grad is not None:
+                at = slots.to(parameter.device)
                 parameter.grad.index_add_(axis, at, self._options.decay * parameter.index_select(axis, at))
 
     def on_train_end(self, model: nn.Module) -> None:
-        """Set what is masked to zero for good."""
+        """Set masked weights to zero for good; fixed ones stay."""
         if self._handle:
             self._handle.remove()
         self._mask(model)
+        named = dict(model.named_parameters())
+        self._full = {name: weight for name, weight in self._full.items() if name not in named}
+        self._unmask(model)
 
     def state(self) -> Mapping[str, Tensor]:
         """Return which channels stay."""
@@ -131,10 +133,17 @@ class SoftMasking(TrainHook):
 
     @torch.no_grad()
     def _mask(self, model: nn.Module) -> None:
-        named = dict(model.named_parameters())
+        named = weights(model)
         for name, axis, slots in masked_slots(self._problem.graph, self.plan):
             self._full.setdefault(name, named[name].detach().clone())
             named[name].index_fill_(axis, slots.to(named[name].device), 0.0)
+
+    @torch.no_grad()
+    def _unmask(self, model: nn.Module) -> None:
+        named = weights(model)
+        for name, weight in self._full.items():
+            named[name].copy_(weight)
+        self._full = {}
 
     def _worth(self, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         if self._options.importance == "magnitude":

@@ -24,11 +24,10 @@ from deploypipe.algorithms.options import option
 from deploypipe.allocation.allocate import cheapest_widths
 from deploypipe.compact import masked_slots
 from deploypipe.curvature import Unit, curvature
-from deploypipe.errors import NotApplicable
 from deploypipe.gates import Scaled, gated_parameters
 from deploypipe.plan import KeepPlan
 from deploypipe.progress import counted
-from deploypipe.statistics import batch_size, generator, weights
+from deploypipe.statistics import batch_size, generator, trained_weights
 from deploypipe.training.adapt import Adapting
 from deploypipe.training.evaluate import logits
 from deploypipe.types import Graph, Group
@@ -75,7 +74,7 @@ class Taylor:
                 last = step == self.steps
                 budget = problem.budget if last else dense + (problem.budget - dense) * step / self.steps
                 goal = replace(problem, budget=budget, allocator=problem.allocator if last else by_values)
-                shared = {name: len(producers(graph.group(name), weights(run.model))) for name in smooth}
+                shared = {name: len(producers(graph.group(name), trained_weights(run.model))) for name in smooth}
                 scores = {name: (score / shared[name]).cpu().numpy() for name, score in smooth.items()}
                 plan = shared_out(self, goal, scores, skipped, self.widths)
                 run.hold(masked_slots(graph, plan))
@@ -83,14 +82,12 @@ class Taylor:
 
     def units(self, model: nn.Module, graph: Graph) -> tuple[dict[str, Unit], dict[str, str]]:
         """Return for each group what is scaled to zero when a channel goes, and why groups cannot be judged."""
-        view, trained = weights(model), dict(model.named_parameters())
+        view = trained_weights(model)
 
         def unit(group: Group) -> Unit:
             if self.on == "gate":
                 return Unit(group.size, gated_parameters(model, graph, group))
-            scaled = [Scaled(m.param, m.axis, torch.from_numpy(m.owner)) for m in producers(group, view) if m.param in trained]
-            if not scaled:
-                raise NotApplicable("no trained weight makes its channels")
+            scaled = [Scaled(m.param, m.axis, torch.from_numpy(m.owner)) for m in producers(group, view)]
             return Unit(group.size, scaled, each=True)
 
         return judged(graph, unit)

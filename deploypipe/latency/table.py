@@ -149,6 +149,8 @@ class LatencyTable:
     def _layer_term(self, layer: Layer, context: Context) -> CostTerm:
         @cache
         def price(n_in: int, n_out: int) -> float:
+            if not (n_in and n_out):
+                return 0.0  # its branch is gone
             ratio = context.ratio(layer.name, n_in * n_out)
             return context.factor * ratio * self.kernel_us(layer, n_in, n_out)
 

@@ -19,7 +19,7 @@ from deploypipe.models.load import load_model
 from deploypipe.pipeline.request import KEPT_BY_USER, Request
 from deploypipe.pipeline.stages import real_inputs
 from deploypipe.progress import Reporter, Silent
-from deploypipe.statistics import batch_size, generator, images, weights
+from deploypipe.statistics import batch_size, generator, images, trained_weights
 from deploypipe.training.adapt import Adapting
 
 Scores = dict[str, NDArray[np.float64]]
@@ -75,5 +75,5 @@ def _taylor(problem: Problem, on: str, n_images: int) -> Scores:
 
 def _filters(problem: Problem) -> Scores:
     """Return the filters of each layer that makes prunable channels, (n, d), by group."""
-    view = weights(problem.model)
+    view = trained_weights(problem.model)
     return {name: found[0].cpu().numpy() for name, found in judged(problem.graph, lambda g: filters_of(g, view))[0].items()}

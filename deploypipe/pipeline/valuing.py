@@ -16,7 +16,7 @@ from deploypipe.count import MacTable
 from deploypipe.curves import Curves, curves_table
 from deploypipe.data.batches import split
 from deploypipe.data.load import Data, load_data
-from deploypipe.errors import UsageError
+from deploypipe.errors import BudgetError, UsageError
 from deploypipe.graph import trace
 from deploypipe.heldout import HELD_OUT, Effort, HeldOut, Meter, memo_name
 from deploypipe.models.load import load_model
@@ -25,6 +25,7 @@ from deploypipe.pipeline.stages import real_inputs
 from deploypipe.plan import Certificate, KeepPlan
 from deploypipe.profiler.measure import profile
 from deploypipe.progress import Reporter, Silent
+from deploypipe.removal import removable
 from deploypipe.sensitivity import Curve, Found, Sensitivity, Trial
 from deploypipe.targets import cache_folder
 from deploypipe.types import Graph
@@ -67,8 +68,10 @@ def choose(request: Request, problem: Problem, meter: Meter | None, folder: Path
     searches: list[Found] = []
 
     def measured(problem: Problem, orders: Orders, values: Values) -> tuple[dict[str, int], Certificate]:
-        scored = by_values(problem, orders, values)
-        searches.append(_sensitivity(problem, orders, meter).search(problem.budget, request.value_rounds, scored))
+        sensitivity = _sensitivity(problem, orders, meter)
+        scored = _scored(problem, orders, values, sensitivity)
+        found = sensitivity.search(problem.budget, request.value_rounds, scored)
+        searches.append(sensitivity.finals(found, request.value_finalists) if request.value_finalists > 1 else found)
         best = searches[-1].best
         return dict(best.kept), best.certificate
 
@@ -79,6 +82,21 @@ def choose(request: Request, problem: Problem, meter: Meter | None, folder: Path
     return plan
 
 
+def _scored(
+    problem: Problem, orders: Orders, values: Values, sensitivity: Sensitivity
+) -> tuple[dict[str, int], Certificate] | None:
+    """Return what the algorithm's own values choose; None if only plans without whole branches fit, of which they know nothing.
+
+    Raises:
+        BudgetError: The budget cannot be reached at all.
+    """
+    try:
+        return by_values(problem, orders, values)
+    except BudgetError:
+        sensitivity.require(problem.budget)
+        return None
+
+
 def value_notes(folder: Path) -> list[str]:
     """Return what the report says about measured widths; nothing if scores decided."""
     if not (folder / VALUES_FILE).is_file():
@@ -86,11 +104,18 @@ def value_notes(folder: Path) -> list[str]:
     state = json.loads((folder / VALUES_FILE).read_text())
     dense, trials = state["dense"], state["trials"]
     loss = {trial["origin"]: trial["loss"] for trial in trials} | {"taken": trials[state["chosen"]]["loss"]}
-    return [
+    taken = trials[state["chosen"]]
+    scores = f"{loss['scores']:.3f} by the algorithm's scores, " if "scores" in loss else ""
+    notes = [
         f"widths were chosen by their loss on {dense['n']} held-out training images, before training: {dense['loss']:.3f} "
-        f"dense, {loss['scores']:.3f} by the algorithm's scores, {loss['curves']:.3f} by the curves of the dense model, "
-        f"{loss['taken']:.3f} for the plan taken ({trials[state['chosen']]['origin']}), the best of {len(trials)} tried"
+        f"dense, {scores}{loss['curves']:.3f} by the curves of the dense model, "
+        f"{loss['taken']:.3f} for the plan taken ({taken['origin']}), {'one' if 'trained' in taken else 'the best'} of "
+        f"{len(trials)} tried"
     ]
+    finals = [f"{trial['trained']:.3f} ({trial['origin']})" for trial in trials if "trained" in trial]
+    if finals:
+        notes.append(f"finalists were trained for one epoch; their losses on all held-out images then: {', '.join(finals)}")
+    return notes
 
 
 def sensitivity(request: Request, reporter: Reporter | None = None) -> Curves:
@@ -132,7 +157,7 @@ def _sensitivity(problem: Problem, orders: Orders, meter: Meter) -> Sensitivity:
         ModelError: `forward` does not follow smaller channels; the message names where.
     """
     graph, offered = problem.graph, problem.table.candidates(problem.graph)
-    measured = Sensitivity(graph, problem.table, orders, meter, problem.reporter)
+    measured = Sensitivity(graph, problem.table, orders, meter, problem.reporter, removable(problem.model, graph))
     compact(problem.model, graph, measured.plan({name: offered[name][0] for name in orders}))
     return measured
 
@@ -151,4 +176,5 @@ def _ordered(request: Request, problem: Problem, allocator: Allocator, asked: li
 
 def _trial_json(trial: Trial) -> Mapping[str, Any]:
     found = {"origin": trial.origin, "loss": trial.found.loss, "accuracy": trial.found.top1}
-    return found | {"value": trial.certificate.value, "kept": dict(trial.kept)}
+    after = {"trained": trial.trained.loss} if trial.trained else {}
+    return found | after | {"value": trial.certificate.value, "kept": dict(trial.kept)}
