@@ -1,4 +1,4 @@
-"""Methods with a training procedure of their own, from the command line: a supernet, fused filters, tickets, kernels."""
+"""Methods with a training procedure of their own, from the command line: a supernet, and tickets."""
 
 import json
 from pathlib import Path
@@ -12,8 +12,6 @@ from deploypipe.cli.main import run
 pytestmark = pytest.mark.e2e
 QUICK = {
     "autoslim": ["train_epochs=1", "images=20", "norm_images=16"],
-    "dcff": ["train_epochs=2"],
-    "dkp": ["train_epochs=0", "images=16", "parts=2"],
     "lth": ["rounds=2", "train_epochs=1", "rewind=1"],
 }
 
@@ -28,7 +26,7 @@ def test_from_a_trained_model_to_a_measured_artifact(name: str, tmp_path: Path) 
     assert 0 < report["budget"]["reached"] <= report["budget"]["limit"]
     small = dp.load(out)
     zeros = sum(int((p == 0).sum()) for p in small.parameters() if p.dim() >= 2)
-    sparse = name in {"dkp", "lth"}
+    sparse = name == "lth"
     assert bool(report["sparsity"]) == sparse
     assert (zeros > 0.1 * sum(p.numel() for p in small.parameters())) == sparse
     assert (report["pruned"]["n_parameters"] < report["dense"]["n_parameters"]) == (not sparse)
