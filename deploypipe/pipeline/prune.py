@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from deploypipe.algorithms import make
-from deploypipe.algorithms.base import Problem, labelled
+from deploypipe.algorithms.base import Problem
 from deploypipe.allocation.budget import parse_budget
 from deploypipe.cost import CostTable
 from deploypipe.count import MacTable, ParamTable
@@ -78,8 +78,6 @@ def prune(  # noqa: PLR0913, PLR0917 - the public surface, named arguments in pr
     algorithm = make(algo, options or {})
     problem = Problem(model, graph, cost, limit, loaded.train if loaded else None, seed, reporter or Silent())
     if hasattr(algorithm, "train"):
-        labelled(problem.data)
-        assert loaded is not None, "there is data to train on"
         problem = replace(problem, model=trained(algorithm, problem, loaded, request.training)[0])
     plan: KeepPlan = algorithm.plan(problem)
     return plan.replace(fingerprint=graph.fingerprint)

@@ -28,14 +28,14 @@ TRAINED, TRAINED_EPOCHS = "trained.safetensors", "trained.json"
 
 
 def trained(
-    algorithm: Any, problem: Problem, data: Data, settings: TrainSettings, folder: Path | None = None
+    algorithm: Any, problem: Problem, data: Data | None, settings: TrainSettings, folder: Path | None = None
 ) -> tuple[nn.Module, int]:
     """Return the model that the algorithm trains before it plans, and for how many epochs it did.
 
     Args:
         algorithm: With a method `train`.
         problem: What it is asked, with the user's model.
-        data: What is trained on.
+        data: What is trained on; None is enough for 0 epochs.
         settings: Of the run; with distillation, the user's model is the teacher.
         folder: For checkpoints; without it nothing is resumed.
 

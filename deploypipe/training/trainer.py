@@ -1,5 +1,6 @@
 """What an algorithm trains with before it plans: every call trains a copy of a model, resumable like fine-tuning."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from deploypipe.data.batches import Data, n_batches
+from deploypipe.errors import UsageError
 from deploypipe.progress import Reporter
 from deploypipe.training.finetune import finetune
 from deploypipe.training.settings import TrainHook, TrainSettings
@@ -17,12 +19,11 @@ class Trainer:
     """Trains models on the training set with the settings of the run.
 
     Attributes:
-        data: What is trained on; algorithms leave `data.test` alone.
         settings: Of the run; each call of `fit` states its own number of epochs.
         n_epochs: Epochs of all calls so far, for the report.
 
     Args:
-        data: The data set.
+        data: What is trained on; algorithms leave `data.test` alone. None if there is none: then only 0 epochs can be trained.
         settings: Learning rate, batch size, distillation and seed.
         teacher: The user's model, for distillation; None for the labels alone.
         folder: Where checkpoints lie; without it an interrupted training starts again.
@@ -31,20 +32,33 @@ class Trainer:
 
     def __init__(
         self,
-        data: Data,
+        data: Data | None,
         settings: TrainSettings,
         *,
         teacher: nn.Module | None = None,
         folder: Path | None = None,
         reporter: Reporter | None = None,
     ) -> None:
-        self.data, self.settings = data, settings
+        self._data, self.settings = data, settings
         self._teacher, self._folder, self._reporter = teacher, folder, reporter
         self.n_epochs, self._n_calls = 0, 0
 
+    @property
+    def data(self) -> Data:
+        """What is trained on.
+
+        Raises:
+            UsageError: There is none.
+        """
+        if self._data is None:
+            raise UsageError(
+                "this algorithm trains before it prunes and needs data", at="--data", fix="name a data set, as in --data demo"
+            )
+        return self._data
+
     def n_steps(self, epochs: int) -> int:
         """Return how many optimizer steps so many epochs have."""
-        return epochs * n_batches(self.data.train, self.settings.batch_size, drop_last=True)
+        return epochs * n_batches(self.data.train, self.settings.batch_size, drop_last=True) if epochs else 0
 
     def fit(self, model: nn.Module, epochs: int, hooks: Sequence[TrainHook] = (), **changes: Any) -> nn.Module:
         """Return a trained copy of `model`, in eval mode.
@@ -67,6 +81,8 @@ class Trainer:
         file = self._folder / f"training-{self._n_calls}.safetensors" if self._folder else None
         self._n_calls += 1
         self.n_epochs += epochs
+        if not epochs:
+            return copy.deepcopy(model).eval()
         return finetune(
             model, self.data, settings, teacher=self._teacher, checkpoint=file, reporter=self._reporter, hooks=hooks
         )

@@ -65,6 +65,8 @@ def test_prune_trains_too() -> None:
     ]
     assert Count.epochs == [0, 1]
     assert plans[0].keep != plans[1].keep
+    kept = dp.prune(net().eval(), example, "warmed", budget="50%", metric="macs", options={"train_epochs": 0}).keep
+    assert kept == plans[0].keep, "no epochs, no data"
     with pytest.raises(dp.DeployPipeError, match="needs data"):
         dp.prune(net().eval(), example, "warmed", budget="50%", metric="macs")
     with pytest.raises(dp.DeployPipeError, match="cuts no channels"):
