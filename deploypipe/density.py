@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from deploypipe.count import layer_macs
+from deploypipe.count import layer_macs, macs
 from deploypipe.errors import BudgetError
 from deploypipe.types import Graph
 
@@ -66,7 +66,8 @@ def prices(model: nn.Module, graph: Graph, unit: str) -> Prices:
     for layer in graph.layers:
         if layer.weight in sizes:
             each[layer.weight] += layer_macs(layer, dense) / sizes[layer.weight]
-    return Prices(sizes, each, 0.0, unit)
+    rest = macs(graph) - sum(each[name] * size for name, size in sizes.items())
+    return Prices(sizes, each, rest, unit)
 
 
 def uniform(price: Prices, budget: float, counts: Mapping[str, int] | None = None) -> dict[str, int]:

@@ -138,7 +138,7 @@ class AuxiliaryLoss(TrainHook):
     def on_loss(self, model: nn.Module, loss: Tensor, labels: Tensor) -> Tensor:
         """Add the head's cross entropy."""
         features, self._met = self._met[-1], []
-        return loss + F.cross_entropy(self._head(features), labels)
+        return loss + F.cross_entropy(self._head.to(features.device)(features), labels)
 
     def on_train_end(self, model: nn.Module) -> None:
         """Take the head away."""

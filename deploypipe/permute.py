@@ -17,12 +17,15 @@ def permuted(model: nn.Module, graph: Graph, orders: Mapping[str, Sequence[int]]
     Args:
         model: That was traced; stays as it is.
         graph: Its channel graph.
-        orders: Group -> all its channels, in the order that they shall have; groups that are not named stay as they are.
+        orders: Group -> all its channels, in the order that they shall have; groups that are not named stay as they are, and
+            so do those that weights take part in which are no parameters: they are fixed, and may not even be saved.
     """
     new = copy.deepcopy(model)
     state: dict[str, Tensor] = dict([*new.named_parameters(), *new.named_buffers()])
     with torch.no_grad():
         for name, order in orders.items():
+            if any(m.param in graph.buffers and len(graph.shapes[m.param]) > 1 for m in graph.group(name).members):
+                continue
             for member in graph.group(name).members:
                 tensor, index = state[member.param], torch.from_numpy(_index(member, order))
                 tensor.copy_(tensor.index_select(member.axis, index.to(tensor.device)))

@@ -58,18 +58,21 @@ class Admm:
 
     def pull(self, named: Mapping[str, Tensor]) -> list[tuple[Stack, Tensor]]:
         """Return the gradient `rho (W - Z + U)` of every constraint's part."""
-        return [
-            (constraint.stack, self._rho * (constraint.stack.read(named) - z + u))
-            for constraint, z, u in zip(self._constraints, self._z, self._u, strict=True)
-        ]
+        found = []
+        for i, constraint in enumerate(self._constraints):
+            w = constraint.stack.read(named)
+            self._z[i], self._u[i] = self._z[i].to(w), self._u[i].to(w)  # where the model is trained now
+            found.append((constraint.stack, self._rho * (w - self._z[i] + self._u[i])))
+        return found
 
     def update(self, named: Mapping[str, Tensor]) -> float:
         """Renew Z and U, and return the gap."""
         distance = size = 0.0
         for i, constraint in enumerate(self._constraints):
             w = constraint.stack.read(named)
-            self._z[i] = constraint.project(w + self._u[i])
-            self._u[i] = (self._u[i] + w - self._z[i]) / self._growth
+            u = self._u[i].to(w)
+            self._z[i] = constraint.project(w + u)
+            self._u[i] = (u + w - self._z[i]) / self._growth
             distance += float((w - self._z[i]).square().sum())
             size += float(w.square().sum())
         self._rho *= self._growth

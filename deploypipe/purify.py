@@ -17,7 +17,7 @@ from deploypipe.types import Graph, Group
 TOLERANCE = 1e-6  # of the largest output
 
 
-def unread(model: nn.Module, graph: Graph, group: Group) -> Tensor:
+def unread(model: nn.Module, group: Group) -> Tensor:
     """Return booleans (C,): every weight that reads the channel is zero there. All False if no weight reads it."""
     return _zero(model, group, "consumes")
 
@@ -39,7 +39,7 @@ def dead(model: nn.Module, graph: Graph) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
     reference = run(model, graph.example)
     for group in graph.prunable:
-        certain = unread(model, graph, group)
+        certain = unread(model, group)
         chosen = _listed(certain | unmade(model, graph, group))
         if len(chosen) > int(certain.sum()) and not _same(model, graph, group, chosen, reference):
             chosen = _listed(certain)
@@ -54,7 +54,7 @@ def silenced(model: nn.Module, graph: Graph) -> nn.Module:
     named = dict(new.named_parameters())
     with torch.no_grad():
         for group in reversed(graph.prunable):  # a silenced filter no longer reads what lies before it
-            gone = unread(new, graph, group)
+            gone = unread(new, group)
             makes = [m for m in group.members if m.role != "consumes" and m.param in named and named[m.param].dim() > 1]
             if gone.any() and makes:
                 stack = Stack(group.name, tuple(makes))

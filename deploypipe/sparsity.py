@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from deploypipe.count import layer_macs
+from deploypipe.count import layer_macs, macs
 from deploypipe.report import SparseLayer
 from deploypipe.types import Graph
 
@@ -33,8 +33,9 @@ def nonzero_macs(model: nn.Module, graph: Graph) -> float:
     """Return the multiply-accumulates of one forward pass of the traced example, those with a zero weight left out.
 
     A weight is used equally often as every other of its layer, so that a layer's share of zeros is its share of saved work.
+    Layers whose weights are no parameters are counted whole.
     """
-    return sum(layer.n_macs * (1 - layer.n_zeros / layer.n_weights) for layer in sparse_layers(model, graph))
+    return macs(graph) - sum(layer.n_macs * layer.n_zeros / layer.n_weights for layer in sparse_layers(model, graph))
 
 
 NONZERO: dict[str, Callable[[nn.Module, Graph], float]] = {"MACs": nonzero_macs, "params": nonzero_params}

@@ -47,7 +47,7 @@ class Supernet:
         In training mode batch norms use the statistics of this batch, and leave no running statistics behind.
         """
         plan = KeepPlan.of_widths({name: width for name, width in widths.items() if width < self._graph.group(name).size})
-        small = compact(self._shape, self._graph, plan, check=False).train(self._model.training)
+        small = compact(self._shape, self._graph, plan, check=False).to(inputs.device).train(self._model.training)
         return functional_call(small, self._sliced(plan), (inputs,))
 
     def _sliced(self, plan: KeepPlan) -> dict[str, Tensor]:

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from deploypipe.algorithms.base import Problem, judged, shared_out
+from deploypipe.algorithms.masking import masked_plan
 from deploypipe.algorithms.options import option
-from deploypipe.algorithms.zeros import masked_plan
 from deploypipe.density import Prices, prices, require_within, uniform
 from deploypipe.errors import NotApplicable
 from deploypipe.plan import KeepPlan

@@ -53,8 +53,8 @@ class AutoCompress:
     rho: float = option(0.1, "strength of ADMM's pull at the start of a round", low=0)
     growth: float = option(1.4, "factor on rho after every epoch", low=1)
     delta: float = option(0.0, "accuracy that purification may cost; 0 takes off dead channels only", low=0, high=1)
-    images: int = option(1000, "training images that are held out to judge candidates, at most half of all", low=1)
-    norm_images: int = option(512, "training images that renew a candidate's batch norms; 0 leaves them as they are", low=0)
+    images: int = option(512, "training images that are held out to judge candidates, at most half of all", low=1)
+    norm_images: int = option(256, "training images that renew a candidate's batch norms; 0 leaves them as they are", low=0)
 
     def train(self, problem: Problem, trainer: Trainer) -> nn.Module:
         """Return the model of full size whose channels are dead but for those that all rounds and purification left.

@@ -42,11 +42,12 @@ class AutoSlim:
     train_epochs: int = option(10, "epochs in which the supernet is trained", low=0)
     start: str = option("trained", "weights that the supernet starts from", choices=("trained", "fresh"))
     n_random: int = option(2, "random sub-networks of each step, beside the largest and the smallest", low=0)
+    bins: int = option(10, "widths of each group to choose from, at most; evenly from those that the table offers", low=2)
     least: float = option(0.15, "narrowest width of a sub-network, as a share of its group", low=0, high=1)
     prefer: str = option("accuracy", "narrows where accuracy stays highest, or where least is lost for what is saved",
                          choices=("accuracy", "ratio"))  # fmt: skip
-    images: int = option(1000, "training images that are held out to judge candidates, at most half of all", low=1)
-    norm_images: int = option(512, "training images that renew a candidate's batch norms; 0 leaves them as they are", low=0)
+    images: int = option(512, "training images that are held out to judge candidates, at most half of all", low=1)
+    norm_images: int = option(256, "training images that renew a candidate's batch norms; 0 leaves them as they are", low=0)
 
     def train(self, problem: Problem, trainer: Trainer) -> nn.Module:
         """Train the supernet."""
@@ -67,7 +68,7 @@ class AutoSlim:
             UsageError: There is no data, or too little to hold some out.
         """
         graph, table = problem.graph, problem.table
-        legal = table.candidates(graph)
+        legal = {name: evenly(widths, self.bins) for name, widths in table.candidates(graph).items()}
         cheapest = cheapest_widths(graph, legal, table, problem.budget)  # fails now if the budget is out of reach
         judge = Judge(graph, labelled(problem.data), self.images, self.norm_images, problem.seed)
 
@@ -90,9 +91,20 @@ class AutoSlim:
     def _widths(self, problem: Problem) -> dict[str, tuple[int, ...]]:
         """Return the widths of sub-networks: what the table offers from the narrowest one on."""
         sizes = {group.name: group.size for group in problem.graph.prunable}
-        offered = problem.table.candidates(problem.graph)
+        offered = {name: evenly(widths, self.bins) for name, widths in problem.table.candidates(problem.graph).items()}
         chosen = {name: tuple(w for w in widths if w >= self.least * sizes[name]) for name, widths in offered.items()}
         return {name: widths or (sizes[name],) for name, widths in chosen.items()}
+
+
+def evenly(widths: Sequence[int], n: int) -> tuple[int, ...]:
+    """Return at most `n` of the widths, evenly spread, the first and the last among them.
+
+    >>> evenly(range(1, 17), 4), evenly((8, 16), 10)
+    ((1, 6, 11, 16), (8, 16))
+    """
+    if len(widths) <= n:
+        return tuple(widths)
+    return tuple(widths[round(i * (len(widths) - 1) / (n - 1))] for i in range(n))
 
 
 def slimmed(

@@ -40,7 +40,7 @@ class Dcp:
     train_epochs: int = option(6, "epochs with auxiliary classifiers before selecting, over all stages", low=0)
     heads: int = option(2, "auxiliary classifiers", low=0)
     lambda_: float = option(1.0, "weight of the classifier's loss against the error of the outputs", low=0)
-    images: int = option(1000, "training images that the selection looks at", low=2)
+    images: int = option(256, "training images that the selection looks at", low=2)
     parts: int = option(8, "passes over them in which all channels of a group join", low=1)
     lr: float = option(0.003, "learning rate with which selected channels adapt", low=0)
 

@@ -19,9 +19,9 @@ from typing import ClassVar
 from torch import nn
 
 from deploypipe.algorithms.base import Problem, labelled
+from deploypipe.algorithms.masking import masked_plan
 from deploypipe.algorithms.options import option
 from deploypipe.algorithms.stages import Stages, staged
-from deploypipe.algorithms.zeros import masked_plan
 from deploypipe.density import prices, uniform
 from deploypipe.errors import NotApplicable
 from deploypipe.plan import KeepPlan
@@ -42,7 +42,7 @@ class Dkp:
     train_epochs: int = option(6, "epochs with auxiliary classifiers before selecting, over all stages", low=0)
     heads: int = option(2, "auxiliary classifiers", low=0)
     lambda_: float = option(1.0, "weight of the classifier's loss against the error of the outputs", low=0)
-    images: int = option(1000, "training images that the selection looks at", low=2)
+    images: int = option(256, "training images that the selection looks at", low=2)
     parts: int = option(8, "passes over them in which the kernels of a layer join", low=1)
     lr: float = option(0.003, "learning rate with which selected kernels adapt", low=0)
 

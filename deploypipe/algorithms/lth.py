@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.algorithms.base import Problem
+from deploypipe.algorithms.masking import masked_plan
 from deploypipe.algorithms.options import option
-from deploypipe.algorithms.zeros import masked_plan
 from deploypipe.density import largest, prices
 from deploypipe.errors import UsageError
 from deploypipe.plan import KeepPlan

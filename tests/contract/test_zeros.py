@@ -16,7 +16,7 @@ from tests.contract.test_algorithms import FAST, SPARSE, Data, algorithm, inputs
 
 OPTIONS = {"admm": ("unstructured",)}  # methods that also cut channels: the schemes that leave zeros
 EVERY = pytest.mark.parametrize("name", [*SPARSE, "admm"])
-EVERYWHERE = pytest.mark.parametrize("net", ["plain", "residual", "depthwise", "concat"])
+EVERYWHERE = pytest.mark.parametrize("net", ["plain", "residual", "depthwise", "concat", "fixed_shortcut"])
 
 
 @pytest.fixture(autouse=True)

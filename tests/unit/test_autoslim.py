@@ -3,10 +3,12 @@
 import itertools
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from math import log
 
 import pytest
 import torch
+from torch import nn
 
 from deploypipe.algorithms import make
 from deploypipe.algorithms.autoslim import slimmed
@@ -22,6 +24,12 @@ QUICK = {"train_epochs": 6, "images": 200, "norm_images": 200}
 GRID = (2, 4, 6, 8, 10, 12, 14, 16)
 LAYERS = {"a": 1.0, "b": 3.0, "c": 0.5}
 LEGAL = dict.fromkeys(LAYERS, GRID)
+
+
+@cache
+def supernet() -> nn.Module:
+    """Do not change it."""
+    return make("autoslim", QUICK).train(problem(trained(), 0.1), trainer())
 
 
 def knows(kept: Mapping[str, int]) -> Accuracy:
@@ -90,25 +98,23 @@ def test_the_supernet_holds_networks_that_work_which_the_plain_one_does_not() ->
     task = problem(trained(), 0.1)
     judge = Judge(task.graph, data().train, 200, 200, 0)
     narrow = KeepPlan.of_widths({group.name: 4 for group in task.graph.prunable})
-    slimmable = make("autoslim", QUICK).train(task, trainer())
     plain = make("autoslim", {**QUICK, "train_epochs": 0}).train(task, trainer())
-    assert judge(slimmable, narrow).top1 > 0.9
-    assert judge(slimmable, narrow).top1 > judge(plain, narrow).top1 + 0.1
-    assert accuracy(slimmable) > 0.95, "the largest network is trained as well"
+    assert judge(supernet(), narrow).top1 > 0.9
+    assert judge(supernet(), narrow).top1 > judge(plain, narrow).top1 + 0.1
+    assert accuracy(supernet()) > 0.95, "the largest network is trained as well"
 
 
 def test_running_statistics_of_the_largest_network_mislead() -> None:
     """The trap: a sub-network judged with the statistics of the whole one looks far worse than it is."""
     task = problem(trained(), 0.1)
-    slimmable = make("autoslim", QUICK).train(task, trainer())
     narrow = KeepPlan.of_widths({group.name: 4 for group in task.graph.prunable})
-    renewed = Judge(task.graph, data().train, 200, 200, 0)(slimmable, narrow).top1
-    stale = Judge(task.graph, data().train, 200, 0, 0)(slimmable, narrow).top1
+    renewed = Judge(task.graph, data().train, 200, 200, 0)(supernet(), narrow).top1
+    stale = Judge(task.graph, data().train, 200, 0, 0)(supernet(), narrow).top1
     assert renewed > stale + 0.1
 
 
 def test_the_plan_is_the_first_channels_within_the_budget_and_repeatable() -> None:
-    task, method = problem(trained(), 0.25, MacTable(multiple=4)), make("autoslim", QUICK)
+    task, method = problem(trained(), 0.25, MacTable(multiple=4)), make("autoslim", {**QUICK, "train_epochs": 3, "images": 100})
     plans = []
     for _ in range(2):
         after = replace(task, model=method.train(task, trainer()))
@@ -129,6 +135,7 @@ def test_every_width_is_one_that_the_table_offers_and_is_trained() -> None:
     method = make("autoslim", {**QUICK, "train_epochs": 1})
     assert set(method.plan(replace(task, model=method.train(task, trainer()))).keep) == {"0.0", "1.0", "2.0"}
     assert method._widths(task) == dict.fromkeys(("0.0", "1.0", "2.0"), (8, 16))
+    assert make("autoslim", {"least": 0, "bins": 4})._widths(problem(trained()))["0.0"] == (1, 6, 11, 16)
     narrow = make("autoslim", {"least": 0.6})._widths(task)
     assert narrow == dict.fromkeys(("0.0", "1.0", "2.0"), (16,))
 

@@ -11,7 +11,9 @@ from deploypipe.graph import trace
 from deploypipe.sparsity import NONZERO
 from tests.toys import TOYS
 
-NETS = pytest.mark.parametrize("net", ["plain", "residual", "depthwise", "concat", "shared_module"])
+NETS = pytest.mark.parametrize(
+    "net", ["plain", "residual", "depthwise", "concat", "shared_module", "fixed_shortcut", "se_block"]
+)
 UNITS = pytest.mark.parametrize("unit", ["MACs", "params"])
 
 

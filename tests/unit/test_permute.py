@@ -9,6 +9,8 @@ from deploypipe.graph import trace
 from deploypipe.permute import permuted
 from tests.toys import TOYS
 
+FIXED = {"fixed_shortcut"}
+
 
 @pytest.mark.parametrize("net", sorted(TOYS))
 def test_the_function_stays(net: str) -> None:
@@ -18,7 +20,15 @@ def test_the_function_stays(net: str) -> None:
     moved = permuted(model, graph, orders)
     assert difference(run(model, example), run(moved, example)) < 1e-5
     changed = [not torch.equal(a, b) for a, b in zip(model.state_dict().values(), moved.state_dict().values(), strict=True)]
-    assert any(changed) or not orders
+    assert any(changed) or not orders or net in FIXED
+
+
+def test_fixed_weights_are_left_alone() -> None:
+    model, example = TOYS["fixed_shortcut"]()
+    graph, rng = trace(model, example), np.random.default_rng(0)
+    moved = permuted(model, graph, {group.name: rng.permutation(group.size).tolist() for group in graph.prunable})
+    assert torch.equal(moved.short.weight, model.short.weight)
+    assert not torch.equal(moved.a[0].weight, model.a[0].weight)
 
 
 def test_channels_stand_in_the_order_given() -> None:

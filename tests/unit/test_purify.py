@@ -88,8 +88,8 @@ def test_silencing_goes_backwards_through_the_layers_and_keeps_the_outputs() -> 
     assert (new[0][0].weight[2] == 0).all()
     assert sum(int((p == 0).sum()) for p in new.parameters()) > sum(int((p == 0).sum()) for p in model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert unread(model, graph, graph.group("0.0")).sum() == 0
-    assert unread(new, graph, graph.group("0.0")).tolist() == [False, False, True] + 5 * [False]
+    assert unread(model, graph.group("0.0")).sum() == 0
+    assert unread(new, graph.group("0.0")).tolist() == [False, False, True] + 5 * [False]
 
 
 def test_purification_never_adds_parameters() -> None:
