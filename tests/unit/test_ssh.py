@@ -4,6 +4,8 @@ import os
 import signal
 import stat
 import struct
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ import psutil
 import pytest
 from ssh_server import small_disk
 
+import deploypipe
 from deploypipe.errors import BackendError, TargetError
 from deploypipe.job import PYTHON, Job
 from deploypipe.runners import remote
@@ -221,6 +224,26 @@ def test_a_device_that_is_gone_is_named_and_nothing_half_written_is_left(ssh_ser
     assert soon(lambda: not list(device.iterdir()))
     assert ssh.run(shell("echo back"), tmp_path).stdout == "back\n"
     ssh.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_on_the_device_whatever_ends_this_program(ssh_server, device, tmp_path, number):
+    code = (
+        "import sys; from pathlib import Path; from deploypipe.job import Job; from deploypipe.runners.ssh import Ssh; "
+        "from deploypipe.targets import Reach; host, workdir, pid = sys.argv[1:]; "
+        "job = Job(('sh', '-c', 'echo $$ > \"$1.new\"; mv \"$1.new\" \"$1\"; sleep 60', 'sh', pid)); "
+        "Ssh(Reach('ssh', host, workdir)).run(job, Path(pid).parent)"
+    )
+    pid = tmp_path / "pid"
+    root = str(Path(deploypipe.__file__).parents[1])
+    program = subprocess.Popen(
+        [sys.executable, "-c", code, ssh_server.host, str(device), str(pid)], cwd=root, stderr=subprocess.DEVNULL
+    )
+    assert soon(pid.exists)
+    program.send_signal(number)
+    assert program.wait(30) != 0
+    assert soon(lambda: not psutil.pid_exists(int(pid.read_text())))
+    assert soon(lambda: not list(device.iterdir()))
 
 
 def test_a_folder_whose_keeper_was_killed_goes_at_the_next_contact(ssh, ssh_server, device, tmp_path):
