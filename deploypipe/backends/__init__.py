@@ -8,6 +8,7 @@ from deploypipe.targets import Target
 BACKENDS: dict[str, str] = {
     "onnxruntime": "deploypipe.backends.onnxruntime:OnnxRuntime",
     "openvino": "deploypipe.backends.openvino:OpenVino",
+    "ort-mobile": "deploypipe.backends.ort_mobile:OrtMobile",
 }
 ENTRY_POINTS = "deploypipe.backends"
 
