@@ -6,6 +6,8 @@ from deploypipe.plugins import resolve
 from deploypipe.targets import Target
 
 BACKENDS: dict[str, str] = {
+    "executorch": "deploypipe.backends.executorch:ExecuTorch",
+    "ncnn": "deploypipe.backends.ncnn:Ncnn",
     "onnxruntime": "deploypipe.backends.onnxruntime:OnnxRuntime",
     "openvino": "deploypipe.backends.openvino:OpenVino",
     "ort-mobile": "deploypipe.backends.ort_mobile:OrtMobile",

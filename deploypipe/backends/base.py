@@ -89,6 +89,7 @@ class Backend(Protocol):
         source: What it compiles: the files that its jobs are given, but for built ones.
         pricing: Where a latency table comes from: `kernels` timed alone by ONNX models of a few hundred bytes, and inside
             whole ones; times of whole `models`, to which layers are fitted; or `never`, if nothing can be run.
+        times_layers: Whether it can be asked for a profile.
         tolerance: The most by which an output may differ, as a share of the largest one.
         channel_multiple: For `models`: widths worth choosing from are multiples of this.
     """
@@ -97,6 +98,7 @@ class Backend(Protocol):
     suffix: ClassVar[str]
     source: ClassVar[Source]
     pricing: ClassVar[Pricing]
+    times_layers: ClassVar[bool]
     tolerance: ClassVar[float]
     channel_multiple: ClassVar[int]
 

@@ -34,6 +34,7 @@ class Scripted:
     script: ClassVar[str]
     source: ClassVar[Source] = "onnx"
     pricing: ClassVar[Pricing] = "kernels"
+    times_layers: ClassVar[bool] = True
     tolerance: ClassVar[float] = 1e-3  # other kernels (Winograd, fused multiply-add)
     channel_multiple: ClassVar[int] = 1  # learned, where kernels are timed
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
