@@ -180,7 +180,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     Path(request["artifact"]).write_bytes(found.content)
     made = opened(request["artifact"], request)
     inputs = feed(made)
-    wanted, got = _tensors(torch.export.load(request["model"]).module()(*inputs)), made.forward(inputs)
+    wanted, got = _tensors(program(request["model"])(*inputs)), made.forward(inputs)
     if len(wanted) != len(got):
         raise SystemExit(f"the built file has {len(got)} outputs, the program {len(wanted)}")
     for expected, value in zip(wanted, got, strict=True):
@@ -200,7 +200,7 @@ def delegated(found: Lowered) -> str:
 def run(request: dict[str, Any]) -> Any:
     """Run a model on several inputs: a program by torch, a built file by ExecuTorch."""
     if zipfile.is_zipfile(request["model"]):
-        module = torch.export.load(request["model"]).module()
+        module = program(request["model"])
         call = lambda tensors: _tensors(module(*tensors))  # noqa: E731
     else:
         call = opened(request["model"], request).forward
@@ -213,6 +213,12 @@ def run(request: dict[str, Any]) -> Any:
         return [value.numpy() for value in call([torch.from_numpy(inputs[name]) for name in first])]
 
     return stopwatch.run_all(names, compute, request)
+
+
+def program(path: str) -> Any:
+    """Return what an exported program computes, as torch computes it."""
+    loaded: Any = torch.export.load(path)
+    return loaded.module()
 
 
 def _tensors(value: Any) -> list[Any]:

@@ -47,9 +47,7 @@ class OnnxRuntime(Scripted):
         return profiles
 
 
-def kernels(
-    rows: list[list[Any]], model: onnx.ModelProto, optimised: onnx.ModelProto | None = None
-) -> tuple[KernelTime, ...]:
+def kernels(rows: list[list[Any]], model: onnx.ModelProto, optimised: onnx.ModelProto | None = None) -> tuple[KernelTime, ...]:
     """Tell which layers of the exported `model` the profiled kernels are.
 
     Args:

@@ -158,8 +158,8 @@ def run(request: dict[str, Any]) -> Any:
 def describe(request: dict[str, Any]) -> dict[str, Any]:
     """Say which runtime this is, on which device."""
     return {
-        "runtime": "ort-mobile" if request.get("platform") else "onnxruntime", "version": ort.__version__, "providers": ort.get_available_providers(),
-        **stopwatch.device(request),
+        "runtime": "ort-mobile" if request.get("platform") else "onnxruntime", "version": ort.__version__,
+        "providers": ort.get_available_providers(), **stopwatch.device(request),
     }  # fmt: skip
 
 

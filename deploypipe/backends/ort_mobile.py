@@ -1,4 +1,4 @@
-"""ONNX Runtime for phones and small boards: builds `.ort` files, which its mobile and minimal builds read without an optimiser."""
+"""ONNX Runtime for phones and boards: builds `.ort` files, which its mobile and minimal builds read without an optimiser."""
 
 import platform
 from collections.abc import Mapping
@@ -15,7 +15,15 @@ from deploypipe.job import Job, JobResult
 from deploypipe.targets import Target
 
 # Architecture, as `device.arch` and operating systems call it -> what the converter calls it.
-PLATFORMS = {"x86_64": "amd64", "amd64": "amd64", "AMD64": "amd64", "aarch64": "arm", "arm64": "arm", "armv7l": "arm", "arm": "arm"}
+PLATFORMS = {
+    "x86_64": "amd64",
+    "amd64": "amd64",
+    "AMD64": "amd64",
+    "aarch64": "arm",
+    "arm64": "arm",
+    "armv7l": "arm",
+    "arm": "arm",
+}
 
 
 class OrtMobile(OnnxRuntime):

@@ -19,8 +19,10 @@ from deploypipe.latency.widths import AllSteps, legal_widths, reachable, steps_o
 from deploypipe.profiler.bench import HEAVY_MACS, Bench, opened
 from deploypipe.profiler.check import checked
 from deploypipe.profiler.context import in_context
+
 from deploypipe.profiler.learn import flat, learn_steps
 from deploypipe.profiler.probe import Probe
+from deploypipe.profiler.whole import fitted_table
 from deploypipe.progress import Reporter, Silent
 from deploypipe.runners import load_runner
 from deploypipe.targets import Target, cache_folder, load_target
@@ -43,7 +45,7 @@ def profile(
     """Measure what `model` costs on `target` at all widths that an allocator may choose.
 
     Each kernel shape is timed alone at a grid of widths, in the target's own runtime; the dense model is timed as a whole and
-    kernel by kernel. Results are kept per runtime, version, threads, precision and processor, after every job: a second call
+    kernel by kernel. (A runtime that is timed by whole models only gets a table that is fitted to such times.) Results are kept per runtime, version, threads, precision and processor, after every job: a second call
     measures what is missing, an interrupted one goes on where it was.
 
     Args:
@@ -65,8 +67,12 @@ def profile(
     example = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
     graph = graph or trace(model, example)
     backend, runner = load_backend(chosen), load_runner(chosen)
+    root = Path(cache_dir) if cache_dir else cache_folder() / "profiles"
     with opened(backend, runner, chosen) as bench:
-        store = _Store(Path(cache_dir) if cache_dir else cache_folder() / "profiles", bench, tell, fresh)
+        if backend.pricing == "models":
+            facts = bench.facts()
+            return fitted_table(bench, model, example, graph, facts, root / f"{device_key(facts)}-fitted", tell, fresh)
+        store = _Store(root, bench, tell, fresh)
         table = store.table
         missing = _missing(table, graph)
         if missing:
