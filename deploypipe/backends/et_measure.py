@@ -124,23 +124,21 @@ def profile(request: dict[str, Any]) -> dict[str, Any]:
     """Time the kernels of several models in turns."""
     found = {name: built(path) for name, path in request["models"].items()}
     cores = stopwatch.Cores(request["threads"])
-    per_block = stopwatch.per_turn(request) + stopwatch.REWARM
+    wanted, per_block = stopwatch.turns_of(request)
+    modules = {name: opened(file, request, events=True) for name, (file, _) in found.items()}
+    calls = {name: partial(module.forward, feed(module)) for name, module in modules.items()}
+    for once in calls.values():
+        for _ in range(request["warmup"]):
+            once()
 
-    def sample() -> dict[str, Any]:
-        modules = {name: opened(file, request, events=True) for name, (file, _) in found.items()}
-        feeds = {name: feed(module) for name, module in modules.items()}
-        for name, module in modules.items():
-            for _ in range(request["warmup"]):
-                module.forward(feeds[name])
-        for _ in range(stopwatch.BLOCKS):
-            for name, module in modules.items():
-                for _ in range(per_block):
-                    module.forward(feeds[name])
-        return modules
+    def turn() -> None:
+        for once in calls.values():
+            for _ in range(stopwatch.REWARM + per_block):
+                once()
 
-    modules, load = stopwatch.guarded(sample, cores, request)
-    n = request["warmup"] + per_block * stopwatch.BLOCKS
-    counted = [i for i in range(request["warmup"], n) if (i - request["warmup"]) % per_block >= stopwatch.REWARM]
+    chosen, load = stopwatch.quiet_turns(turn, cores, request, wanted)
+    starts = [request["warmup"] + i * (stopwatch.REWARM + per_block) + stopwatch.REWARM for i in chosen]
+    counted = [start + j for start in starts for j in range(per_block)]
     rows = {name: kernels(module, counted, found[name][1]) for name, module in modules.items()}
     return {"models": rows, "foreign_load": load}
 

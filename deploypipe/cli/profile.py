@@ -16,13 +16,18 @@ def profile(
     threads: Threads = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what was measured on this target before.")] = False,
     save: Annotated[Path | None, typer.Option(help="Write this model's part of the table into a new folder.")] = None,
+    allow_noise: Annotated[
+        bool, typer.Option("--allow-noise", help="Accept what other programs disturbed; the table says so.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure a model's layers at many widths, on the target."""
     from deploypipe import pipeline
 
     with console.progress() as reporter:
-        summary = pipeline.profile_model(model, weights, target, threads, reporter, fresh=fresh, save=save)
+        summary = pipeline.profile_model(
+            model, weights, target, threads, reporter, fresh=fresh, save=save, allow_noise=allow_noise or None
+        )
     if as_json:
         console.answer_json(summary)
     else:

@@ -43,30 +43,31 @@ def legal_widths(graph: Graph, steps: AllSteps) -> dict[str, tuple[int, ...]]:
 
     The full count is always among them; at most 14 are evenly spread. Groups of a few steps also get the counts below one
     step with which some layer gains and none leaves its fast path. In a layer fed by several groups each group lands on whole
-    steps by itself.
+    steps by itself, and never below one: its tensor could not be joined with the others in the runtime's own layout, and all of
+    them would have to be laid out anew.
     """
     return {group.name: _legal(group, _uses(graph, group), steps) for group in graph.prunable}
 
 
-def _uses(graph: Graph, group: Group) -> list[tuple[Layer, int]]:
-    """Return the layers whose widths the group decides, with the channels that each of its units has there."""
+def _uses(graph: Graph, group: Group) -> list[tuple[Layer, int, bool]]:
+    """Return the layers whose widths the group decides, with the channels that each of its units has there, and if alone."""
     found = []
     for layer in graph.layers:
         for width in (layer.n_in, layer.n_out):
-            found += [(layer, slots) for name, slots in width.parts if name == group.name]
+            found += [(layer, slots, len(width.parts) == 1) for name, slots in width.parts if name == group.name]
     return found
 
 
-def _legal(group: Group, uses: list[tuple[Layer, int]], steps: AllSteps) -> tuple[int, ...]:
+def _legal(group: Group, uses: list[tuple[Layer, int, bool]], steps: AllSteps) -> tuple[int, ...]:
     unit = 1
-    for layer, slots in uses:
+    for layer, slots, _ in uses:
         step = steps_of(layer, steps).step
         unit = lcm(unit, step // gcd(step, slots))
     unit = min(unit, group.size)
     chosen = {*_spread(unit, group.size), group.size}
-    plain = all(slots == 1 for _, slots in uses)
+    plain = all(slots == 1 and alone for _, slots, alone in uses)
     if plain and group.size <= 4 * unit:
-        kinds = [steps_of(layer, steps) for layer, _ in uses]
+        kinds = [steps_of(layer, steps) for layer, _, _ in uses]
         gaining = {width for kind in kinds for width in kind.small if width < group.size}
         chosen |= {width for width in gaining if all(width % kind.align == 0 for kind in kinds)}
     return tuple(sorted(chosen))

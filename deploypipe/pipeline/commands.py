@@ -14,7 +14,7 @@ from deploypipe.measurement import Latency
 from deploypipe.models.load import load_model
 from deploypipe.pipeline.request import Request
 from deploypipe.pipeline.stages import Device
-from deploypipe.profiler.measure import profile
+from deploypipe.profiler.measure import ACCEPTED, profile
 from deploypipe.progress import Reporter, Silent
 from deploypipe.types import Graph
 
@@ -34,6 +34,7 @@ def profile_model(
     *,
     fresh: bool = False,
     save: str | Path | None = None,
+    allow_noise: bool | None = None,
 ) -> dict[str, Any]:
     """Measure (or find, unless `fresh`) the latency table of a model and return what was learned, in plain values.
 
@@ -47,7 +48,8 @@ def profile_model(
     chosen = Request(target=target, threads=threads).resolved_target()
     loaded = load_model(model, weights)
     graph = trace(loaded.model, loaded.example)
-    table = profile(loaded.model, loaded.example, chosen, graph=graph, reporter=reporter, fresh=fresh)
+    example = loaded.example
+    table = profile(loaded.model, example, chosen, graph=graph, reporter=reporter, fresh=fresh, allow_noise=allow_noise)
     if save:
         with explained(Path(save)):
             table.only(graph).save(save)
@@ -99,6 +101,7 @@ def _summary(target: str, table: LatencyTable, graph: Graph) -> dict[str, Any]:
         "error_on_them": None if context.error is None else round(context.error, 4),
         "worst_error": round(max(map(abs, context.errors)), 4) if context.errors else None,
         "foreign_load": context.foreign_load,
+        "accepted_foreign_load": table.facts.get(ACCEPTED, 0.0),
     }
 
 

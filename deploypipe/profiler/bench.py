@@ -3,14 +3,15 @@
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
 from deploypipe.backends.base import Backend, Facts, Profile, Timing
 from deploypipe.errors import BackendError
 from deploypipe.latency.files import Entry
-from deploypipe.profiler.probe import IDLE_OPS, Probe, chain
+from deploypipe.profiler.noise import Noise
+from deploypipe.profiler.probe import IDLE_OPS, Probe, chain, small_layers
 from deploypipe.runners.base import Runner
 from deploypipe.targets import Target
 
@@ -23,13 +24,14 @@ _SHORT, _LONG = 10, 110  # lengths of the chains of empty kernels
 
 @dataclass(frozen=True)
 class Bench:
-    """Carries out a backend's jobs; `timer_us` is what profiling adds to a kernel, taken off every one."""
+    """Carries out a backend's jobs; `timer_us` is what profiling adds to a kernel. Disturbed jobs are repeated, then refused."""
 
     backend: Backend
     runner: Runner
     target: Target
     folder: Path
     timer_us: float = 0.0
+    noise: Noise = field(default_factory=Noise)
 
     def facts(self) -> Facts:
         """Return what identifies the runtime and the device."""
@@ -38,12 +40,20 @@ class Bench:
 
     def whole(self, models: Mapping[str, Path | bytes], target: Target | None = None) -> dict[str, Timing]:
         """Time whole models in turns, without profiling."""
-        return self.backend.read_bench(self.runner.run(self.backend.bench_job(models, target or self.target), self.folder))
+        chosen = target or self.target
+
+        def take() -> dict[str, Timing]:
+            return self.backend.read_bench(self.runner.run(self.backend.bench_job(models, chosen), self.folder))
+
+        return self.noise.bounded(take, lambda found: next(iter(found.values())).foreign_load, chosen.measure.threads)
 
     def profiles(self, models: Mapping[str, Path | bytes], target: Target) -> dict[str, Profile]:
         """Time the kernels of models."""
-        result = self.runner.run(self.backend.profile_job(models, target), self.folder)
-        return self.backend.read_profile(result, models)
+
+        def take() -> dict[str, Profile]:
+            return self.backend.read_profile(self.runner.run(self.backend.profile_job(models, target), self.folder), models)
+
+        return self.noise.bounded(take, lambda found: next(iter(found.values())).foreign_load, target.measure.threads)
 
     def cost_of_measuring(self) -> tuple[float, float, float]:
         """Return what profiling adds to a kernel, what a kernel without work costs, what a run costs besides (microseconds).
@@ -51,19 +61,23 @@ class Bench:
         Raises:
             BackendError: The runtime joins all idle operations, so that one kernel cannot be told from another.
         """
-        op, profiled = self._idle()
-        whole = self.whole({str(length): chain(length, op) for length in (_SHORT, _LONG)})
+        op = self._idle()
+        models = {str(length): chain(length, op) for length in (_SHORT, _LONG)} | {"layers": small_layers(_LONG)}
+        whole = self.whole(models)
         short, long = whole[str(_SHORT)].quiet_us, whole[str(_LONG)].quiet_us
         node = max(0.0, (long - short) / (_LONG - _SHORT))
-        timer = max(0.0, profiled.sum_us / len(profiled.kernels) - node)
-        return timer, node, max(0.0, short - node * _SHORT)
+        session = max(0.0, short - node * _SHORT)
+        # With operands as layers have them: the more of them, the more the runtime writes down.
+        profiled = self.profiles({"layers": models["layers"]}, self.target)["layers"]
+        timer = max(0.0, (profiled.sum_us + session - whole["layers"].quiet_us) / len(profiled.kernels))
+        return timer, node, session
 
-    def _idle(self) -> tuple[str, Profile]:
-        """Return an operation that this runtime runs as a kernel of its own each time, and the profile of a long chain."""
+    def _idle(self) -> str:
+        """Return an operation that this runtime runs as a kernel of its own each time."""
         for op in IDLE_OPS:
             profiled = self.profiles({op: chain(_LONG, op)}, self.target)[op]
             if len(profiled.kernels) >= _LONG:
-                return op, profiled
+                return op
         raise BackendError(
             f"the runtime fuses chains of {' and of '.join(IDLE_OPS)}: what a kernel without work costs cannot be measured",
             at=f"backend {self.backend.name}",
@@ -93,10 +107,6 @@ class Bench:
         target = self.target.replace(runs=_FEW_RUNS if heavy else _RUNS, warmup=_WARMUP)
         found = self.whole({names[key]: model for key, model in models.items()}, target)
         return {probe: entry(probe, [found[names[probe, index]] for index in range(len(probe.models()))]) for probe in probes}
-
-    def net(self, us: float) -> float:
-        """Take off what profiling adds to a kernel."""
-        return max(us - self.timer_us, _LEAST_US)
 
 
 def entry(probe: Probe, found: Sequence[Timing]) -> Entry:
@@ -132,7 +142,7 @@ def _middle(entries: Sequence[Entry]) -> Entry:
 
 
 @contextmanager
-def opened(backend: Backend, runner: Runner, target: Target) -> Iterator[Bench]:
+def opened(backend: Backend, runner: Runner, target: Target, noise: Noise | None = None) -> Iterator[Bench]:
     """Give a bench with a temporary folder.
 
     Raises:
@@ -142,4 +152,4 @@ def opened(backend: Backend, runner: Runner, target: Target) -> Iterator[Bench]:
     if not ready:
         raise BackendError(f"backend {backend.name} is not installed", at=f"target {target.name}", fix=missing)
     with tempfile.TemporaryDirectory(prefix="deploypipe-profile-") as folder:
-        yield Bench(backend, runner, target, Path(folder))
+        yield Bench(backend, runner, target, Path(folder), noise=noise or Noise())

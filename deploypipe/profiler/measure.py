@@ -17,10 +17,9 @@ from deploypipe.latency import files as latency_file
 from deploypipe.latency.table import Context, LatencyTable, Shape, structure_of
 from deploypipe.latency.widths import AllSteps, legal_widths, reachable, steps_of
 from deploypipe.profiler.bench import HEAVY_MACS, Bench, opened
-from deploypipe.profiler.check import checked
 from deploypipe.profiler.context import in_context
-
 from deploypipe.profiler.learn import flat, learn_steps
+from deploypipe.profiler.noise import Noise
 from deploypipe.profiler.probe import Probe
 from deploypipe.profiler.whole import fitted_table
 from deploypipe.progress import Reporter, Silent
@@ -29,6 +28,7 @@ from deploypipe.targets import Target, cache_folder, load_target
 from deploypipe.types import Graph, Layer
 
 _OUT, _IN = 14, 4  # most output and input widths measured per kernel shape: time is near linear in the inputs only
+ACCEPTED = "accepted_foreign_load"  # fact: the most that others took in a measurement that stands all the same
 _PER_JOB = 48  # kernels timed in turns by one process
 
 
@@ -41,6 +41,7 @@ def profile(
     graph: Graph | None = None,
     reporter: Reporter | None = None,
     fresh: bool = False,
+    allow_noise: bool | None = None,
 ) -> LatencyTable:
     """Measure what `model` costs on `target` at all widths that an allocator may choose.
 
@@ -56,9 +57,11 @@ def profile(
         graph: Of the model, if it has been traced already.
         reporter: Told about progress.
         fresh: Forget first what has been measured for this runtime, version, threads, precision and processor.
+        allow_noise: Accept measurements that other programs disturbed, and record that; by default what the environment
+            variable DEPLOYPIPE_ALLOW_NOISE says.
 
     Raises:
-        TargetError: The target is unknown or its precision is not supported.
+        TargetError: The target is unknown, its precision is not supported, or other programs kept its cores too busy.
         ModelError: The model cannot be traced or exported.
         BackendError: The runtime is missing or failed.
     """
@@ -67,8 +70,9 @@ def profile(
     example = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
     graph = graph or trace(model, example)
     backend, runner = load_backend(chosen), load_runner(chosen)
+    noise = Noise() if allow_noise is None else Noise(allow_noise)
     root = Path(cache_dir) if cache_dir else cache_folder() / "profiles"
-    with opened(backend, runner, chosen) as bench:
+    with opened(backend, runner, chosen, noise) as bench:
         if backend.pricing == "models":
             facts = bench.facts()
             return fitted_table(bench, model, example, graph, facts, root / f"{device_key(facts)}-fitted", tell, fresh)
@@ -84,11 +88,7 @@ def profile(
         if any(context.structure == structure for context in table.contexts):
             tell.reused("profile model")
             return table
-        tell.stage("profile model", 3)
-        found = in_context(store.bench, model, example, graph, table, tell)
-        if found.narrow_us is not None:
-            found = checked(store.bench, model, example, graph, table.with_context(found), tell)
-        return store.keep(found)
+        return store.keep(in_context(store.bench, model, example, graph, table, tell))
 
 
 def needed(graph: Graph, steps: AllSteps) -> list[Probe]:
@@ -145,12 +145,19 @@ class _Store:
             latency_file.write_kernels(self.folder, stored.values())
             done += len(part)
             self.reporter.advance(done, part[-1].shape.title)
-        self.table = LatencyTable.load(self.folder)
-        return self.table
+        return self._reread()
 
     def keep(self, context: Context) -> LatencyTable:
         latency_file.write_context(self.folder, context)
+        return self._reread()
+
+    def _reread(self) -> LatencyTable:
+        """Read the files again, and note in them what noise was accepted."""
         self.table = LatencyTable.load(self.folder)
+        before, worst = float(self.table.facts.get(ACCEPTED, 0.0)), self.bench.noise.worst
+        if worst > before:
+            latency_file.write_device(self.folder, {**self.table.facts, ACCEPTED: worst}, self.table.steps)
+            self.table = LatencyTable.load(self.folder)
         return self.table
 
 

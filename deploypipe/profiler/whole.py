@@ -19,12 +19,13 @@ from torch import nn
 from deploypipe.backends.base import Facts
 from deploypipe.compact import compact
 from deploypipe.errors import TargetError
-from deploypipe.latency.files import Context, Overhead, hashed
+from deploypipe.latency.context import Context, Overhead
+from deploypipe.latency.files import hashed
 from deploypipe.latency.table import LatencyTable, structure_of
 from deploypipe.latency.widths import Steps
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler.bench import Bench
-from deploypipe.profiler.check import measured, random_plans
+from deploypipe.profiler.check import random_plans
 from deploypipe.profiler.export import exported
 from deploypipe.profiler.regression import Fit, fit
 from deploypipe.progress import Reporter
@@ -33,7 +34,7 @@ from deploypipe.types import Graph
 N_FITTED, N_HELD = 36, 9  # plans that the fit sees; plans that judge it
 MOST_ERROR = 0.10  # mean relative error on the latter
 _PER_JOB, _SEED = 9, 21
-
+_SECONDS, _FEWEST = 5.0, 12  # of measuring one job; runs of each plan, at least
 
 
 def fitted_table(
@@ -98,19 +99,21 @@ def _timed(
             small = compact(model, graph, plans[i], check=False)
             files[str(i)] = exported(small, example, bench.target, bench.folder / f"plan-{i}")
             reporter.advance(len(plans) - len(missing) + start, f"plan {i + 1}")
-        found = measured(bench, files, 1.0, whole.quiet_us)
-        shares |= {keys[int(name)]: share for name, share in zip(list(files)[1:], found, strict=True)}
+        runs = int(1e6 * _SECONDS / (len(files) * whole.quiet_us))
+        found = bench.whole(files, bench.target.replace(runs=max(_FEWEST, min(bench.target.measure.runs, runs))))
+        us = found.pop("dense").quiet_us
+        shares |= {keys[int(name)]: timing.quiet_us / us for name, timing in found.items()}
         _keep(file, shares)
     reporter.advance(len(plans))
     us = whole.quiet_us
-    context = Context(structure_of(graph), {}, (), us, None, 1.0, 1.0, whole.foreign_load, whole.runs)
+    context = Context(structure_of(graph), {}, (), us, 1.0, 1.0, whole.foreign_load, whole.runs)
     return context, np.array([us * shares[key] for key in keys])
 
 
 def _completed(context: Context, found: Fit) -> Context:
     """Return the context with what the model costs besides its layers, and the factor that makes the dense model right."""
     predicted = found.predict(found.graph.kept())
-    overhead = (Overhead("model", "fitted", found.constant_us, (), 0),)
+    overhead = (Overhead("model", (), found.constant_us),)
     return replace(context, overhead=overhead, factor=context.whole_us / predicted, additivity=predicted / context.whole_us)
 
 
