@@ -92,7 +92,6 @@ class Backend(Protocol):
             whole ones; times of whole `models`, to which layers are fitted; or `never`, if nothing can be run.
         times_layers: Whether it can be asked for a profile.
         tolerance: The most by which an output may differ, as a share of the largest one.
-        channel_multiple: For `models`: widths worth choosing from are multiples of this.
     """
 
     name: ClassVar[str]
@@ -101,7 +100,6 @@ class Backend(Protocol):
     pricing: ClassVar[Pricing]
     times_layers: ClassVar[bool]
     tolerance: ClassVar[float]
-    channel_multiple: ClassVar[int]
 
     def available(self) -> tuple[bool, str]:
         """Return whether this machine can prepare jobs for it, and else what is missing."""
@@ -113,6 +111,10 @@ class Backend(Protocol):
 
     def read_description(self, result: JobResult) -> Facts:
         """Read the answer of `describe_job`."""
+        ...
+
+    def channel_multiple(self, facts: Facts) -> int:
+        """Return what widths worth choosing from are multiples of, by the facts of the device; asked if pricing is `models`."""
         ...
 
     def build_job(self, model: Path, target: Target) -> Job:

@@ -8,7 +8,7 @@ It is pushed to the target with `stopwatch.py` beside it, so it imports nothing 
 
 import statistics
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -178,7 +178,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     Path(request["artifact"]).write_bytes(found.content)
     made = opened(request["artifact"], request)
     inputs = feed(made)
-    wanted, got = _tensors(program(request["model"])(*inputs)), made.forward(inputs)
+    wanted, got = tensors(program(request["model"])(*inputs)), made.forward(inputs)
     if len(wanted) != len(got):
         raise SystemExit(f"the built file has {len(got)} outputs, the program {len(wanted)}")
     for expected, value in zip(wanted, got, strict=True):
@@ -198,8 +198,8 @@ def delegated(found: Lowered) -> str:
 def run(request: dict[str, Any]) -> Any:
     """Run a model on several inputs: a program by torch, a built file by ExecuTorch."""
     if zipfile.is_zipfile(request["model"]):
-        module = program(request["model"])
-        call = lambda tensors: _tensors(module(*tensors))  # noqa: E731
+        exported = program(request["model"])
+        call: Callable[[list[Any]], list[Any]] = lambda given: tensors(exported(*given))  # noqa: E731
     else:
         call = opened(request["model"], request).forward
     with np.load(request["inputs"]) as arrays:
@@ -219,8 +219,10 @@ def program(path: str) -> Any:
     return loaded.module()
 
 
-def _tensors(value: Any) -> list[Any]:
-    return [leaf.detach() for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+def tensors(value: Any) -> list[Any]:
+    """Return the tensors in what a model returned, in order."""
+    leaves: list[Any] = torch.utils._pytree.tree_leaves(value)
+    return [leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def describe(request: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,6 @@ class Ncnn(Scripted):
     script: ClassVar[str] = "ncnn_measure.py"
     pricing: ClassVar[Pricing] = "models"
     times_layers: ClassVar[bool] = False
-    channel_multiple: ClassVar[int] = 8  # values that it packs together: 16 or 8 where the count allows it, else 4, else 1
     packages: ClassVar[tuple[str, ...]] = ("ncnn", "pnnx")
 
     def job(

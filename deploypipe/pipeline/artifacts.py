@@ -9,8 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from deploypipe.backends.base import SUFFIX
+from deploypipe.data.load import Data
 from deploypipe.export import export_onnx, export_program, simplify_onnx
-from deploypipe.pipeline.stages import Device, check_files
+from deploypipe.pipeline.stages import Device, accuracies, check_files
+from deploypipe.progress import Reporter
 from deploypipe.report import Check
 from deploypipe.store import Kept, Store
 
@@ -86,6 +88,17 @@ def bench_stage(store: Store, device: Device, files: Mapping[str, Kept[Path]]) -
 
     key = [1, *files.values(), asdict(device.target.measure), device.facts]
     return store.keep("bench", key, bench, lambda root: json.loads((root / "latency.json").read_text()))
+
+
+def accuracy_stage(
+    store: Store, models: Mapping[str, nn.Module], data: Data, key: Sequence[object], reporter: Reporter
+) -> Kept[dict[str, Any]]:
+    """Test each model: the one time that the test set is read."""
+
+    def test(folder: Path) -> None:
+        (folder / "accuracy.json").write_text(json.dumps(accuracies(models, data, reporter), indent=1) + "\n")
+
+    return store.keep("accuracy", [1, *key], test, lambda root: json.loads((root / "accuracy.json").read_text()))
 
 
 def exported_name(device: Device, side: str = "pruned") -> str:

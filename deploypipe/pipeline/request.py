@@ -25,7 +25,7 @@ class Request:
         model: What `models.load_model` takes.
         weights: File of trained weights.
         data: What `data.load_data` takes.
-        target: Name or file of a target.
+        target: Name or file of a target; several with commas between them: planned for the first, built for all.
         algo: Name of a pruning algorithm.
         budget: "50%", "3ms", "1.2M", ...
         metric: What the budget counts: latency, macs or params.
@@ -87,9 +87,16 @@ class Request:
         return replace(settings, **{name: value for name, value in given.items() if value is not None})
 
     def resolved_target(self) -> Target:
-        """Return the target with the threads that were asked for."""
-        target = load_target(self.target)
-        return target.replace(threads=self.threads) if self.threads else target
+        """Return the first target with the threads that were asked for: the plan is made for it."""
+        return self.resolved_targets()[0]
+
+    def resolved_targets(self) -> tuple[Target, ...]:
+        """Return all targets that were named, with commas between them."""
+        names = [name.strip() for name in str(self.target).split(",")]
+        if len(set(names)) < len(names):
+            raise UsageError("a target is named twice", at=f"--target {self.target}", fix="leave one of them out")
+        found = tuple(load_target(name) for name in names)
+        return tuple(target.replace(threads=self.threads) for target in found) if self.threads else found
 
     @classmethod
     def of(cls, **values: Any) -> Self:

@@ -46,8 +46,9 @@ def profile(
     """Measure what `model` costs on `target` at all widths that an allocator may choose.
 
     Each kernel shape is timed alone at a grid of widths, in the target's own runtime; the dense model is timed as a whole and
-    kernel by kernel. (A runtime that is timed by whole models only gets a table that is fitted to such times.) Results are kept per runtime, version, threads, precision and processor, after every job: a second call
-    measures what is missing, an interrupted one goes on where it was.
+    kernel by kernel. (A runtime that is timed by whole models only gets a table that is fitted to such times.) Results are
+    kept per runtime, version, threads, precision and processor, after every job: a second call measures what is missing, an
+    interrupted one goes on where it was.
 
     Args:
         model: In any mode; it is exported in evaluation mode.

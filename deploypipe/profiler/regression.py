@@ -9,6 +9,7 @@ held back by a penalty that cross-validation chooses.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 
 import numpy as np
@@ -75,18 +76,20 @@ class Fit:
     def entries(self, least: int) -> list[Entry]:
         """Return each shape's cost at its corners, between which a table interpolates exactly: `least` channels and all.
 
-        They were not measured: their number of runs is 0.
+        Widths that nothing decides, as the channels of an image, stand there too. They were not measured: their number of
+        runs is 0.
         """
-        shapes = dict.fromkeys(unknown.shape for unknown in self.unknowns if unknown.shape)
         found = []
-        for shape in shapes:
+        for shape in dict.fromkeys(Shape.of(layer) for layer in self.graph.layers):
             mine = [(u, us) for u, us in zip(self.unknowns, self.values, strict=True) if u.shape == shape]
+            layers = [layer for layer in self.graph.layers if Shape.of(layer) == shape]
             most_in, most_out = mine[0][0].reference
-            for n_out in sorted({min(least, most_out), most_out}):
-                ins = {n_out * most_in // most_out} if shape.tied else {min(least, most_in), most_in}
-                for n_in in sorted(ins):
-                    us = max(_LEAST_US, float(sum(us * unknown.at(n_in, n_out) for unknown, us in mine)))
-                    found.append(Entry(shape, n_in, n_out, us, us, us, 0))
+            ins = {min(least, most_in), most_in} | {layer.n_in.const for layer in layers if not layer.n_in.parts}
+            outs = {min(least, most_out), most_out} | {layer.n_out.const for layer in layers if not layer.n_out.parts}
+            pairs = [(n_out * most_in // most_out, n_out) for n_out in outs] if shape.tied else product(ins, outs)
+            for n_in, n_out in sorted(pairs):
+                us = max(_LEAST_US, float(sum(us * unknown.at(n_in, n_out) for unknown, us in mine)))
+                found.append(Entry(shape, n_in, n_out, us, us, us, 0))
         return found
 
 

@@ -1,7 +1,7 @@
 """The latency table of a runtime that is timed by whole models only: random plans are measured, and layers fitted to them.
 
-The model is compacted under plans that spread over the whole range of widths; each is timed in turns with the dense model. Most
-of them are fitted (see `regression`), the others judge the fit, and a table that is off by more than a tenth on them is refused.
+The model is compacted under plans that spread over the whole range of widths; each is timed in turns with the dense model. To
+most of them layers are fitted (see `regression`), the others judge that: a table that is off by more than a tenth is refused.
 """
 
 import csv
@@ -63,8 +63,8 @@ def fitted_table(
     if (folder / "device.json").is_file():
         reporter.reused("profile model")
         return LatencyTable.load(folder)
-    multiple = bench.backend.channel_multiple
-    steps = {kind: Steps(multiple) for kind in ("linear", *(layer.kind for layer in graph.layers))}
+    multiple = bench.backend.channel_multiple(facts)
+    steps: dict[str, Steps] = {kind: Steps(multiple) for kind in ("linear", *(layer.kind for layer in graph.layers))}
     plans = random_plans(graph, LatencyTable({}, steps, ()).candidates(graph), N_FITTED + N_HELD, _SEED)
     folder.mkdir(parents=True, exist_ok=True)
     context, times = _timed(bench, model, example, graph, plans, folder / "plans.csv", reporter)
