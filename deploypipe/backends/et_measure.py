@@ -48,12 +48,13 @@ class Lowered:
 
 def lowered(path: str) -> Lowered:
     """Lower an exported program."""
+    exported: Any = torch.export.load(path)  # first: a damaged file is found before seconds go into imports
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import (  # noqa: PLC0415 - takes seconds, and a built
         XnnpackPartitioner,  # file does not need it
     )
     from executorch.exir import to_edge_transform_and_lower  # noqa: PLC0415 - likewise
 
-    edge = to_edge_transform_and_lower(torch.export.load(path), partitioner=[XnnpackPartitioner()])
+    edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
     program = edge.exported_program()
     layers, inside, left = [], 0, []
     for node, owner, delegated in operations(program):

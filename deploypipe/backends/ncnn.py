@@ -10,6 +10,7 @@ import onnx
 from deploypipe.backends.base import Pricing, Profile
 from deploypipe.backends.scripted import Scripted
 from deploypipe.errors import BackendError
+from deploypipe.export import load_onnx
 from deploypipe.job import Job, JobResult
 from deploypipe.targets import Target
 
@@ -64,11 +65,12 @@ def shapes(files: Mapping[str, Path | bytes]) -> dict[str, list[list[int]]]:
 
     Raises:
         BackendError: A model takes more than one image, or has no fixed shape.
+        ModelError: A file is no ONNX model.
     """
     found: dict[str, list[list[int]]] = {}
     for name, source in files.items():
         if isinstance(source, bytes) or not zipfile.is_zipfile(source):
-            model = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(str(source))
+            model = onnx.load_from_string(source) if isinstance(source, bytes) else load_onnx(source)
             found[name] = [_shape(value) for value in model.graph.input]
     return found
 

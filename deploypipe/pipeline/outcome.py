@@ -137,7 +137,7 @@ def _side(name: str, plan: KeepPlan | None, found: Findings, factor: float) -> S
         n_parameters=params(found.graph, plan),
         n_macs=macs(found.graph, plan),
         artifact_bytes=found.files[name].stat().st_size,
-        latency=Latency(**found.latencies[name]),
+        latency=Latency(**found.latencies[name]) if found.latencies[name] else None,
         predicted_us=factor * found.table.predict(found.graph, plan) if found.table else None,
     )
 

@@ -8,7 +8,8 @@ from typing import Any, Self
 
 from deploypipe.algorithms import make
 from deploypipe.allocation.budget import parse_budget
-from deploypipe.errors import UsageError, nearest
+from deploypipe.backends import load_backend
+from deploypipe.errors import TargetError, UsageError, nearest
 from deploypipe.targets import Target, load_target
 from deploypipe.training.settings import TrainSettings
 
@@ -130,5 +131,10 @@ class Request:
                 at="--metric latency",
                 fix="use --metric macs or --metric params, which count weights that are not zero",
             )
-        self.resolved_target()
+        target = self.resolved_target()
+        if self.metric == "latency" and load_backend(target).pricing == "never":
+            message = f"what is built for target {target.name} cannot be run here: there is no latency to plan by"
+            raise TargetError(
+                message, at=f"--target {target.name}", fix="use --metric macs or params, or name a target to plan by first"
+            )
         _ = self.training

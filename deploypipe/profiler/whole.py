@@ -111,10 +111,12 @@ def _timed(
 
 
 def _completed(context: Context, found: Fit) -> Context:
-    """Return the context with what the model costs besides its layers, and the factor that makes the dense model right."""
-    predicted = found.predict(found.graph.kept())
+    """Return the context with what the model costs besides its layers.
+
+    The factor stays one: one that makes the dense model right would take the fit's error there into all other plans.
+    """
     overhead = (Overhead("model", (), found.constant_us),)
-    return replace(context, overhead=overhead, factor=context.whole_us / predicted, additivity=predicted / context.whole_us)
+    return replace(context, overhead=overhead, additivity=found.predict(found.graph.kept()) / context.whole_us)
 
 
 def _require(context: Context, folder: Path) -> None:
