@@ -232,7 +232,7 @@ class Report:
             message = f"report has schema {state.get('schema')!r}, this version reads {REPORT_SCHEMA}"
             raise UsageError(message, at=at, fix="run the same build command again")
         try:
-            values = {part.name: {"runtimes": (), **state}[part.name] for part in fields(cls)}  # older ones know one target
+            values = {part.name: state[part.name] for part in fields(cls)}
             return cls(**values | _nested(values))
         except (KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"report is malformed: {error}", at=at, fix="run the same build command again") from error

@@ -6,7 +6,7 @@ most of them layers are fitted (see `regression`), the others judge that: a tabl
 
 import csv
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,7 +33,7 @@ from deploypipe.types import Graph
 
 N_FITTED, N_HELD = 36, 9  # plans that the fit sees; plans that judge it
 MOST_ERROR = 0.10  # mean relative error on the latter
-_PER_JOB, _SEED = 9, 21
+_PER_JOB, _SEED, _DRAWN = 9, 21, 3  # plans of one job; how many are drawn for each that is taken
 _SECONDS, _FEWEST = 5.0, 12  # of measuring one job; runs of each plan, at least
 
 
@@ -65,10 +65,10 @@ def fitted_table(
         return LatencyTable.load(folder)
     multiple = bench.backend.channel_multiple(facts)
     steps: dict[str, Steps] = {kind: Steps(multiple) for kind in ("linear", *(layer.kind for layer in graph.layers))}
-    plans = random_plans(graph, LatencyTable({}, steps, ()).candidates(graph), N_FITTED + N_HELD, _SEED)
+    plans = _distinct(graph, LatencyTable({}, steps, ()).candidates(graph))
     folder.mkdir(parents=True, exist_ok=True)
     context, times = _timed(bench, model, example, graph, plans, folder / "plans.csv", reporter)
-    held = np.arange(len(plans)) % (len(plans) // N_HELD) == 0  # each leaning between narrow and wide is among them
+    held = np.arange(len(plans)) % ((N_FITTED + N_HELD) // N_HELD) == 0  # each leaning between narrow and wide is among them
     kept = [graph.kept(), *(graph.kept(plan) for plan, out in zip(plans, held, strict=True) if not out)]
     found = fit(graph, kept, np.array([context.whole_us, *times[~held]]))
     facts = {**facts, "method": "fitted", "n_plans": len(kept), "date": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -81,6 +81,25 @@ def fitted_table(
     return table
 
 
+def _distinct(graph: Graph, candidates: Mapping[str, tuple[int, ...]]) -> list[KeepPlan]:
+    """Draw plans of different widths, none of them dense: one that was fitted must not judge the fit."""
+    drawn = {_key(graph, plan): plan for plan in random_plans(graph, candidates, _DRAWN * (N_FITTED + N_HELD), _SEED)}
+    drawn.pop(_key(graph, KeepPlan({})), None)
+    if len(drawn) <= N_HELD:
+        raise TargetError(
+            f"the model has only {len(drawn)} narrower forms on whole steps: too few to tell what its layers cost",
+            at="latency table of whole models",
+            fix="plan by counts: --metric macs",
+        )
+    plans = list(drawn.values())
+    n = min(len(plans), N_FITTED + N_HELD)
+    return [plans[i * len(plans) // n] for i in range(n)]
+
+
+def _key(graph: Graph, plan: KeepPlan) -> str:
+    return hashed(sorted(graph.kept(plan).items()))
+
+
 def _timed(
     bench: Bench, model: nn.Module, example: Any, graph: Graph, plans: Sequence[KeepPlan], file: Path, reporter: Reporter
 ) -> tuple[Context, NDArray[np.float64]]:
@@ -91,7 +110,7 @@ def _timed(
     if whole.busy:
         reporter.note(f"other programs took {whole.foreign_load:.0%} of the measured core: measure again on a quiet machine")
     shares = _known(file)
-    keys = [hashed({name: len(channels) for name, channels in plan.keep.items()}) for plan in plans]
+    keys = [_key(graph, plan) for plan in plans]
     missing = [i for i, key in enumerate(keys) if key not in shares]
     for start in range(0, len(missing), _PER_JOB):
         files = {"dense": dense}
