@@ -52,7 +52,7 @@ class Cores:
         self.before = (sum(self.busy(self.cpus).values()), time.process_time(), time.perf_counter())
 
     def taken(self) -> tuple[float, float] | None:
-        """Seconds of our cores since `start` that went to other programs, give or take a tick of each; and all their seconds."""
+        """Seconds of our cores since `start` that went to other programs, give or take a tick each; and all their seconds."""
         busy, own, wall = self.before
         now = self.busy(self.cpus)
         if not now:

@@ -23,6 +23,7 @@ TargetNames = Annotated[
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime, instead of the target's.")]
 Value = Annotated[str, typer.Option(help="What a width is worth: the algorithm's scores, or its measured loss.")]
 ValueRounds = Annotated[int, typer.Option(min=0, help="With --value measured: measure around the solution this often.")]
+ValueFinalists = Annotated[int, typer.Option(min=1, help="With --value measured: train this many plans an epoch to choose.")]
 Weights = Annotated[Path | None, typer.Option(help="Trained weights: .safetensors, or a state dict of tensors (.pt, .pth).")]
 
 
@@ -50,6 +51,7 @@ def build(
     table: Annotated[Path | None, typer.Option(help="Use this latency table (from `profile --save`).")] = None,
     value: Value = "scores",
     value_rounds: ValueRounds = 2,
+    value_finalists: ValueFinalists = 1,
     as_json: Json = False,
 ) -> None:
     """Prune, compact, fine-tune, export, verify and measure a model."""
@@ -58,7 +60,7 @@ def build(
     request = pipeline.Request(
         model, weights, data, target, algo, budget, metric, epochs, out, seed, parse_settings(settings or ()),
         distill=distill, lr=lr, batch_size=batch_size, threads=threads, accuracy_floor=accuracy_floor,
-        keep=tuple(keep or ()), table=table, value=value, value_rounds=value_rounds,
+        keep=tuple(keep or ()), table=table, value=value, value_rounds=value_rounds, value_finalists=value_finalists,
         command=shlex.join(["deploypipe", *(context.obj or ())]),
     )  # fmt: skip
     with console.progress() as reporter:

@@ -11,7 +11,7 @@ from typing import Any
 
 from deploypipe.errors import TargetError
 from deploypipe.latency.context import Context, Overhead
-from deploypipe.latency.widths import AllSteps, Steps
+from deploypipe.latency.widths import AllSteps, Steps, title
 from deploypipe.types import Layer
 
 SCHEMA = 4
@@ -60,9 +60,7 @@ class Shape:
     @property
     def title(self) -> str:
         """The shape in words."""
-        kernel, size = _packed(self.kernel), _packed(self.in_size)
-        where = f"{kernel} stride {_packed(self.stride)} on {size}" if self.in_size else f"on {self.rows} rows"
-        return f"{self.kind} {where}"
+        return title(self.kind, self.kernel, self.stride, self.in_size, self.rows)
 
 
 @dataclass(frozen=True)

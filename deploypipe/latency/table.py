@@ -150,6 +150,8 @@ class LatencyTable:
     def _layer_term(self, layer: Layer, context: Context) -> CostTerm:
         @cache
         def price(n_in: int, n_out: int) -> float:
+            if not (n_in and n_out):
+                return 0.0  # its branch is gone
             ratio = context.ratio(layer.name, n_in * n_out)
             return context.factor * ratio * self.kernel_us(layer, n_in, n_out)
 
@@ -181,24 +183,30 @@ def width_of(graph: Graph, layers: tuple[str, ...]) -> Width:
 def overhead_terms(graph: Graph, context: Context) -> list[CostTerm]:
     """Price the other kernels: each is a constant plus a part in proportion to the widths that feed it.
 
-    Being linear, the cost of a kernel fed by several groups splits exactly into one part per group.
+    Being linear, the cost of a kernel fed by several groups splits exactly into one part per group. What one group alone feeds
+    is gone when that group has no channels left.
     """
     known = {layer.name for layer in graph.layers}
-    constant, per_channel = 0.0, dict[str, float]()
+    constant, fixed, per_channel = 0.0, dict[str, float](), dict[str, float]()
     for kernel in context.overhead:
         width = width_of(graph, tuple(name for name in kernel.layers if name in known))
-        constant += kernel.fixed_us + kernel.per_channel_us * width.const
         for group, slots in width.parts:
             per_channel[group] = per_channel.get(group, 0.0) + kernel.per_channel_us * slots
+        if len(width.parts) == 1 and not width.const:
+            group = width.parts[0][0]
+            fixed[group] = fixed.get(group, 0.0) + kernel.fixed_us
+        else:
+            constant += kernel.fixed_us + kernel.per_channel_us * width.const
     total = context.factor * constant
     terms = [CostTerm("overhead", Width(0), Width(0), lambda n_in, n_out: total)]
     for group, us in per_channel.items():
-        terms.append(CostTerm(f"overhead:{group}", Width(0), Width(0, ((group, 1),)), _proportional(context.factor * us)))
+        price = _linear(context.factor * fixed.get(group, 0.0), context.factor * us)
+        terms.append(CostTerm(f"overhead:{group}", Width(0), Width(0, ((group, 1),)), price))
     return terms
 
 
-def _proportional(us: float) -> Callable[[int, int], float]:
-    return lambda n_in, n_out: us * n_out
+def _linear(fixed: float, slope: float) -> Callable[[int, int], float]:
+    return lambda n_in, n_out: fixed + slope * n_out if n_out else 0.0
 
 
 class _Grid:

@@ -11,31 +11,42 @@ MAX_CANDIDATES = 14
 
 @dataclass(frozen=True)
 class Steps:
-    """How latency follows the channel count of one kind of kernel.
+    """How latency follows the channel count of one kind of kernel, or of one shape of it.
 
     Attributes:
         step: Latency is constant between multiples of this.
         align: Counts that are not a multiple of this leave the runtime's fast path ...
         penalty: ... and take this many times as long as the next full step.
         small: Counts below one step that are still quicker than a whole step, descending.
+        edge: The width around which this was measured for one shape; 0 for a kind.
     """
 
     step: int = 1
     align: int = 1
     penalty: float = 1.0
     small: tuple[int, ...] = ()
+    edge: int = 0
 
     def up(self, width: int) -> int:
         """Return the width that costs as much as `width`: the next multiple of the step."""
         return width if width in self.small else -(-width // self.step) * self.step
 
 
-AllSteps = Mapping[str, Steps]  # kind of kernel -> its steps
+AllSteps = Mapping[str, Steps]  # kind of kernel, or title of one shape -> its steps
+
+
+def title(kind: str, kernel: tuple[int, ...], stride: tuple[int, ...], in_size: tuple[int, ...], rows: int) -> str:
+    """Return a shape in words; shapes that differ in padding or dilation only are called alike."""
+    if not in_size:
+        return f"{kind} on {rows} rows"
+    across, step, size = ("x".join(map(str, value)) for value in (kernel, stride, in_size))
+    return f"{kind} {across} stride {step} on {size}"
 
 
 def steps_of(layer: Layer, steps: AllSteps) -> Steps:
-    """Return the steps that hold for `layer`; one by one for kinds whose kernels showed none."""
-    return steps.get("linear" if layer.kind == "matmul" else layer.kind, Steps())
+    """Return the steps that hold for `layer`: its shape's own, or its kind's; one by one where kernels showed none."""
+    own = steps.get(title(layer.kind, layer.kernel, layer.stride, layer.in_size, 0 if layer.in_size else layer.positions))
+    return own or steps.get("linear" if layer.kind == "matmul" else layer.kind, Steps())
 
 
 def legal_widths(graph: Graph, steps: AllSteps) -> dict[str, tuple[int, ...]]:

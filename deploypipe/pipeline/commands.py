@@ -8,8 +8,8 @@ from deploypipe.errors import UsageError
 from deploypipe.folder import explained
 from deploypipe.graph import trace
 from deploypipe.inspection import Inspection, inspect_graph
-from deploypipe.latency.table import LatencyTable
-from deploypipe.latency.widths import Steps
+from deploypipe.latency.table import LatencyTable, Shape
+from deploypipe.latency.widths import AllSteps, Steps
 from deploypipe.measurement import Latency
 from deploypipe.models.load import load_model
 from deploypipe.pipeline.request import Request
@@ -92,7 +92,7 @@ def _summary(target: str, table: LatencyTable, graph: Graph) -> dict[str, Any]:
         "target": target,
         "runtime": f"{table.facts.get('runtime')} {table.facts.get('version')}, {table.facts.get('threads')} threads",
         "kernels_measured": len(table.kernels),
-        "steps": "; ".join(f"{kind}: {_steps_text(steps)}" for kind, steps in sorted(table.steps.items())),
+        "steps": _all_steps(table.steps, graph),
         "dense_measured_us": round(context.whole_us, 1),
         "dense_predicted_us": round(predicted, 1),
         "sum_of_kernels_over_whole": round(context.additivity, 3),
@@ -105,8 +105,17 @@ def _summary(target: str, table: LatencyTable, graph: Graph) -> dict[str, Any]:
     }
 
 
+def _all_steps(steps: AllSteps, graph: Graph) -> str:
+    """Return what holds for kinds of kernels, and for shapes of this model that were looked at themselves."""
+    mine = {Shape.of(layer).title for layer in graph.layers}
+    shown = {name: item for name, item in steps.items() if not item.edge or name in mine}
+    return "; ".join(
+        f"{name}: {_steps_text(item)}" for name, item in sorted(shown.items(), key=lambda row: (row[1].edge > 0, row[0]))
+    )
+
+
 def _steps_text(steps: Steps) -> str:
     text = f"steps of {steps.step}"
     if steps.align > 1:
-        text += f", counts not divisible by {steps.align} cost up to {steps.penalty:.1f}x"
-    return text
+        text += f", widths not divisible by {steps.align} cost up to {steps.penalty:.1f}x"
+    return text + (f" (around {steps.edge})" if steps.edge else "")

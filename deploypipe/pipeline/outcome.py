@@ -13,6 +13,7 @@ from deploypipe.algorithms import make
 from deploypipe.allocation.budget import parse_budget
 from deploypipe.backends import load_backend
 from deploypipe.backends.base import SUFFIX
+from deploypipe.branch import branches
 from deploypipe.cost import CostTable
 from deploypipe.count import macs, params
 from deploypipe.data.load import Data
@@ -88,8 +89,14 @@ def assemble(request: Request, data: Data, target: Target, found: Findings) -> R
         sparsity=sparse_layers(found.sparse[1], found.graph) if found.sparse else (),
         arms=found.arms,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        notes=(*found.notes, *_drift(found)),
+        notes=(*found.notes, *_gone(found), *_drift(found)),
     )
+
+
+def _gone(found: Findings) -> list[str]:
+    """Say which layers are not there any more."""
+    gone = branches(found.graph, found.plan)
+    return [f"no channel is left of {name}, so {', '.join(branch.layers)} are gone" for name, branch in gone.items()]
 
 
 def _judged(request: Request, found: Findings) -> tuple[float, float]:

@@ -167,7 +167,7 @@ class _Run:
         """Which channels stay."""
         request, key = self.request, [*self.asked, self.trained]
         if self.meter:
-            key += [request.value_rounds, self.meter.effort]
+            key += [request.value_rounds, request.value_finalists, self.meter.effort]
         planner = Planner(request, self.store, self.device, self.basis, key, lambda: self.artifact("dense"), self.meter)
         return planner.measured(self.table.value) if request.metric == "latency" else planner.once()
 

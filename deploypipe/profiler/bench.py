@@ -10,6 +10,7 @@ from pathlib import Path
 from deploypipe.backends.base import Backend, Facts, Profile, Timing
 from deploypipe.errors import BackendError
 from deploypipe.latency.files import Entry
+from deploypipe.profiler.export import Export, exported
 from deploypipe.profiler.noise import Noise
 from deploypipe.profiler.probe import IDLE_OPS, Probe, chain, small_layers
 from deploypipe.runners.base import Runner
@@ -18,13 +19,14 @@ from deploypipe.targets import Target
 _RUNS, _FEW_RUNS, _WARMUP = 18, 6, 3  # of one kernel in one round; few if it is long
 HEAVY_MACS = 5_000_000  # multiply-adds of a long kernel
 _AGAIN, _CLEARLY = 3, 1.06  # how often a doubtful time is taken again, and what counts as a difference
+_SCATTER = 0.15  # of a single round: 10th to 90th percentile, as a share of the time
 _LEAST_US = 0.05  # a kernel is never free, whatever noise says
 _SHORT, _LONG = 10, 110  # lengths of the chains of empty kernels
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Carries out a backend's jobs; `timer_us` is what profiling adds to a kernel. Disturbed jobs are repeated, then refused."""
+    """Carries out a backend's jobs, repeats or refuses disturbed ones; `timer_us` is what profiling adds to a kernel."""
 
     backend: Backend
     runner: Runner
@@ -32,6 +34,7 @@ class Bench:
     folder: Path
     timer_us: float = 0.0
     noise: Noise = field(default_factory=Noise)
+    export: Export = exported
 
     def facts(self) -> Facts:
         """Return what identifies the runtime and the device."""
@@ -85,19 +88,18 @@ class Bench:
         )
 
     def kernels(self, probes: Sequence[Probe], again: int = _AGAIN) -> dict[Probe, Entry]:
-        """Time kernels in two rounds, and those that are still in doubt up to `again` times more; the middle time counts.
+        """Time kernels, and those that are in doubt up to `again` times more, until two rounds agree; the middle time counts.
 
-        In doubt is a time that differs between rounds, as when the machine was slower for a while, or that contradicts another.
+        In doubt is a time that scatters, as when the machine was slower for a while, or that contradicts another.
         """
         rounds = {probe: [entry] for probe, entry in self._round(probes).items()}
-        doubtful: Sequence[Probe] = probes
-        for _ in range(again + 1):
-            for probe, entry in self._round(doubtful).items():
-                rounds[probe].append(entry)
+        for _ in range(again):
             against = contradictions({probe: _middle(entries).median_us for probe, entries in rounds.items()})
             doubtful = [probe for probe, entries in rounds.items() if probe in against or not settled(entries)]
             if not doubtful:
                 break
+            for probe, entry in self._round(doubtful).items():
+                rounds[probe].append(entry)
         return {probe: _middle(entries) for probe, entries in rounds.items()}
 
     def _round(self, probes: Sequence[Probe]) -> dict[Probe, Entry]:
@@ -132,8 +134,10 @@ def contradictions(us: Mapping[Probe, float]) -> list[Probe]:
 
 
 def settled(entries: Sequence[Entry]) -> bool:
-    """Return whether two rounds agree."""
+    """Return whether two rounds agree, or the only one scatters little."""
     times = sorted(entry.median_us for entry in entries)
+    if len(times) == 1:
+        return entries[0].p90_us - entries[0].p10_us <= _SCATTER * times[0] + _LEAST_US
     return any(high <= _CLEARLY * low + _LEAST_US for low, high in pairwise(times))
 
 
@@ -142,7 +146,9 @@ def _middle(entries: Sequence[Entry]) -> Entry:
 
 
 @contextmanager
-def opened(backend: Backend, runner: Runner, target: Target, noise: Noise | None = None) -> Iterator[Bench]:
+def opened(
+    backend: Backend, runner: Runner, target: Target, noise: Noise | None = None, export: Export = exported
+) -> Iterator[Bench]:
     """Give a bench with a temporary folder.
 
     Raises:
@@ -152,4 +158,4 @@ def opened(backend: Backend, runner: Runner, target: Target, noise: Noise | None
     if not ready:
         raise BackendError(f"backend {backend.name} is not installed", at=f"target {target.name}", fix=missing)
     with tempfile.TemporaryDirectory(prefix="deploypipe-profile-") as folder:
-        yield Bench(backend, runner, target, Path(folder), noise=noise or Noise())
+        yield Bench(backend, runner, target, Path(folder), noise=noise or Noise(), export=export)

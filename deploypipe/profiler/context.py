@@ -16,15 +16,15 @@ from deploypipe.latency.table import LatencyTable
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler.bench import Bench
 from deploypipe.profiler.check import N_PLANS, random_plans
-from deploypipe.profiler.export import exported
 from deploypipe.profiler.fit import DENSE, RANDOM, Form, learned
 from deploypipe.progress import Reporter
 from deploypipe.types import Graph
 
 _SHARES = (0.5, 0.2)  # of its channels that each group keeps in the even forms, as far as whole steps allow
 _SEED = 20  # of the random forms
-_SECONDS, _FEWEST = 12.0, 18  # of measuring all forms once; runs of each, at least
+_SECONDS, _FEWEST = 8.0, 18  # of measuring all forms once; runs of each, at least
 _PART = 0.5  # of what the dense form takes, the mean of all forms takes, roughly
+_PROFILED = 36  # profiled runs of each form at most: all forms together tell, and each run writes down every kernel
 _TRUSTED = (0.85, 1.2)  # the dense model over the sum of its kernels
 _ADDITIVE = (0.95, 1.05)
 
@@ -44,7 +44,7 @@ def in_context(bench: Bench, model: nn.Module, example: Any, graph: Graph, table
     target = bench.target.replace(runs=_runs(bench, files))
     before = bench.whole(files, target)
     reporter.advance(len(plans) + 1, f"{before[DENSE].quiet_us:.0f} us")
-    profiles = bench.profiles(files, target)
+    profiles = bench.profiles(files, target.replace(runs=min(target.measure.runs, _PROFILED)))
     reporter.advance(len(plans) + 2)
     after = bench.whole(files, target)
     reporter.advance(len(plans) + 3)
@@ -73,11 +73,11 @@ def even_plan(candidates: Mapping[str, tuple[int, ...]], share: float) -> KeepPl
 def _exported(
     bench: Bench, model: nn.Module, example: Any, graph: Graph, plans: Mapping[str, KeepPlan], reporter: Reporter
 ) -> dict[str, Path]:
-    files = {DENSE: exported(model, example, bench.target, bench.folder / DENSE)}
+    files = {DENSE: bench.export(model, example, bench.target, bench.folder / DENSE)}
     try:
         for number, (name, plan) in enumerate(plans.items()):
             if name not in files:
-                files[name] = exported(compact(model, graph, plan), example, bench.target, bench.folder / name)
+                files[name] = bench.export(compact(model, graph, plan), example, bench.target, bench.folder / name)
             reporter.advance(number)
     except ModelError as error:
         reporter.note(f"the model cannot be narrowed, so only its full width is known in context: {error.message}")

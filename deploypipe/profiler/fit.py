@@ -2,7 +2,7 @@
 
 A layer's ratio (time inside the model over time alone) depends on what else the caches hold, so it is learned at three amounts
 of work; another kernel's time is a constant and a part in proportion to the widths that feed it. Both are fits over all forms
-with few parameters. What then is wrong in all narrow forms alike is taken out by one factor on the ratios that are not the
+with few parameters. What then is wrong in all narrow forms alike is taken out by two factors on the ratios that are not the
 dense form's.
 """
 
@@ -24,6 +24,7 @@ _WEIGHT = 3.0  # of the dense form, to whose latency budgets refer
 _SMOOTH = 0.1  # how strongly a layer's three ratios are drawn towards each other
 _UNSURE_US = 1.0  # a profile counts whole microseconds
 _LEAST_US = 0.05  # a kernel is never free, whatever noise says
+_CAUTIOUS = 0.1  # how strongly these factors are drawn towards one
 _TRUST_TIMER = 0.05  # weight of what profiling adds to a kernel as it was measured apart
 
 Floats = NDArray[np.float64]
@@ -149,15 +150,17 @@ class _Seen:
         return float(speed), max(0.0, float(product / speed))
 
     def _trimmed(self, context: Context, use: NDArray[np.bool_]) -> Context:
-        """Make the dense form exact, and the others right in the middle."""
-        one, two = (self._dense_exact(trimmed(context, factor)) for factor in (1.0, 2.0))
-        narrow = use.copy()
+        """Make the dense form exact, and the others right in the middle: narrow ones and those in between."""
+        exact, narrow = self._dense_exact(context), use.copy()
         narrow[0] = False
-        first, second = (self.predicted(trial)[narrow] / self.whole[narrow] for trial in (one, two))
-        moving, fixed = second - first, 2 * first - second  # predicted / measured = fixed + factor * moving, nearly
-        power = float(moving @ moving)
-        factor = float(moving @ (1 - fixed)) / power if power > 0 else 1.0
-        return self._dense_exact(trimmed(context, factor))
+        if not narrow.any():
+            return exact
+        # The dense form does not change with the factors, so that predictions are linear in them.
+        plain, *moved = (self.predicted(trimmed(exact, *pair)) for pair in ((1.0, 1.0), (2.0, 1.0), (1.0, 2.0)))
+        slopes = np.stack([(other - plain)[narrow] / self.whole[narrow] for other in moved], 1)
+        system = np.vstack([slopes, _CAUTIOUS * np.eye(2)])
+        more = np.linalg.lstsq(system, np.append(1 - plain[narrow] / self.whole[narrow], [0.0, 0.0]), rcond=None)[0]
+        return self._dense_exact(trimmed(exact, *(1 + more)))
 
     def _dense_exact(self, context: Context) -> Context:
         return replace(context, factor=context.factor * context.whole_us / float(self.predicted(context)[0]))
@@ -178,10 +181,11 @@ class _Seen:
         return context.factor * total
 
 
-def trimmed(context: Context, factor: float) -> Context:
-    """Return the context with all ratios but those of the dense form multiplied by `factor`."""
+def trimmed(context: Context, least: float, middle: float) -> Context:
+    """Return the context with the ratios at the least and at the middle amount of work multiplied; the dense form's stay."""
+    factors = (least, middle)
     scale = {
-        layer: (*((work, factor * ratio) for work, ratio in anchors[:-1]), anchors[-1])
+        layer: (*((work, factor * ratio) for (work, ratio), factor in zip(anchors[:-1], factors, strict=False)), anchors[-1])
         for layer, anchors in context.scale.items()
     }
     return replace(context, scale=scale)
@@ -192,10 +196,10 @@ def _weights(forms: Sequence[Form]) -> Floats:
 
 
 def _anchors(row: _Row, inside: Floats, use: NDArray[np.bool_]) -> Anchors:
-    """Fit a layer's ratio at the least, the dense, and the middle amount of work (of all forms, by its logarithm)."""
+    """Fit a layer's ratio at the least, the dense, and the middle amount of work (by its logarithm)."""
     ratio = (np.maximum(inside, _LEAST_US) + _UNSURE_US) / (row.alone + _UNSURE_US)
     known = use & np.isfinite(inside)
-    least, most = int(row.at.min()), int(row.at[0])
+    least, most = int(row.at[known].min()), int(row.at[0])
     middle = round(np.sqrt(least * most))
     if not least < middle < most:
         return ((most, float(np.mean(ratio[known]))),)

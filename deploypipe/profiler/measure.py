@@ -18,6 +18,8 @@ from deploypipe.latency.table import Context, LatencyTable, Shape, structure_of
 from deploypipe.latency.widths import AllSteps, legal_widths, reachable, steps_of
 from deploypipe.profiler.bench import HEAVY_MACS, Bench, opened
 from deploypipe.profiler.context import in_context
+from deploypipe.profiler.edges import confirm, unconfirmed
+from deploypipe.profiler.export import Export, exported
 from deploypipe.profiler.learn import flat, learn_steps
 from deploypipe.profiler.noise import Noise
 from deploypipe.profiler.probe import Probe
@@ -32,7 +34,7 @@ ACCEPTED = "accepted_foreign_load"  # fact: the most that others took in a measu
 _PER_JOB = 48  # kernels timed in turns by one process
 
 
-def profile(
+def profile(  # noqa: PLR0913 - the public surface, named arguments in practice
     model: nn.Module,
     example_inputs: Any,
     target: "str | Target" = "cpu",
@@ -42,6 +44,7 @@ def profile(
     reporter: Reporter | None = None,
     fresh: bool = False,
     allow_noise: bool | None = None,
+    export: Export = exported,
 ) -> LatencyTable:
     """Measure what `model` costs on `target` at all widths that an allocator may choose.
 
@@ -60,6 +63,7 @@ def profile(
         fresh: Forget first what has been measured for this runtime, version, threads, precision and processor.
         allow_noise: Accept measurements that other programs disturbed, and record that; by default what the environment
             variable DEPLOYPIPE_ALLOW_NOISE says.
+        export: Writes a form of the model into a folder; for callers that profile one model several times.
 
     Raises:
         TargetError: The target is unknown, its precision is not supported, or other programs kept its cores too busy.
@@ -73,12 +77,12 @@ def profile(
     backend, runner = load_backend(chosen), load_runner(chosen)
     noise = Noise() if allow_noise is None else Noise(allow_noise)
     root = Path(cache_dir) if cache_dir else cache_folder() / "profiles"
-    with opened(backend, runner, chosen, noise) as bench:
+    with opened(backend, runner, chosen, noise, export) as bench:
         if backend.pricing == "models":
             facts = bench.facts()
             return fitted_table(bench, model, example, graph, facts, root / f"{device_key(facts)}-fitted", tell, fresh)
         store = _Store(root, bench, tell, fresh)
-        table = store.table
+        table = store.confirmed(graph)
         missing = _missing(table, graph)
         if missing:
             tell.stage("profile kernels", len(missing))
@@ -134,6 +138,15 @@ class _Store:
             latency_file.write_device(self.folder, facts, learn_steps(partial(bench.kernels, again=0)))
         self.table = LatencyTable.load(self.folder)
         self.bench = replace(bench, timer_us=float(self.table.facts["timer_us"]))
+
+    def confirmed(self, graph: Graph) -> LatencyTable:
+        """Look at an edge of the model's most expensive layers, unless that has been done."""
+        steps = self.table.steps
+        if unconfirmed(graph, steps):
+            self.reporter.stage("profile edges")
+            own = confirm(graph, steps, partial(self.bench.kernels, again=1))
+            latency_file.write_device(self.folder, self.table.facts, {**self.table.steps, **own})
+        return self._reread()
 
     def measure(self, probes: Sequence[Probe]) -> LatencyTable:
         """Measure kernels job by job; each job's are on disk before the next begins."""

@@ -1,24 +1,18 @@
 """When other programs disturb a measurement: it is repeated, and then refused, unless the user accepts the noise."""
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from deploypipe.errors import TargetError
+from deploypipe.targets import ALLOW_NOISE, noise_accepted
 
 T = TypeVar("T")
-ACCEPT = "DEPLOYPIPE_ALLOW_NOISE"
 # Share of our cores' time that may go to others. With one thread, processor time still tells the latency within a tenth when
 # half of the core is taken; with several threads each waits for the slowest.
 _MOST_ONE, _MOST_MANY = 0.5, 0.15
 _PAUSES_S = (2.0, 8.0)  # before a measurement is repeated
-
-
-def accepted_by_user() -> bool:
-    """Whether the environment says that noise is accepted."""
-    return os.environ.get(ACCEPT, "0") not in ("", "0")
 
 
 @dataclass
@@ -30,7 +24,7 @@ class Noise:
         worst: The largest share of our cores that others took in a measurement that stands beyond the limit; 0 if none does.
     """
 
-    accepted: bool = field(default_factory=accepted_by_user)
+    accepted: bool = field(default_factory=noise_accepted)
     worst: float = 0.0
 
     def bounded(self, take: Callable[[], T], load: Callable[[T], float | None], threads: int) -> T:
@@ -60,5 +54,5 @@ class Noise:
             f"{len(_PAUSES_S)} attempts before; more than {limit:.0%} makes the times meaningless",
             at=f"measurement with {threads} thread{'s' if threads > 1 else ''}",
             fix=f"stop other programs and run it again (it goes on where it was), or accept the noise: deploypipe profile "
-            f"--allow-noise, or {ACCEPT}=1; the table then says so",
+            f"--allow-noise, or {ALLOW_NOISE}=1; the table then says so",
         )

@@ -26,7 +26,6 @@ from deploypipe.latency.widths import Steps
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler.bench import Bench
 from deploypipe.profiler.check import random_plans
-from deploypipe.profiler.export import exported
 from deploypipe.profiler.regression import Fit, fit
 from deploypipe.progress import Reporter
 from deploypipe.types import Graph
@@ -105,7 +104,7 @@ def _timed(
 ) -> tuple[Context, NDArray[np.float64]]:
     """Measure the dense model, then each plan as a share of it, job by job; what stands in `file` already is not repeated."""
     reporter.stage("profile plans", len(plans))
-    dense = exported(model, example, bench.target, bench.folder / "dense")
+    dense = bench.export(model, example, bench.target, bench.folder / "dense")
     whole = bench.whole({"dense": dense})["dense"]
     if whole.busy:
         reporter.note(f"other programs took {whole.foreign_load:.0%} of the measured core: measure again on a quiet machine")
@@ -116,7 +115,7 @@ def _timed(
         files = {"dense": dense}
         for i in missing[start : start + _PER_JOB]:
             small = compact(model, graph, plans[i], check=False)
-            files[str(i)] = exported(small, example, bench.target, bench.folder / f"plan-{i}")
+            files[str(i)] = bench.export(small, example, bench.target, bench.folder / f"plan-{i}")
             reporter.advance(len(plans) - len(missing) + start, f"plan {i + 1}")
         runs = int(1e6 * _SECONDS / (len(files) * whole.quiet_us))
         found = bench.whole(files, bench.target.replace(runs=max(_FEWEST, min(bench.target.measure.runs, runs))))

@@ -105,6 +105,9 @@ class Bench:
         self.target, self.timed = load_target("cpu"), []
         self.backend = self
 
+    def export(self, model, *_):
+        return model if isinstance(model, dict) else self.graph.kept()
+
     def channel_multiple(self, facts):
         return 8
 
@@ -118,7 +121,6 @@ class Bench:
 def made(net, graph, tmp_path, monkeypatch):
     """Run the measurement on made-up times; compaction and export give the widths themselves."""
     monkeypatch.setattr(whole, "compact", lambda model, graph, plan, check: graph.kept(plan))
-    monkeypatch.setattr(whole, "exported", lambda model, *_: model if isinstance(model, dict) else graph.kept())
 
     def run(formula, fresh=False):
         bench = Bench(tmp_path, graph, formula)
