@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import stopwatch
 import torch
-from executorch.extension.pybindings import portable_lib
+from executorch.extension.pybindings import _C  # what `portable_lib` is made of, without the whole compiler
 
 # Operation of the lowered graph -> which operand is the weight.
 WEIGHTED = {"aten.convolution.default": 1, "aten.linear.default": 1, "aten.addmm.default": 2, "aten.mm.default": 1}
@@ -98,12 +98,12 @@ def built(path: str) -> tuple[str, list[str]]:
 
 def opened(path: str, request: dict[str, Any], *, events: bool = False) -> Any:
     """Load a `.pte` with the threads that the request states, and make sure that it got them."""
-    if portable_lib._threadpool_get_thread_count() != request["threads"]:
-        portable_lib._unsafe_reset_threadpool(request["threads"])
-    got = portable_lib._threadpool_get_thread_count()
+    if _C._threadpool_get_thread_count() != request["threads"]:
+        _C._unsafe_reset_threadpool(request["threads"])
+    got = _C._threadpool_get_thread_count()
     if got != request["threads"]:
         raise SystemExit(f"asked for {request['threads']} threads, ExecuTorch gave {got}")
-    return portable_lib._load_for_executorch(path, enable_etdump=events)
+    return _C._load_for_executorch(path, enable_etdump=events)
 
 
 def feed(module: Any) -> list[Any]:
