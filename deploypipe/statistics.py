@@ -45,6 +45,11 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
 
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter by name, detached: without buffers, such as fixed weights of a shortcut."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """Put the model into evaluation mode, and every module back into the mode it had."""

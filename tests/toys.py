@@ -354,6 +354,26 @@ def se_block() -> Toy:
     return Fn(f, stem=cbr(3, 8), **parts, head=head(8)), (image(),)
 
 
+class Select(nn.Module):
+    """A shortcut as a convolution with fixed weights, which are no parameter."""
+
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.eye(b, a)[:, :, None, None].contiguous(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, stride=2)
+
+
+@toy
+def fixed_shortcut() -> Toy:
+    def f(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        return m.head(F.relu(m.short(x) + m.b(m.a(x))))
+
+    return Fn(f, stem=cbr(3, 8), short=Select(8, 12), a=cbr(8, 8, stride=2), b=cbr(8, 12), head=head(12)), (image(),)
+
+
 @toy
 def spatial_gate() -> Toy:
     def f(m: Any, x: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Pruning algorithms by name; importing this needs no torch."""
 
+import inspect
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -13,13 +15,22 @@ from deploypipe.plugins import known, resolve
 ENTRY_POINTS = "deploypipe.algorithms"
 
 ALGORITHMS: dict[str, str] = {
+    "depgraph": "deploypipe.algorithms.depgraph:DepGraph",
     "erk": "deploypipe.algorithms.erk:Erk",
+    "fpgm": "deploypipe.algorithms.fpgm:Fpgm",
     "halp": "deploypipe.algorithms.halp:Halp",
     "l1": "deploypipe.algorithms.l1:L1",
     "l2": "deploypipe.algorithms.l2:L2",
     "lamp": "deploypipe.algorithms.lamp:Lamp",
     "netadapt": "deploypipe.algorithms.netadapt:NetAdapt",
     "random": "deploypipe.algorithms.random:Random",
+    "random-search": "deploypipe.algorithms.random_search:RandomSearch",
+    "scp": "deploypipe.algorithms.scp:Scp",
+    "scratch-b": "deploypipe.algorithms.scratch:ScratchB",
+    "scratch-e": "deploypipe.algorithms.scratch:ScratchE",
+    "slimming": "deploypipe.algorithms.slimming:Slimming",
+    "smcp": "deploypipe.algorithms.smcp:Smcp",
+    "taylor": "deploypipe.algorithms.taylor:Taylor",
     "thinet": "deploypipe.algorithms.thinet:ThiNet",
 }
 
@@ -31,6 +42,25 @@ def algorithms() -> dict[str, dict[str, Any]]:
     """Return what is known about every algorithm, our own and installed ones, as plain values by name."""
     own = {name: asdict(info) for name, info in INFO.items()}
     return {name: own.get(name, {"name": name, "plugin": place}) for name, place in known(ALGORITHMS, ENTRY_POINTS).items()}
+
+
+def explain(name: str) -> dict[str, Any]:
+    """Return what is known about one algorithm, what its file says of it, and a command to try it with. Imports its file.
+
+    Raises:
+        UsageError: There is no such algorithm.
+    """
+    algorithm = resolve(name, ALGORITHMS, ENTRY_POINTS, what="algo")
+    options = options_of(algorithm)
+    record = {"name": name, **algorithms()[name], "options": [asdict(option) for option in options]}
+    setting = f" --set {options[0].name.rstrip('_')}={options[0].default}" if options else ""
+    metric = " --metric macs" if getattr(algorithm, "sparse", False) is True else ""
+    about = inspect.getdoc(sys.modules[algorithm.__module__]) or ""
+    return record | {
+        "does": inspect.getdoc(algorithm) or "",
+        "about": about,
+        "example": f"deploypipe build --algo {name} --budget 50%{metric}{setting}",
+    }
 
 
 def make(name: str, options: Mapping[str, object] | None = None) -> Any:

@@ -238,12 +238,12 @@ def n_readers(group: Group) -> int:
 
 
 def producers(group: Group, weights: Mapping[str, Tensor]) -> list[Member]:
-    """Return the members whose parameter makes the group's channels: weights, not biases.
+    """Return the members whose parameter makes the group's channels: weights, not biases; of those in `weights`.
 
     Raises:
         NotApplicable: There is none.
     """
-    made = [member for member in group.members if member.role == "produces" and weights[member.param].dim() > 1]
+    made = [m for m in group.members if m.role == "produces" and m.param in weights and weights[m.param].dim() > 1]
     if not made:
         raise NotApplicable("no weight produces its channels")
     return made

@@ -4,6 +4,15 @@ from deploypipe.algorithms.info import Info
 from deploypipe.algorithms.options import Option
 
 _LI = "Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, arXiv:1608.08710"
+_LIU = "Liu et al., Rethinking the Value of Network Pruning, ICLR 2019, arXiv:1810.05270"
+_SCRATCH = "evaluation protocol: another method's architecture from fresh weights"
+_ARMS = (
+    Option("inner", "l2", "the method whose plan is trained, with its own defaults"),
+    Option("train_epochs", 0, "E: epochs that the dense model was trained; 0 takes the run's", 0),
+    Option("cap", 0.0, "most epochs of scratch-b, as a multiple of E; 0 for no limit", 0),
+    Option("seeds", 1, "seeds of every way to train; a gain is named from 2 on", 1),
+    Option("compare", True, "also train the other two ways, for the report"),
+)
 SCORERS: dict[str, Info] = {
     "erk": Info(
         "erk",
@@ -18,7 +27,7 @@ SCORERS: dict[str, Info] = {
         "Shen et al., Structural Pruning via Latency-Saliency Knapsack, NeurIPS 2022, arXiv:2210.06659",
         2022,
         "structured, static, from a trained model, gradient and latency",
-        ("data", "labels"),
+        ("data", "labels", "gradients"),
         (
             Option("steps", 10, "pruning steps on the way to the budget", 1),
             Option("interval", 20, "mini-batches before each step, whose saliencies are averaged", 1),
@@ -67,6 +76,55 @@ SCORERS: dict[str, Info] = {
         "Li et al., Revisiting Random Channel Pruning for Neural Network Compression, CVPR 2022, arXiv:2205.05676",
         2022,
         "structured, static, baseline",
+    ),
+    "random-search": Info(
+        "random-search",
+        "Li et al., Revisiting Random Channel Pruning for Neural Network Compression, CVPR 2022, arXiv:2205.05676",
+        2022,
+        "structured, static, from a trained model, random search",
+        ("data", "labels"),
+        (
+            Option("n", 50, "networks that are judged", 1),
+            Option("r_min", 0.25, "smallest share of a group's channels that is drawn", 0, 1),
+            Option("tolerance", 0.02, "how far below the budget a network's cost may be, as a share of it", 1e-4, 1),
+            Option(
+                "criterion",
+                "l2",
+                "which channels of a group stay",
+                choices=("l1", "l2", "fpgm", "fermat", "gamma", "beta", "random"),
+            ),
+            Option("images", 1000, "training images that are held out to judge networks, at most half of all", 1),
+            Option("norm_images", 1280, "training images that renew a network's batch norms", 1),
+        ),
+    ),
+    "scratch-b": Info("scratch-b", _LIU, 2019, _SCRATCH + ", for the dense model's computation", ("training",), _ARMS),
+    "scratch-e": Info("scratch-e", _LIU, 2019, _SCRATCH + ", for the dense model's epochs", ("training",), _ARMS),
+    "taylor": Info(
+        "taylor",
+        "Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, arXiv:1906.10771",
+        2019,
+        "structured, static, from a trained model, gradient",
+        ("data", "labels", "gradients"),
+        (
+            Option(
+                "on",
+                "gate",
+                "what is scaled to zero: a gate on the channel, or each weight of its filters by itself",
+                choices=("gate", "weight"),
+            ),
+            Option("order", "first", "order of the expansion", choices=("first", "second")),
+            Option("steps", 10, "pruning steps on the way to the budget", 1),
+            Option("interval", 20, "mini-batches before each step", 1),
+            Option("batch", 64, "images of one mini-batch", 2),
+            Option("lr", 0.001, "learning rate while the network adapts; 0 only measures", 0),
+            Option("probes", 1, "random probes of the Hessian for each mini-batch; 0 for its exact diagonal", 0),
+            Option(
+                "widths",
+                "threshold",
+                "what decides widths: one threshold, equal shares, or the exact allocator",
+                choices=("threshold", "uniform", "shares"),
+            ),
+        ),
     ),
     "thinet": Info(
         "thinet",

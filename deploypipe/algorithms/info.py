@@ -13,8 +13,8 @@ class Info:
         name: As on the command line.
         paper: First author, title, venue, identifier.
         year: Of the paper.
-        taxonomy: What is removed (structured: whole channels), when it is decided (all are static: before deployment), from what
-            (a trained model, or fresh weights), and by what (magnitude, penalty, redundancy, reconstruction, gradient, search).
+        taxonomy: What is removed (structured: whole channels), when it is decided (static: before deployment), from what (a
+            trained model, or fresh weights), and by what (magnitude, penalty, redundancy, reconstruction, gradient, search).
         needs: What it needs of "data", "labels", "gradients" and "training".
         options: Its options with defaults and ranges.
     """

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from deploypipe import __version__
-from deploypipe.cli import build, console, profile, sensitivity, show
+from deploypipe.cli import build, console, criteria, profile, sensitivity, show
 from deploypipe.errors import DeployPipeError, UsageError, nearest
 
 INTERRUPTED = 130
@@ -33,6 +33,7 @@ app.command("build")(build.build)
 app.command("profile")(profile.profile)
 app.command("bench")(profile.bench)
 app.command("sensitivity")(sensitivity.sensitivity)
+app.command("criteria")(criteria.criteria)
 app.command("inspect")(show.inspect)
 app.command("algos")(show.algos)
 app.command("targets")(show.targets)

@@ -33,17 +33,43 @@ def inspect(model: Model = "demo", weights: Weights = None, as_json: Json = Fals
     console.answer(f"{len(prunable)} of {len(facts.groups)} groups can be pruned; --json lists every member")
 
 
-def algos(as_json: Json = False) -> None:
-    """List the pruning algorithms."""
-    from deploypipe.algorithms import algorithms
+def algos(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Explain this one.")] = None, as_json: Json = False
+) -> None:
+    """List the pruning algorithms, or explain one."""
+    from deploypipe.algorithms import algorithms, explain
 
+    if name is not None:
+        show_algorithm(explain(name), as_json)
+        return
     records = algorithms()
     if as_json:
         console.answer_json(records)
     else:
-        console.table(
-            ("algorithm", "kind", "options", "paper"), [_algorithm_row(name, record) for name, record in records.items()]
-        )
+        columns = ("algorithm", "kind", "needs", "options", "paper")
+        console.table(columns, [_algorithm_row(name, record) for name, record in records.items()])
+        console.answer("\n`deploypipe algos NAME` explains one, with an example.")
+
+
+def show_algorithm(record: Mapping[str, Any], as_json: bool) -> None:
+    """Write what is known about one algorithm."""
+    if as_json:
+        console.answer_json(record)
+        return
+    console.answer(f"{record['about']}\n")
+    needs = ", ".join(record.get("needs", ())) or "only the weights"
+    facts = [("name", record["name"]), ("kind", record.get("taxonomy", "installed plug-in")), ("needs", needs)]
+    console.pairs([*facts, ("does", " ".join(record["does"].split())), ("example", record["example"])])
+    if record["options"]:
+        console.answer("")
+        console.table(("option", "default", "allowed", "meaning"), [_option_row(option) for option in record["options"]])
+
+
+def _option_row(option: Mapping[str, Any]) -> tuple[str, ...]:
+    limits = [word for word, end in (("from {:g}", option["low"]), ("to {:g}", option["high"])) if end is not None]
+    ends = [end for end in (option["low"], option["high"]) if end is not None]
+    allowed = ", ".join(option["choices"]) or " ".join(word.format(end) for word, end in zip(limits, ends, strict=True))
+    return (option["name"].rstrip("_"), str(option["default"]), allowed, option["meaning"])
 
 
 def targets(as_json: Json = False) -> None:
@@ -141,4 +167,5 @@ def _group_row(group: Any) -> tuple[str, ...]:
 
 def _algorithm_row(name: str, record: Mapping[str, Any]) -> tuple[str, ...]:
     options = ", ".join(f"{option['name']}={option['default']}" for option in record.get("options", ()))
-    return (name, record.get("taxonomy", "installed plug-in"), options, record.get("paper", record.get("plugin", "")))
+    needs = ", ".join(record.get("needs", ()))
+    return (name, record.get("taxonomy", "installed plug-in"), needs, options, record.get("paper", record.get("plugin", "")))

@@ -22,6 +22,7 @@ class Adapting:
 
     Attributes:
         model: The copy; gradients of the latest batch stand in its parameters.
+        latest: Inputs and labels of that batch.
 
     Args:
         model: Stays as it is.
@@ -35,15 +36,26 @@ class Adapting:
         self.model = copy.deepcopy(model).requires_grad_(True).train()
         self._optimizer = SGD(self.model.parameters(), lr=lr, momentum=MOMENTUM)
         self._named = dict(self.model.named_parameters())
+        self._fixed = {name: (buffer, buffer.clone()) for name, buffer in self.model.named_buffers()}
         self._zero: Slots = ()
         self._stream = _endless(data, batch_size, seed)
         self._seed, self._step = seed, 0
+        self.latest: tuple[Tensor, Tensor]
 
     @torch.no_grad()
     def hold(self, zero: Slots) -> None:
-        """Set these slots to zero, forget their momentum, and keep them at zero from now on. Earlier slots are set free."""
+        """Set these slots to zero, forget their momentum, and keep them at zero from now on. Earlier slots are set free.
+
+        Fixed weights (buffers) get their former values back when they are set free.
+        """
+        for param, _, _ in self._zero:
+            if param in self._fixed:
+                self._fixed[param][0].copy_(self._fixed[param][1])
         self._zero = zero
         for param, axis, slots in zero:
+            if param in self._fixed:
+                self._fixed[param][0].index_fill_(axis, slots.to(self._fixed[param][0].device), 0.0)
+                continue
             parameter = self._named[param]
             at = slots.to(parameter.device)
             parameter.index_fill_(axis, at, 0.0)
@@ -61,6 +73,7 @@ class Adapting:
         for _ in range(n):
             with seeded((self._seed * 1_000_003 + self._step) % 2**31):
                 inputs, labels = (part.to(device) for part in next(self._stream))
+                self.latest = (inputs, labels)
                 self._optimizer.zero_grad()
                 loss = F.cross_entropy(logits(self.model, inputs, labels), labels)
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -69,7 +82,7 @@ class Adapting:
                 raise UsageError("the loss is not finite while the algorithm adapts", at=at, fix="lower its option lr")
             yield self.model
             for param, axis, slots in self._zero:
-                gradient = self._named[param].grad
+                gradient = self._named[param].grad if param in self._named else None
                 if gradient is not None:
                     gradient.index_fill_(axis, slots.to(device), 0.0)
             self._optimizer.step()

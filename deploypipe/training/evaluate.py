@@ -1,7 +1,7 @@
 """Run a classifier on a data set: its accuracy, and its batch norm statistics estimated anew."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -98,7 +98,7 @@ def recalibrate(
     return fresh
 
 
-def logits(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+def logits(model: Callable[..., Any], inputs: Tensor, labels: Tensor) -> Tensor:
     """Return the model's logits (N, K) for a batch.
 
     Raises:

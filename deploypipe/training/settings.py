@@ -66,6 +66,13 @@ class TrainSettings:
             return self.lr * (step + 1) / rising
         return self.lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / (n_steps - rising)))
 
+    def travel(self, n_steps: int) -> float:
+        """Return how far a constant gradient of 1 moves a parameter: the sum of learning rates over (1 - momentum).
+
+        A penalty of weight `reach / travel` can move a parameter by `reach`, however long the training is.
+        """
+        return sum(self.lr_at(step, n_steps) for step in range(n_steps)) / (1 - self.momentum)
+
 
 class TrainHook:
     """What an algorithm does while a model is trained; override what is needed.

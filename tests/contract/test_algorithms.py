@@ -1,6 +1,7 @@
 """What every algorithm owes the pipeline, over every row of the table: contracts C1 to C8 and C10."""
 
 import dataclasses
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -17,19 +18,31 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deploypipe.algorithms import ALGORITHMS, INFO, algorithms, make
 from deploypipe.algorithms.base import Problem
+from deploypipe.algorithms.catalogue_learners import LEARNERS
 from deploypipe.algorithms.options import options_of
 from deploypipe.compact import compact, mask
 from deploypipe.count import MacTable, ParamTable, macs, params
+from deploypipe.data.load import Data
 from deploypipe.errors import BudgetError, UsageError
 from deploypipe.export import export_onnx
 from deploypipe.graph import trace
+from deploypipe.pipeline.training import trained
 from deploypipe.plan import KeepPlan
+from deploypipe.training.settings import TrainSettings
 from tests.toys import TOYS
 
 NETS = ["plain", "residual", "depthwise", "concat"]
 EVERY = pytest.mark.parametrize("name", sorted(ALGORITHMS))
+LEARNS = pytest.mark.parametrize("name", sorted(LEARNERS))
 EVERYWHERE = pytest.mark.parametrize("net", NETS)
 FAST = {
+    "depgraph": {"train_epochs": 1, "steps": 2},
+    "fpgm": {"train_epochs": 1},
+    "random-search": {"n": 3, "tolerance": 0.2, "images": 16, "norm_images": 16},
+    "scp": {"train_epochs": 1},
+    "smcp": {"train_epochs": 1, "every": 1},
+    "slimming": {"train_epochs": 1},
+    "taylor": {"steps": 2, "interval": 2, "batch": 16},
     "halp": {"steps": 2, "interval": 2, "batch": 16},
     "netadapt": {"reduction": 0.1, "images": 16, "norm_images": 16},
     "thinet": {"images": 48, "locations": 5},
@@ -72,6 +85,24 @@ def algorithm(name: str) -> Any:
     return make(name, FAST.get(name, {}))
 
 
+def learned(name: str, problem: Problem) -> Problem:
+    """What planning starts from: the model after one epoch, if the method trains before it plans."""
+    method = algorithm(name)
+    if not hasattr(method, "train"):
+        return problem
+    assert problem.data is not None
+    data = Data(problem.data, problem.data, ("a", "b"), "toy", None, "toy")
+    settings = TrainSettings(lr=0.01, batch_size=32, seed=problem.seed)
+    return dataclasses.replace(problem, model=trained(method, problem, data, settings)[0])
+
+
+@functools.cache
+def solved(name: str, net: str) -> tuple[Problem, KeepPlan]:
+    """The problem as planning meets it, and the plan: made once for all tests, which leave both alone."""
+    problem = learned(name, task(net))
+    return problem, algorithm(name).plan(problem)
+
+
 def finished(name: str, problem: Problem, plan: KeepPlan) -> nn.Module:
     """Compacted, and repaired where the method does."""
     method, small = algorithm(name), compact(problem.model, problem.graph, plan)
@@ -81,13 +112,12 @@ def finished(name: str, problem: Problem, plan: KeepPlan) -> nn.Module:
 @EVERY
 @EVERYWHERE
 def test_c1_masked_equals_sliced(name: str, net: str) -> None:
-    problem = task(net)
-    plan = algorithm(name).plan(problem)
+    problem, plan = solved(name, net)
     x = inputs_like(problem.graph.example[0], 64, seed=1)
     with torch.no_grad():
         masked = mask(problem.model, problem.graph, plan)(x)
         sliced = compact(problem.model, problem.graph, plan)(x)
-        dense = problem.model(x)
+        dense = task(net).model(x)
     assert (masked - sliced).abs().max() <= 1e-5 * dense.abs().max()
     assert (dense - sliced).abs().max() > 1e-3 * dense.abs().max()
 
@@ -95,7 +125,7 @@ def test_c1_masked_equals_sliced(name: str, net: str) -> None:
 @EVERY
 @EVERYWHERE
 def test_c2_no_group_is_emptied_under_the_hardest_budget(name: str, net: str) -> None:
-    problem = task(net)
+    problem, _ = solved(name, net)
     with pytest.raises(BudgetError) as caught:
         algorithm(name).plan(dataclasses.replace(problem, budget=1.0))
     smallest = float(caught.value.message.split("cost is ")[1].split(" ")[0].replace(",", ""))
@@ -108,8 +138,7 @@ def test_c2_no_group_is_emptied_under_the_hardest_budget(name: str, net: str) ->
 @EVERY
 @EVERYWHERE
 def test_c3_members_are_cut_alike_and_parameters_are_slices(name: str, net: str) -> None:
-    problem = task(net)
-    plan = algorithm(name).plan(problem)
+    problem, plan = solved(name, net)
     small = compact(problem.model, problem.graph, plan).state_dict()
     for param, tensor in problem.model.state_dict().items():
         expected = tensor
@@ -125,7 +154,7 @@ def test_c3_members_are_cut_alike_and_parameters_are_slices(name: str, net: str)
 @EVERYWHERE
 @pytest.mark.parametrize("table", [MacTable(multiple=1), ParamTable(multiple=1)], ids=["macs", "params"])
 def test_c4_c10_counted_cost_is_within_the_budget(name: str, net: str, table: MacTable | ParamTable) -> None:
-    problem = task(net, 0.6, table=table)
+    problem = learned(name, task(net, 0.6, table=table))
     plan = algorithm(name).plan(problem)
     small = finished(name, problem, plan)
     counter = FlopCounterMode(display=False)
@@ -141,15 +170,28 @@ def test_c4_c10_counted_cost_is_within_the_budget(name: str, net: str, table: Ma
 @EVERY
 @EVERYWHERE
 def test_c5_same_seed_same_plan_whatever_happened_before(name: str, net: str) -> None:
-    first = algorithm(name).plan(task(net, seed=3))
+    first = algorithm(name).plan(learned(name, task(net, seed=3)))
     problem = task(net, seed=3)
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    second = algorithm(name).plan(problem)
+    second = algorithm(name).plan(learned(name, problem))
     assert torch.equal(torch.get_rng_state(), state)
     timeless = [dataclasses.replace(plan.certificate, seconds=0) for plan in (first, second) if plan.certificate]
     assert timeless[0] == timeless[1]
     assert first.replace(certificate=None).to_json() == second.replace(certificate=None).to_json()
+
+
+@LEARNS
+@EVERYWHERE
+def test_training_changes_weights_and_leaves_plain_modules(name: str, net: str) -> None:
+    problem = task(net)
+    after = learned(name, problem).model
+    assert [type(module) for module in after.modules()] == [type(module) for module in problem.model.modules()]
+    assert not [m for m in after.modules() if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks]
+    changed = [key for key, p in after.named_parameters() if not torch.equal(p, problem.model.get_parameter(key))]
+    assert len(changed) > 4
+    assert make(name, {"train_epochs": 1}).train_epochs == 1
+    assert "training" in INFO[name].needs
 
 
 @EVERY
@@ -157,8 +199,9 @@ def test_the_model_is_left_as_it_was(name: str) -> None:
     problem = task("residual")
     problem.model.train()
     before = {key: tensor.clone() for key, tensor in problem.model.state_dict().items()}
-    plan = algorithm(name).plan(problem)
-    finished(name, problem, plan)
+    after = learned(name, problem)
+    plan = algorithm(name).plan(after)
+    finished(name, after, plan)
     assert all(torch.equal(tensor, before[key]) for key, tensor in problem.model.state_dict().items())
     assert all(module.training for module in problem.model.modules())
     assert all(p.grad is None and p.requires_grad for p in problem.model.parameters())
@@ -167,8 +210,8 @@ def test_the_model_is_left_as_it_was(name: str) -> None:
 @EVERY
 @EVERYWHERE
 def test_c6_parameters_are_trainable_tensors_of_their_own(name: str, net: str) -> None:
-    problem = task(net)
-    small = finished(name, problem, algorithm(name).plan(problem)).train()
+    problem, plan = solved(name, net)
+    small = finished(name, problem, plan).train()
     optimizer = torch.optim.SGD(small.parameters(), lr=0.1, momentum=0.9)
     small(*problem.graph.example).square().sum().backward()
     optimizer.step()
@@ -181,9 +224,20 @@ def test_c6_parameters_are_trainable_tensors_of_their_own(name: str, net: str) -
 
 @EVERY
 @EVERYWHERE
+def test_c7_nothing_but_plain_modules_is_left(name: str, net: str) -> None:
+    problem, plan = solved(name, net)
+    small = finished(name, problem, plan)
+    assert [type(module) for module in small.modules()] == [type(module) for module in task(net).model.modules()]
+    assert not [m for m in small.modules() if m._forward_hooks or m._forward_pre_hooks]
+
+
+@pytest.mark.parametrize(
+    ("name", "net"), [*((name, "residual") for name in sorted(ALGORITHMS)), *(("l2", net) for net in NETS)]
+)
 def test_c7_exported_without_gates_and_equal(name: str, net: str, tmp_path: Path) -> None:
-    problem = task(net)
-    small = finished(name, problem, algorithm(name).plan(problem)).eval()
+    """Plain modules (the test before) export alike: every method on one net, one method on every net."""
+    problem, plan = solved(name, net)
+    small = finished(name, problem, plan).eval()
     example = problem.graph.example
     export_onnx(small, example, tmp_path / "small.onnx")
     proto = onnx.load(tmp_path / "small.onnx")
@@ -200,7 +254,7 @@ def test_c7_exported_without_gates_and_equal(name: str, net: str, tmp_path: Path
 def test_c8_only_selection_data_is_read_and_only_if_declared(name: str) -> None:
     problem = task("plain")
     assert not hasattr(problem, "test")
-    plan = algorithm(name).plan(problem)
+    plan = algorithm(name).plan(learned(name, problem))
     read = problem.data.read  # type: ignore[union-attr]
     assert bool(read) == ("data" in INFO[name].needs)
     if not read:
@@ -214,14 +268,14 @@ def test_labels_are_read_only_if_declared(name: str) -> None:
     inputs = problem.data.inputs  # type: ignore[union-attr]
     plans = []
     for labels in (torch.zeros(len(inputs)).long(), torch.arange(len(inputs)) % 4):
-        plans.append(algorithm(name).plan(dataclasses.replace(problem, data=TensorDataset(inputs, labels))).keep)
+        labelled = dataclasses.replace(problem, data=TensorDataset(inputs, labels))
+        plans.append(algorithm(name).plan(learned(name, labelled)).keep)
     assert "labels" in INFO[name].needs or plans[0] == plans[1]
 
 
 @EVERY
 def test_plans_are_signed_and_survive_the_disk(name: str, tmp_path: Path) -> None:
-    problem = task("residual")
-    plan = algorithm(name).plan(problem)
+    problem, plan = solved(name, "residual")
     assert plan.algorithm == name
     assert plan.options == dataclasses.asdict(algorithm(name))
     assert plan.fingerprint == problem.graph.fingerprint
@@ -269,3 +323,18 @@ def test_listing_needs_no_torch() -> None:
     code = "import sys; from deploypipe.algorithms import algorithms; algorithms(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert set(INFO) == set(ALGORITHMS)
+
+
+@EVERY
+@pytest.mark.parametrize("net", ["se_block", "fixed_shortcut"])
+def test_squeeze_and_excitation_and_fixed_weights_are_pruned_or_told_why_not(name: str, net: str) -> None:
+    problem, plan = solved(name, net)
+    assert problem.table.predict(problem.graph, plan) <= problem.budget
+    assert all(plan.skipped.values())
+    assert dict(problem.model.named_buffers()).keys() == dict(task(net).model.named_buffers()).keys()
+    fixed = [key for key in dict(problem.model.named_buffers()) if key.endswith("weight")]
+    assert all(torch.equal(problem.model.get_buffer(key), task(net).model.get_buffer(key)) for key in fixed)
+    x = inputs_like(problem.graph.example[0], 8, seed=1)
+    with torch.no_grad():
+        masked, sliced = mask(problem.model, problem.graph, plan)(x), compact(problem.model, problem.graph, plan)(x)
+    assert (masked - sliced).abs().max() <= 1e-5 * masked.abs().max()

@@ -34,7 +34,10 @@ from deploypipe.progress import Reporter
 from deploypipe.report import Check, Report
 from deploypipe.training.evaluate import Accuracy
 
-COMMANDS = ("build", "profile", "bench", "sensitivity", "inspect", "algos", "targets", "doctor", "compare", "ledger", "report")
+COMMANDS = (
+    *("build", "profile", "bench", "sensitivity", "criteria", "inspect", "algos", "targets", "doctor"),
+    *("compare", "ledger", "report"),
+)
 INSPECTION = Inspection(
     model="demo",
     n_parameters=41_290,
@@ -281,9 +284,23 @@ def test_sensitivity_shows_what_each_width_loses_and_saves(
     assert (header, last) == ("group,size,width,loss,rise,accuracy,saves_us", "stem,16,8,0.3456,0.2456,0.914,25.0")
 
 
+def test_algos_explains_one_with_its_source_options_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["algos", "slimming"]) == 0
+    out = capsys.readouterr().out
+    for part in ("arXiv:1708.06519", "Deviations:", "needs", "training", "reach", "deploypipe build --algo slimming"):
+        assert part in out
+    assert re.search(r"lambda +0\.0 +from 0 ", out)
+    assert run(["algos", "slimming", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["paper"] == algorithms()["slimming"]["paper"]
+    assert {option["name"] for option in found["options"]} == {"train_epochs", "lambda_", "reach", "widths"}
+    assert run(["algos", "sliming"]) == 2
+    assert "did you mean 'slimming'" in capsys.readouterr().err
+
+
 def test_algos_lists_every_algorithm(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["algos"]) == 0
-    lines = capsys.readouterr().out.splitlines()[1:]
+    lines = capsys.readouterr().out.split("\n\n")[0].splitlines()[1:]
     assert [line.split()[0] for line in lines] == list(algorithms())
     assert run(["algos", "--json"]) == 0
     assert json.loads(capsys.readouterr().out).keys() == algorithms().keys()

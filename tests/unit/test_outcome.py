@@ -11,7 +11,7 @@ from deploypipe.pipeline.request import Request
 def findings(dense_then: float, dense_now: float, pruned_now: float) -> SimpleNamespace:
     table = SimpleNamespace(predict=lambda graph: dense_then)
     latencies = {"dense": {"median_us": dense_now}, "pruned": {"median_us": pruned_now}}
-    return SimpleNamespace(table=table, graph=None, latencies=latencies, budget=0.5 * dense_then)
+    return SimpleNamespace(table=table, graph=None, latencies=latencies, budget=0.5 * dense_then, sparse=None)
 
 
 def test_a_share_is_one_of_the_dense_model_measured_beside_it() -> None:

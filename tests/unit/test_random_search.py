@@ -1,0 +1,76 @@
+"""Random channel pruning (Li et al., CVPR 2022): its falsifiable tests."""
+
+import copy
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from deploypipe.algorithms import make
+from deploypipe.algorithms.random_search import accepted, draws
+from deploypipe.algorithms.scores import DATA_FREE
+from deploypipe.compact import compact
+from deploypipe.count import macs, params
+from deploypipe.graph import trace
+from deploypipe.plan import KeepPlan
+from tests.toy_task import net, problem_of, trained_net
+
+FAST = {"images": 200, "norm_images": 200}
+NAMES = ["0.0", "1.0", "3.0"]
+
+
+def test_every_network_costs_what_is_wanted_once_it_is_cut() -> None:
+    problem = problem_of(net(), 0.4)
+    networks = accepted(problem, NAMES, make("random-search", {"n": 30}))
+    assert len({tuple(kept.values()) for kept in networks}) == 30
+    for kept in networks[:5]:
+        small = compact(problem.model, problem.graph, KeepPlan.of_widths(kept))
+        cost = macs(trace(small, problem.graph.example))
+        assert 0.98 * problem.budget <= cost <= problem.budget
+        assert params(problem.graph, KeepPlan.of_widths(kept)) == sum(p.numel() for p in small.parameters())
+
+
+def test_more_draws_never_find_less() -> None:
+    problem = problem_of(copy.deepcopy(trained_net()), 0.3)
+    found = [make("random-search", {"n": n, **FAST}).plan(problem).certificate.value for n in (1, 4, 12)]
+    assert found == sorted(found)
+    few, many = (accepted(problem, NAMES, make("random-search", {"n": n})) for n in (3, 9))
+    assert many[:3] == few
+
+
+def test_ratios_cover_the_range_and_stay_wide_after_rejection() -> None:
+    problem = problem_of(net(widths=(40, 40, 40)), 0.4)
+    shares = np.array([[kept[name] / 40 for name in NAMES] for kept in islice(draws(problem, NAMES, (0.25, 1.0)), 500)])
+    assert shares.min(0).max() <= 0.25 + 0.1 * 0.75
+    assert shares.max(0).min() >= 1 - 0.1 * 0.75
+    assert np.abs(np.corrcoef(shares.T) - np.eye(3)).max() < 0.15, "one factor on all of them would tie them together"
+    taken = accepted(problem, NAMES, make("random-search", {"n": 100}))
+    spread = np.ptp([[kept[name] / 40 for name in NAMES] for kept in taken], axis=0)
+    assert spread.min() > 0.4
+
+
+def test_with_random_channels_and_one_draw_it_is_plain_random_pruning() -> None:
+    problem = problem_of(net(), 0.5, seed=3)
+    plan = make("random-search", {"n": 1, "criterion": "random", **FAST}).plan(problem)
+    assert plan.certificate.status == "best of 1 draws"
+    whole = make("random").plan(replace(problem, budget=0.999 * problem.budget))
+    for name in NAMES:
+        kept, other = set(plan.keep[name]), set(whole.keep[name])
+        assert kept <= other or other <= kept, "the same order of channels"
+    again = make("random-search", {"n": 1, "criterion": "random", **FAST}).plan(replace(problem, seed=4))
+    assert again.keep != plan.keep
+
+
+def test_budgets_that_no_draw_from_the_range_meets_are_met() -> None:
+    problem = problem_of(net(), 0.04)
+    plan = make("random-search", {"n": 3, **FAST}).plan(problem)
+    assert 0.8 * problem.budget <= problem.table.predict(problem.graph, plan) <= problem.budget
+
+
+@pytest.mark.parametrize("criterion", DATA_FREE)
+def test_every_criterion_orders_the_channels(criterion: str) -> None:
+    problem = problem_of(copy.deepcopy(trained_net()), 0.4)
+    plans = [make("random-search", {"n": 1, "criterion": c, **FAST}).plan(problem).keep for c in (criterion, "l2")]
+    assert [len(kept) for kept in plans[0].values()] == [len(kept) for kept in plans[1].values()]
+    assert (plans[0] == plans[1]) == (criterion == "l2")

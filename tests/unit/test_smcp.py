@@ -1,0 +1,167 @@
+"""SMCP (Humble et al., ECCV 2022): its falsifiable tests."""
+
+import copy
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deploypipe.algorithms import make
+from deploypipe.algorithms.smcp import SoftMasking, input_importance, schedule
+from deploypipe.compact import masked_slots
+from deploypipe.plan import KeepPlan
+from deploypipe.statistics import weights
+from deploypipe.training.masked import MaskedWeights
+from deploypipe.training.settings import TrainHook, TrainSettings
+from deploypipe.training.trainer import Trainer
+from tests.toy_task import gratings, net, problem_of, toy_data, trained_net
+
+SETTINGS = TrainSettings(lr=0.05, batch_size=50, distill=0.0)
+KEPT = KeepPlan({"0.0": tuple(range(0, 16, 2))})
+
+
+def masked_gradient(soft: bool) -> tuple[nn.Module, nn.Module]:
+    """A model after one backward pass under a mask, and one whose weights really are zero there."""
+    model = copy.deepcopy(trained_net()).eval()
+    problem = problem_of(model)
+    zeroed = copy.deepcopy(model)
+    named = dict(zeroed.named_parameters())
+    with torch.no_grad():
+        for name, axis, slots in masked_slots(problem.graph, KEPT):
+            named[name].index_fill_(axis, slots, 0.0)
+    x, y = gratings(100).tensors
+    F.cross_entropy(zeroed(x), y).backward()
+    if soft:
+        hook = SoftMasking(make("smcp", {"decay": 0}), problem, [])
+        hook.plan = KEPT
+        hook.on_train_begin(model)
+        F.cross_entropy(model(x), y).backward()
+        hook.on_batch_backward(model, 0)
+    else:
+        hard = MaskedWeights.of_zeros(zeroed)
+        hard.apply(model)
+        F.cross_entropy(model(x), y).backward()
+        hard.on_batch_backward(model, 0)
+    return model, zeroed
+
+
+def test_the_gradient_goes_straight_through_the_soft_mask_and_not_through_a_hard_one() -> None:
+    model, zeroed = masked_gradient(soft=True)
+    odd = slice(1, None, 2)
+    torch.testing.assert_close(model[1][0].weight.grad, zeroed[1][0].weight.grad)
+    assert model[1][0].weight.grad[:, odd].abs().max() > 0
+    torch.testing.assert_close(model[1][0].weight, trained_net()[1][0].weight), "and the full weights are back"
+    hard, _ = masked_gradient(soft=False)
+    assert not hard[1][0].weight.grad[:, odd].any()
+
+
+def test_an_important_channel_that_was_masked_by_mistake_comes_back() -> None:
+    """The masked channel is the only one that tells the classes apart: its weights grow although nothing passes them."""
+
+    def after(steps: int, soft: bool) -> bool:
+        model = copy.deepcopy(trained_net()).train()
+        problem = problem_of(copy.deepcopy(trained_net()), 0.999)
+        with torch.no_grad():
+            model[3][0].weight[:, 5] *= 1e-3  # just below what is kept, the loss wants it back
+            model[3][0].weight[:, 6:] *= 0.0
+        problem = replace(problem, model=model)
+        hook = SoftMasking(make("smcp", {"decay": 0}), problem, [])
+        hook.plan = KeepPlan({"1.0": tuple(c for c in range(24) if c not in {4, 5})})
+        mask = dict.fromkeys(["3.0.weight"], torch.ones(32, 24, 3, 3).index_fill(1, torch.tensor([4, 5]), 0.0))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        guard: TrainHook = hook if soft else MaskedWeights(mask)
+        guard.on_train_begin(model)
+        for step in range(steps):
+            x, y = gratings(100, seed=step).tensors
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            guard.on_batch_backward(model, step)
+            optimizer.step()
+            guard.on_step_end(model, step)
+        norms = input_importance(problem.graph.group("1.0"), {n: w.abs() for n, w in weights(model).items()})
+        return bool(norms[5] > norms[6:].median())
+
+    assert after(40, soft=True)
+    assert not after(40, soft=False)
+
+
+def test_masked_weights_that_the_loss_does_not_want_decay_geometrically() -> None:
+    model = copy.deepcopy(trained_net()).train()
+    problem = problem_of(copy.deepcopy(trained_net()))
+    hook = SoftMasking(make("smcp", {"decay": 0.5}), problem, [])
+    hook.plan = KEPT
+    weight = model[1][0].weight
+    start = weight.detach().clone()
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    for step in range(10):
+        weight.grad = torch.zeros_like(weight)
+        hook.on_batch_backward(model, step)
+        optimizer.step()
+    torch.testing.assert_close(weight.detach()[:, 1::2], start[:, 1::2] * 0.95**10)
+    assert torch.equal(weight.detach()[:, ::2], start[:, ::2])
+
+
+def test_importance_is_of_all_readers_signed_before_the_absolute_value() -> None:
+    model = trained_net()
+    group = problem_of(copy.deepcopy(model)).graph.group("0.0")
+    worth = {"1.0.weight": torch.randn(24, 16, 3, 3, generator=torch.Generator().manual_seed(0))}
+    expected = worth["1.0.weight"].sum((0, 2, 3)).abs().double()
+    torch.testing.assert_close(input_importance(group, worth), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_choice_is_the_best_knapsack_and_keeps_at_least_one_channel() -> None:
+    problem = problem_of(net(widths=(4, 5, 3)), 0.45)
+    worth = {name: weight.abs() for name, weight in weights(problem.model).items()}
+    plan = make("smcp").chosen(problem, worth)
+    curves = {}
+    for group in problem.graph.prunable:
+        ordered = np.sort(input_importance(group, worth).numpy())[::-1]
+        curves[group.name] = np.concatenate([[0.0], np.cumsum(ordered)])
+    best = max(
+        sum(curves[name][w] for name, w in zip(curves, widths, strict=True))
+        for widths in itertools.product(*(range(1, len(curve)) for curve in curves.values()))
+        if problem.table.predict(problem.graph, KeepPlan.of_widths(dict(zip(curves, widths, strict=True)))) <= problem.budget
+    )
+    found = sum(curves[name][len(kept)] for name, kept in plan.keep.items())
+    assert found == pytest.approx(best, rel=2e-3)
+
+
+def test_the_budget_falls_to_the_one_asked_for_and_the_last_masks_are_the_plan() -> None:
+    assert [schedule(t, 8) for t in range(9)] == sorted(schedule(t, 8) for t in range(9))
+    assert (schedule(0, 8), schedule(8, 8)) == (0.0, 1.0)
+    problem, costs = problem_of(net(), 0.5), []
+    method = make("smcp", {"train_epochs": 3, "every": 10})
+    trainer = Trainer(toy_data(), SETTINGS)
+    fit = trainer.fit
+    hooks: list[SoftMasking] = []
+
+    def spied(model, epochs, given=(), **changes):  # type: ignore[no-untyped-def]
+        hooks.extend(given)
+        choose = given[0]._options.__class__.chosen
+
+        def chosen(self, asked, worth):  # type: ignore[no-untyped-def]
+            plan = choose(self, asked, worth)
+            costs.append((asked.budget, asked.table.predict(asked.graph, plan)))
+            return plan
+
+        given[0]._options.__class__.chosen = chosen
+        try:
+            return fit(model, epochs, given, **changes)
+        finally:
+            given[0]._options.__class__.chosen = choose
+
+    trainer.fit = spied  # type: ignore[method-assign]
+    model = method.train(problem, trainer)
+    budgets = [budget for budget, _ in costs]
+    assert len(budgets) >= 3
+    assert budgets == sorted(budgets, reverse=True)
+    assert budgets[-1] == pytest.approx(problem.budget)
+    assert all(cost <= budget for budget, cost in costs)
+    plan = method.plan(replace(problem, model=model))
+    assert plan.keep == hooks[0].plan.keep
+    for name, axis, slots in masked_slots(problem.graph, plan):
+        assert not model.get_parameter(name).index_select(axis, slots).any()

@@ -1,0 +1,175 @@
+"""Taylor importance (Molchanov et al., CVPR 2019): its falsifiable tests."""
+
+import copy
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from deploypipe.algorithms import make
+from deploypipe.algorithms.base import Problem
+from deploypipe.algorithms.taylor import Terms, smoothed
+from deploypipe.curvature import Unit, curvature
+from deploypipe.data.batches import batches
+from deploypipe.data.load import Data
+from deploypipe.gates import gated_parameters, norms_of
+from deploypipe.graph import trace
+from deploypipe.plan import KeepPlan
+from deploypipe.statistics import generator
+from deploypipe.training.finetune import finetune
+from deploypipe.training.settings import TrainSettings
+from tests.toy_task import gratings, net, problem_of, trained_net
+from tests.toys import TOYS
+
+
+def oracle(model: nn.Module, problem: Problem, data: TensorDataset) -> Tensor:
+    """The squared change of the loss when each channel alone is set to zero behind its norm."""
+    x, y = data.tensors
+    found = []
+    with torch.no_grad():
+        base = F.cross_entropy(model(x), y)
+        for group in problem.graph.prunable:
+            norm = norms_of(model, group)[0].module(model)
+            for c in range(group.size):
+                before = norm.weight[c].clone(), norm.bias[c].clone()
+                norm.weight[c] = norm.bias[c] = 0.0
+                found.append((F.cross_entropy(model(x), y) - base) ** 2)
+                norm.weight[c], norm.bias[c] = before
+    return torch.stack(found)
+
+
+def terms(model: nn.Module, problem: Problem, data: Iterable[tuple[Tensor, Tensor]], **options: object) -> Terms:
+    method = make("taylor", options)
+    found = Terms(method, method.units(model, problem.graph)[0], generator(0, "probes"))
+    for x, y in data:
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        found.add(model, (x, y))
+    return found
+
+
+def flat(scores: dict[str, Tensor]) -> np.ndarray:
+    return torch.cat(list(scores.values())).numpy()
+
+
+def test_gates_rank_like_the_oracle_and_norms_and_scales_do_not() -> None:
+    model = copy.deepcopy(trained_net()).eval()
+    problem = problem_of(model)
+    truth = oracle(model, problem, gratings(1000, seed=9))
+    data = list(batches(gratings(1000, seed=3), 50))
+    first = spearmanr(flat(terms(model, problem, data).scores()), truth)[0]
+    gammas = torch.cat([norms_of(model, g)[0].module(model).weight.detach().abs() for g in problem.graph.prunable])
+    norms = torch.cat([model[i][0].weight.detach().flatten(1).norm(dim=1) for i in (0, 1, 3)])
+    assert first >= 0.8
+    assert spearmanr(gammas, truth)[0] < first - 0.3
+    assert spearmanr(norms, truth)[0] < first - 0.3
+    exact = terms(model, problem, batches(gratings(150, seed=3), 150), order="second", probes=0)
+    assert spearmanr(flat(exact.scores()), truth)[0] > max(first, 0.95)
+    assert spearmanr(flat(terms(model, problem, data, on="weight").scores()), truth)[0] >= 0.7
+
+
+def test_the_square_of_the_mean_is_a_wrong_score_near_a_minimum() -> None:
+    data = gratings(600, noise=1.5)
+    settings = TrainSettings(epochs=20, lr=0.05, batch_size=50, distill=0.0)
+    model = finetune(net(0), Data(data, data, ("a",) * 4, "noisy", None, ""), settings)
+    problem = problem_of(model)
+    truth = oracle(model, problem, data)
+    found = terms(model, problem, batches(data, 20))
+    wrong = torch.cat([torch.stack(firsts).mean(0) ** 2 for firsts in found._firsts.values()]).numpy()
+    assert spearmanr(flat(found.scores()), truth)[0] > 0.9
+    assert spearmanr(wrong, truth)[0] < 0.75
+
+
+@pytest.mark.parametrize(
+    ("toy", "name", "training"),
+    [
+        *((toy, name, True) for toy, name in (("plain", "1.0"), ("residual", "short"), ("residual", "stem.0"))),
+        *((toy, name, True) for toy, name in (("depthwise", "2.0"), ("concat", "a.0"), ("concat", "stem.0"))),
+        ("plain", "1.0", False),
+    ],
+)
+def test_the_gate_is_the_derivative_by_one_factor_on_all_that_reads_the_channel(toy: str, name: str, training: bool) -> None:
+    """Batch norms before and behind a depthwise layer, sums and concats: all readers see the channel times its gate."""
+    model, example = TOYS[toy]()
+    graph = trace(model, example)
+    group, unit = graph.group(name), Unit(graph.group(name).size, gated_parameters(model, graph, graph.group(name)))
+    rng = torch.Generator().manual_seed(1)
+    x, y = torch.randn(32, 3, 8, 8, generator=rng), torch.randint(0, 4, (32,), generator=rng)
+    F.cross_entropy(model.train(training)(x), y).backward()
+    named = dict(model.named_parameters())
+    expected = torch.zeros(group.size, dtype=torch.float64)
+    for member in (m for m in group.members if m.role == "consumes"):
+        parameter, owned = named[member.param], torch.from_numpy(member.owner >= 0)
+        product = (parameter * parameter.grad).detach().double().movedim(member.axis, 0).flatten(1).sum(1)
+        expected.index_add_(0, torch.from_numpy(member.owner)[owned], product[owned])
+    assert expected.abs().max() > 1e-4
+    torch.testing.assert_close(unit.first(named), expected, atol=2e-5, rtol=1e-3)
+
+
+def test_joint_weight_scores_vanish_behind_a_norm_in_training_mode() -> None:
+    """Such a layer is scale invariant; gates and additive weight scores are not fooled."""
+    model = copy.deepcopy(net(0)).train()
+    problem = problem_of(net(0))
+    x, y = gratings(100).tensors
+    F.cross_entropy(model(x), y).backward()
+    weight = model[1][0].weight
+    joint = (weight * weight.grad).sum((1, 2, 3)).abs().max()
+    method = make("taylor")
+    gate = method.units(model, problem.graph)[0]["1.0"].first(dict(model.named_parameters())).abs().max()
+    assert joint < 1e-3 * gate
+
+
+def test_a_channel_that_nobody_reads_scores_zero_and_goes_first() -> None:
+    model = copy.deepcopy(trained_net())
+    with torch.no_grad():
+        model[3][0].weight[:, [4, 9]] = 0.0
+    found = terms(model, problem_of(model), [gratings(100).tensors]).scores()["1.0"]
+    assert found[[4, 9]].tolist() == [0.0, 0.0]
+    plan = make("taylor", {"steps": 1, "interval": 2, "lr": 0}).plan(problem_of(model, 0.8))
+    assert not {4, 9} & set(plan.keep["1.0"])
+
+
+def test_curvature_by_probes_is_the_diagonal_of_the_hessian() -> None:
+    model = copy.deepcopy(trained_net())
+    graph = problem_of(model).graph
+    unit = Unit(16, gated_parameters(model, graph, graph.group("0.0")))
+    model = model.double().eval()
+    x, y = gratings(60, noise=2.0).tensors
+
+    def loss(call):  # type: ignore[no-untyped-def]
+        return F.cross_entropy(call(x.double()), y)
+
+    exact = curvature(model, {"g": unit}, loss, 0, generator(0))["g"]
+
+    def gated(z: Tensor) -> Tensor:
+        handle = model[0][1].register_forward_hook(lambda m, args, out: out * z[:, None, None])
+        found = loss(model)
+        handle.remove()
+        return found
+
+    hessian = torch.autograd.functional.hessian(gated, torch.ones(16).double())
+    torch.testing.assert_close(exact, hessian.diagonal())
+    assert (hessian - hessian.diag().diag()).abs().max() > 0.1 * exact.abs().max(), "no diagonal matrix: probes are needed"
+    guessed = curvature(model, {"g": unit}, loss, 100, generator(0))["g"]
+    assert np.corrcoef(exact, guessed)[0, 1] > 0.8
+
+
+def test_scores_are_smoothed_and_what_is_gone_stays_last() -> None:
+    before, now = {"g": torch.tensor([1.0, 2.0, 3.0])}, {"g": torch.tensor([2.0, 0.0, 9.0])}
+    assert smoothed({}, now, KeepPlan({}))["g"].tolist() == [2.0, 0.0, 9.0]
+    assert smoothed(before, now, KeepPlan({"g": (0, 2)}))["g"].tolist() == pytest.approx([1.1, -1.0, 3.6])
+
+
+def test_every_step_keeps_a_part_of_what_the_step_before_kept() -> None:
+    problem = problem_of(copy.deepcopy(trained_net()), 0.4)
+    seen = []
+
+    for steps in (1, 4):
+        seen.append(make("taylor", {"steps": steps, "interval": 3}).plan(problem))
+    assert seen[0].keep != seen[1].keep
+    assert all(problem.table.predict(problem.graph, plan) <= problem.budget for plan in seen)
