@@ -135,6 +135,13 @@ class Sensitivity:
         found = iter([self.meter.measure(plan) for _, plan in plans])
         return tuple(Curve(name, choice[-1], choice, tuple(next(found) for _ in choice)) for name, choice in widths.items())
 
+    def require(self, budget: float) -> None:
+        """Raise BudgetError unless some choice of widths fits the budget; nothing is measured for it."""
+        offered = self.table.candidates(self.graph)
+        choice = {name: self._widths(name, offered.get(name, ()), {}) for name in self.orders}
+        none = {name: np.zeros(self.graph.group(name).size + 1) for name in self.orders}
+        allocate_widths(self.graph, none, self.table, budget, candidates=choice)
+
     def search(self, budget: float, rounds: int, scored: tuple[Widths, Certificate] | None = None) -> Found:
         """Try plans within the budget, and measure each.
 

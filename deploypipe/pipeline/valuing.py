@@ -16,7 +16,7 @@ from deploypipe.count import MacTable
 from deploypipe.curves import Curves, curves_table
 from deploypipe.data.batches import split
 from deploypipe.data.load import Data, load_data
-from deploypipe.errors import UsageError
+from deploypipe.errors import BudgetError, UsageError
 from deploypipe.graph import trace
 from deploypipe.heldout import HELD_OUT, Effort, HeldOut, Meter, memo_name
 from deploypipe.models.load import load_model
@@ -68,8 +68,8 @@ def choose(request: Request, problem: Problem, meter: Meter | None, folder: Path
     searches: list[Found] = []
 
     def measured(problem: Problem, orders: Orders, values: Values) -> tuple[dict[str, int], Certificate]:
-        scored = by_values(problem, orders, values)
         sensitivity = _sensitivity(problem, orders, meter)
+        scored = _scored(problem, orders, values, sensitivity)
         found = sensitivity.search(problem.budget, request.value_rounds, scored)
         searches.append(sensitivity.finals(found, request.value_finalists) if request.value_finalists > 1 else found)
         best = searches[-1].best
@@ -82,6 +82,21 @@ def choose(request: Request, problem: Problem, meter: Meter | None, folder: Path
     return plan
 
 
+def _scored(
+    problem: Problem, orders: Orders, values: Values, sensitivity: Sensitivity
+) -> tuple[dict[str, int], Certificate] | None:
+    """Return what the algorithm's own values choose; None if only plans without whole branches fit, of which they know nothing.
+
+    Raises:
+        BudgetError: The budget cannot be reached at all.
+    """
+    try:
+        return by_values(problem, orders, values)
+    except BudgetError:
+        sensitivity.require(problem.budget)
+        return None
+
+
 def value_notes(folder: Path) -> list[str]:
     """Return what the report says about measured widths; nothing if scores decided."""
     if not (folder / VALUES_FILE).is_file():
@@ -90,9 +105,10 @@ def value_notes(folder: Path) -> list[str]:
     dense, trials = state["dense"], state["trials"]
     loss = {trial["origin"]: trial["loss"] for trial in trials} | {"taken": trials[state["chosen"]]["loss"]}
     taken = trials[state["chosen"]]
+    scores = f"{loss['scores']:.3f} by the algorithm's scores, " if "scores" in loss else ""
     notes = [
         f"widths were chosen by their loss on {dense['n']} held-out training images, before training: {dense['loss']:.3f} "
-        f"dense, {loss['scores']:.3f} by the algorithm's scores, {loss['curves']:.3f} by the curves of the dense model, "
+        f"dense, {scores}{loss['curves']:.3f} by the curves of the dense model, "
         f"{loss['taken']:.3f} for the plan taken ({taken['origin']}), {'one' if 'trained' in taken else 'the best'} of "
         f"{len(trials)} tried"
     ]

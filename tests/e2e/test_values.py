@@ -4,12 +4,14 @@ import csv
 import json
 from pathlib import Path
 
+import onnx
 import pytest
 from command_line import FACTORY, arguments
 
 from deploypipe import heldout
 from deploypipe.cli.main import run
 from deploypipe.plan import KeepPlan
+from deploypipe.saved import load
 from deploypipe.targets import cache_folder
 
 pytestmark = pytest.mark.e2e
@@ -57,7 +59,7 @@ def test_a_build_by_measured_values_is_cut_off_resumes_and_says_what_it_did(
     assert run(arguments(out, **MEASURED)) == 0
     assert "plan reused" in capsys.readouterr().err
     before = len(calls)
-    assert run(arguments(tmp_path / "other", **MEASURED | {"budget": "0.1%"})) == 6
+    assert run(arguments(tmp_path / "other", **MEASURED | {"budget": "0.001%"})) == 6
     assert "curves" not in capsys.readouterr().err, "a budget out of reach is found before anything is measured"
     assert run(["sensitivity", "--model", f"{FACTORY}:net", "--data", f"{FACTORY}:data", "--algo", "l2"]) == 0
     assert "curves reused" in capsys.readouterr().err
@@ -76,6 +78,18 @@ def test_finalists_are_trained_and_the_best_of_them_is_taken(tmp_path: Path, cap
     assert run(arguments(tmp_path / "again", **MEASURED | {"value_finalists": 2})) == 0
     assert "finetune" not in capsys.readouterr().err.partition("finetune")[0], "what was trained once is known"
     assert json.loads((tmp_path / "again" / "values.json").read_text()) == values
+
+
+def test_a_whole_block_goes_when_the_budget_is_small(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(arguments(out, **MEASURED | {"budget": "3%", "epochs": 1, "keep": "stem.0"})) == 0
+    assert KeepPlan.load(out / "plan.json").keep["block.a"] == ()
+    report = json.loads((out / "report.json").read_text())
+    assert any("block.a, block.b are gone" in note for note in report["notes"])
+    assert [check["stage"] for check in report["checks"]] == ["compacted", "onnx", "simplified", "built"]
+    convolutions = [node for node in onnx.load(str(out / "pruned-simplified.onnx")).graph.node if node.op_type == "Conv"]
+    assert len(convolutions) == 1
+    assert sum(p.numel() for p in load(out).parameters()) == report["pruned"]["n_parameters"]
 
 
 def test_sensitivity_shows_loss_accuracy_and_saving_of_every_width(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
