@@ -122,7 +122,7 @@ class Backend(Protocol):
         ...
 
     def read_build(self, result: JobResult) -> tuple[str, ...]:
-        """Return what the user should know about the built file, in sentences."""
+        """Return what the user should know about the built file, in sentences; UNVERIFIED at the start makes a warning."""
         ...
 
     def bench_job(self, models: Mapping[str, Path | bytes], target: Target) -> Job:
