@@ -91,7 +91,8 @@ def _summary(target: str, table: LatencyTable, graph: Graph) -> dict[str, Any]:
     return {
         "target": target,
         "runtime": f"{table.facts.get('runtime')} {table.facts.get('version')}, {table.facts.get('threads')} threads",
-        "kernels_measured": len(table.kernels),
+        "table": _origin(table),
+        "kernels_measured": sum(entry.runs > 0 for entry in table.kernels),
         "steps": _all_steps(table.steps, graph),
         "dense_measured_us": round(context.whole_us, 1),
         "dense_predicted_us": round(predicted, 1),
@@ -111,6 +112,16 @@ def _all_steps(steps: AllSteps, graph: Graph) -> str:
     shown = {name: item for name, item in steps.items() if not item.edge or name in mine}
     return "; ".join(
         f"{name}: {_steps_text(item)}" for name, item in sorted(shown.items(), key=lambda row: (row[1].edge > 0, row[0]))
+    )
+
+
+def _origin(table: LatencyTable) -> str:
+    """Say what the table's layers come from."""
+    n = table.facts.get("n_plans")
+    return (
+        f"{len(table.kernels)} costs of layers fitted to {n} whole models"
+        if n
+        else "kernels measured alone and inside the model"
     )
 
 

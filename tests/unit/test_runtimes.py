@@ -3,9 +3,10 @@ from dataclasses import replace
 import pytest
 from sample_report import REPORT
 
-from deploypipe.errors import UsageError
+from deploypipe.errors import BackendError, UsageError
 from deploypipe.measurement import Latency
 from deploypipe.pipeline.request import Request
+from deploypipe.pipeline.several import Elsewhere
 from deploypipe.render import markdown
 from deploypipe.report import Report
 from deploypipe.runtimes import RuntimeOutcome, by_speed, rows, section, verdict
@@ -48,6 +49,13 @@ def test_the_first_target_is_planned_for():
     request = Request(target="cpu-openvino, cpu", threads=2)
     assert request.resolved_target().name == "cpu-openvino"
     assert [(target.name, target.measure.threads) for target in request.resolved_targets()] == [("cpu-openvino", 2), ("cpu", 2)]
+
+
+def test_a_runtime_that_is_missing_is_found_before_anything_slow(monkeypatch):
+    monkeypatch.setattr("deploypipe.backends.openvino.OpenVino.available", lambda self: (False, "pip install openvino"))
+    with pytest.raises(BackendError, match=r"openvino is not installed[\s\S]*pip install openvino"):
+        Elsewhere(Request(target="cpu,cpu-openvino"))
+    assert Elsewhere(Request(target="cpu-openvino")).devices == []
 
 
 def test_a_target_cannot_be_named_twice():
