@@ -119,9 +119,7 @@ def _origin(table: LatencyTable) -> str:
     """Say what the table's layers come from."""
     n = table.facts.get("n_plans")
     return (
-        f"{len(table.kernels)} costs of layers fitted to {n} whole models"
-        if n
-        else "kernels measured alone and inside the model"
+        f"{len(table.kernels)} costs of layers fitted to {n} whole models" if n else "kernels measured alone and in the model"
     )
 
 
