@@ -29,6 +29,7 @@ import cifar_resnet
 
 import deploypipe as dp
 from deploypipe.backends import load_backend
+from deploypipe.backends.base import MAX_FOREIGN
 from deploypipe.figures import microseconds, size
 from deploypipe.graph import trace
 from deploypipe.models.weights import read_weights
@@ -79,6 +80,17 @@ def installed() -> Iterator[Target]:
             yield target
 
 
+def quietest(device: Device, built: Path) -> Row:
+    """Time a built file again while other programs disturb it, a few times at most; the quietest time counts."""
+    found: list[Row] = []
+    for pause in (0, 2, 5, 10, 20):
+        time.sleep(pause)
+        found.append(device.bench({"m": built})["m"])
+        if (found[-1]["foreign_load"] or 0.0) <= MAX_FOREIGN:
+            break
+    return min(found, key=lambda timing: timing["foreign_load"] or 0.0)
+
+
 def measured(name: str, model: nn.Module, example: torch.Tensor, target: Target) -> Row:
     """Build, verify and time one model on one target."""
     device = Device(target)
@@ -91,7 +103,7 @@ def measured(name: str, model: nn.Module, example: torch.Tensor, target: Target)
         seconds = time.perf_counter() - start
         outputs = device.run(built, {"input": np.stack([x[0].numpy() for x in inputs])})
         found = check("built", "torch", outputs_of(model, inputs), outputs, device.backend.tolerance)
-        timing = device.bench({"m": built})["m"]
+        timing = quietest(device, built)
         n_bytes = built.stat().st_size
     return {
         "model": name, "target": target.name, "runtime": f"{device.facts['runtime']} {device.facts['version']}", **timing,
