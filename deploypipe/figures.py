@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from math import sqrt
 
 UNKNOWN = "not measured"
+UNVERIFIED = "UNVERIFIED"  # begins a note that must not be overlooked
 
 
 def count(number: float) -> str:

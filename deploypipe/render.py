@@ -3,7 +3,18 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploypipe.figures import UNKNOWN, accuracy_text, amount, count, markdown_table, microseconds, size, standard_error
+from deploypipe import runtimes
+from deploypipe.figures import (
+    UNKNOWN,
+    UNVERIFIED,
+    accuracy_text,
+    amount,
+    count,
+    markdown_table,
+    microseconds,
+    size,
+    standard_error,
+)
 from deploypipe.measurement import Latency
 from deploypipe.render_training import arms_section, sparsity_section, trained_text
 from deploypipe.report import JSON_NAME, MARKDOWN_NAME, BudgetOutcome, GroupOutcome, Report, Side
@@ -51,6 +62,7 @@ def verdict(report: Report) -> tuple[Row, ...]:
     return (
         ("budget", _budget_sentence(report.budget)),
         ("checks", _checks_sentence(report)),
+        *(("warning", note) for note in report.notes if note.startswith(UNVERIFIED)),
         ("next", next_step(report)),
     )
 
@@ -81,6 +93,7 @@ def markdown(report: Report) -> str:
         _accuracy_section(report),
         _latency_section(report),
         sparsity_section(report.sparsity),
+        runtimes.section(report.runtimes),
         arms_section(report.arms, report.n_test),
         _checks_section(report),
         _groups_section(report.groups),

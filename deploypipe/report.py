@@ -9,6 +9,7 @@ from typing import Any
 from deploypipe.errors import UsageError
 from deploypipe.measurement import Latency, Round
 from deploypipe.plan import Certificate
+from deploypipe.runtimes import RuntimeOutcome
 
 REPORT_SCHEMA = 3
 JSON_NAME, MARKDOWN_NAME = "report.json", "report.md"
@@ -165,10 +166,11 @@ class Report:
         compacted_accuracy: After compaction, before fine-tuning; None if there is no test set.
         n_test: Samples in the test set.
         threads: Of the runtime, while measuring.
-        table: Where the latency table comes from: "measured", "estimated", or "" if the run needed none.
+        table: Where the latency table comes from: "measured", "fitted", "estimated", or "" if the run needed none.
         table_error: Mean relative error of the table on random plans of this model, 0.03 = 3 %; None if not checked.
         seconds: Stage -> time that computing it took, also if its result was reused.
         artifacts: What -> path below the run folder.
+        runtimes: The pruned model on each target, the first of which is `target`; empty unless several were asked for.
         notes: What else the user should know, in sentences.
     """
 
@@ -196,6 +198,7 @@ class Report:
     machine: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
     created: str = ""
+    runtimes: tuple[RuntimeOutcome, ...] = ()
     notes: tuple[str, ...] = ()
     epochs_before: int = 0
     sparsity: tuple[SparseLayer, ...] = ()
@@ -279,21 +282,19 @@ def _plain(value: Any) -> Any:
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that are no plain JSON values."""
-
-    def side(state: Mapping[str, Any]) -> Side:
-        return Side(**{**state, "latency": Latency(**state["latency"]) if state["latency"] else None})
+    sides = {name: values[name] for name in ("dense", "pruned")}
 
     def group(state: Mapping[str, Any]) -> GroupOutcome:
         return GroupOutcome(**{**state, "members": tuple(state["members"]), "coupled_by": tuple(state["coupled_by"])})
 
     return {
-        "dense": side(values["dense"]),
-        "pruned": side(values["pruned"]),
+        **{name: Side(**{**s, "latency": Latency(**s["latency"]) if s["latency"] else None}) for name, s in sides.items()},
         "budget": BudgetOutcome(**{**values["budget"], "rounds": tuple(map(Round.from_json, values["budget"]["rounds"]))}),
         "groups": tuple(group(state) for state in values["groups"]),
         "checks": tuple(Check(**state) for state in values["checks"]),
         "certificate": Certificate(**values["certificate"]) if values["certificate"] else None,
         "notes": tuple(values["notes"]),
         "sparsity": tuple(SparseLayer(**state) for state in values["sparsity"]),
+        "runtimes": tuple(map(RuntimeOutcome.from_json, values["runtimes"])),
         "arms": tuple(Arm(**state) for state in values["arms"]),
     }

@@ -6,8 +6,12 @@ from deploypipe.plugins import resolve
 from deploypipe.targets import Target
 
 BACKENDS: dict[str, str] = {
+    "coreml": "deploypipe.backends.coreml:CoreMl",
+    "executorch": "deploypipe.backends.executorch:ExecuTorch",
+    "ncnn": "deploypipe.backends.ncnn:Ncnn",
     "onnxruntime": "deploypipe.backends.onnxruntime:OnnxRuntime",
     "openvino": "deploypipe.backends.openvino:OpenVino",
+    "ort-mobile": "deploypipe.backends.ort_mobile:OrtMobile",
 }
 ENTRY_POINTS = "deploypipe.backends"
 

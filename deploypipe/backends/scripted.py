@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from deploypipe.backends.base import MAX_FOREIGN, Arrays, Facts, Timing
+from deploypipe.backends.base import MAX_FOREIGN, Arrays, Facts, Pricing, Source, Timing
 from deploypipe.errors import BackendError, TargetError, nearest
 from deploypipe.job import PYTHON, Job, JobResult
 from deploypipe.targets import Target
@@ -17,6 +17,7 @@ from deploypipe.targets import Target
 _FOLDER = Path(__file__).parent
 _SHARED = "stopwatch.py"
 _ATTEMPTS = 3
+_LANES = {"avx512f": 16, "avx": 8}  # else 4, as SSE and NEON have
 
 
 class Scripted:
@@ -26,18 +27,24 @@ class Scripted:
         script: The measuring script's file, in this folder.
         precisions: Those that a target may ask for.
         options: Sent to the script with every request.
+        packages: What must be importable; the backend's own name if none are listed.
     """
 
     name: ClassVar[str]
     suffix: ClassVar[str]
     script: ClassVar[str]
+    source: ClassVar[Source] = "onnx"
+    pricing: ClassVar[Pricing] = "kernels"
+    times_layers: ClassVar[bool] = True
+    tolerance: ClassVar[float] = 1e-3  # other kernels (Winograd, fused multiply-add)
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     options: ClassVar[Mapping[str, Any]] = {}
+    packages: ClassVar[tuple[str, ...]] = ()
 
     def available(self) -> tuple[bool, str]:
-        """Return whether the package is installed here."""
-        found = importlib.util.find_spec(self.name) is not None
-        return found, "" if found else f"pip install {self.name}"
+        """Return whether the packages are installed here, and else the line that installs those that are missing."""
+        missing = [name for name in self.packages or (self.name,) if importlib.util.find_spec(name) is None]
+        return not missing, f"pip install {' '.join(missing)}" if missing else ""
 
     def describe_job(self, target: Target) -> Job:
         """Ask for runtime version, processor and its vector extensions."""
@@ -47,10 +54,18 @@ class Scripted:
         """Return the facts: runtime, version, processor, threads."""
         return answer(result)
 
+    def channel_multiple(self, facts: Facts) -> int:
+        """Return how many fp32 values one vector register of the device holds: what kernels compute together."""
+        return next((n for flag, n in _LANES.items() if any(known.startswith(flag) for known in facts["cpu_flags"])), 4)
+
     def build_job(self, model: Path, target: Target) -> Job:
         """Compile the model into one file."""
         artifact = "artifact" + self.suffix
         return self.job("build", target, {"model": "model.onnx", "artifact": artifact}, {"model.onnx": model}, (artifact,))
+
+    def read_build(self, result: JobResult) -> tuple[str, ...]:
+        """Return what the script found worth saying."""
+        return tuple(answer(result).get("notes", ()))
 
     def bench_job(self, models: Mapping[str, Path | bytes], target: Target) -> Job:
         """Time whole models in turns; a built artefact is a model like another."""

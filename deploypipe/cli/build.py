@@ -20,6 +20,9 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An algorithm's option; may be repeated.")
 ]
 TargetName = Annotated[str, typer.Option(help="What to deploy to: a name from `deploypipe targets`, or a .toml file.")]
+TargetNames = Annotated[
+    str, typer.Option(help="As elsewhere; several with commas between them: planned for the first, built for all.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime, instead of the target's.")]
 Value = Annotated[str, typer.Option(help="What a width is worth: the algorithm's scores, or its measured loss.")]
 ValueRounds = Annotated[int, typer.Option(min=0, help="With --value measured: measure around the solution this often.")]
@@ -32,7 +35,7 @@ def build(
     model: Model = "demo",
     weights: Weights = None,
     data: Annotated[str, typer.Option(help="demo, imagefolder:DIR, cifar10:DIR or file.py:factory.")] = "demo",
-    target: TargetName = "cpu",
+    target: TargetNames = "cpu",
     algo: Annotated[str, typer.Option(help="Pruning algorithm: a name from `deploypipe algos`.")] = "thinet",
     budget: Annotated[
         str, typer.Option(help="At most this: 50% of the dense model, 3ms, 800us; with --metric 1.2M, 300k.")
@@ -72,7 +75,7 @@ def build(
 
 def show_report(report: Any, folder: Path, as_json: bool) -> None:
     """Write what a run found out: the table, the verdict, and where everything lies."""
-    from deploypipe import render
+    from deploypipe import render, runtimes
     from deploypipe.report import MARKDOWN_NAME
 
     if as_json:
@@ -81,6 +84,9 @@ def show_report(report: Any, folder: Path, as_json: bool) -> None:
     console.answer(render.title(report) + "\n")
     console.table(render.SUMMARY_COLUMNS, render.summary_rows(report))
     console.answer("")
+    if report.runtimes:
+        console.table(runtimes.COLUMNS, runtimes.rows(report.runtimes))
+        console.answer(runtimes.verdict(report.runtimes) + "\n")
     files = [(what, str(folder / path)) for what, path in report.artifacts.items()]
     console.pairs([*render.verdict(report), *files, ("report", str(folder / MARKDOWN_NAME))])
 

@@ -76,6 +76,9 @@ def bench_artifact(
     whole = Latency(**device.bench({"model": path})["model"])
     if layers:
         tell.stage("profile kernels")
+        layers = device.backend.times_layers
+        if not layers:
+            tell.note(f"backend {device.backend.name} gives no times of single layers")
     profiled = device.profile(path) if layers else None
     return ArtifactTimes(str(path), device.target.shown, device.target.measure.threads, whole, profiled)
 
@@ -87,7 +90,8 @@ def _summary(target: str, table: LatencyTable, graph: Graph) -> dict[str, Any]:
     return {
         "target": target,
         "runtime": f"{table.facts.get('runtime')} {table.facts.get('version')}, {table.facts.get('threads')} threads",
-        "kernels_measured": len(table.kernels),
+        "table": _origin(table),
+        "kernels_measured": sum(entry.runs > 0 for entry in table.kernels),
         "steps": _all_steps(table.steps, graph),
         "dense_measured_us": round(context.whole_us, 1),
         "dense_predicted_us": round(predicted, 1),
@@ -107,6 +111,14 @@ def _all_steps(steps: AllSteps, graph: Graph) -> str:
     shown = {name: item for name, item in steps.items() if not item.edge or name in mine}
     return "; ".join(
         f"{name}: {_steps_text(item)}" for name, item in sorted(shown.items(), key=lambda row: (row[1].edge > 0, row[0]))
+    )
+
+
+def _origin(table: LatencyTable) -> str:
+    """Say what the table's layers come from."""
+    n = table.facts.get("n_plans")
+    return (
+        f"{len(table.kernels)} costs of layers fitted to {n} whole models" if n else "kernels measured alone and in the model"
     )
 
 

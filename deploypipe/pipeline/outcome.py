@@ -11,6 +11,8 @@ from torch import nn
 from deploypipe import saved
 from deploypipe.algorithms import make
 from deploypipe.allocation.budget import parse_budget
+from deploypipe.backends import load_backend
+from deploypipe.backends.base import SUFFIX
 from deploypipe.branch import branches
 from deploypipe.cost import CostTable
 from deploypipe.count import macs, params
@@ -77,10 +79,10 @@ def assemble(request: Request, data: Data, target: Target, found: Findings) -> R
         checks=tuple(found.checks),
         certificate=found.plan.certificate,
         threads=target.measure.threads,
-        table="measured" if found.table else "",
+        table=str(found.table.facts.get("method", "measured")) if found.table else "",
         table_error=found.table.context(found.graph).error if found.table else None,
         seconds=found.seconds,
-        artifacts={"artifact": found.files["pruned"].name, "onnx": "pruned.onnx", "weights": saved.WEIGHTS, "plan": saved.PLAN},
+        artifacts={"artifact": found.files["pruned"].name, **_exported(target), "weights": saved.WEIGHTS, "plan": saved.PLAN},
         versions=versions(),
         machine=dict(found.facts),
         command=request.command,
@@ -112,6 +114,11 @@ def _judged(request: Request, found: Findings) -> tuple[float, float]:
     return parse_budget(request.budget, request.metric, dense), pruned
 
 
+def _exported(target: Target) -> dict[str, str]:
+    source = load_backend(target).source
+    return {source: f"pruned{SUFFIX[source]}"}
+
+
 def _left(found: Findings, when: int) -> float:
     """Return what the budget counts of the weights that are not zero, before (0) or after (1) fine-tuning."""
     assert found.sparse is not None, "only for methods that leave zeros"
@@ -137,7 +144,7 @@ def _side(name: str, plan: KeepPlan | None, found: Findings, factor: float) -> S
         n_parameters=params(found.graph, plan),
         n_macs=macs(found.graph, plan),
         artifact_bytes=found.files[name].stat().st_size,
-        latency=Latency(**found.latencies[name]),
+        latency=Latency(**found.latencies[name]) if found.latencies[name] else None,
         predicted_us=factor * found.table.predict(found.graph, plan) if found.table else None,
     )
 

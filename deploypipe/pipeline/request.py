@@ -8,7 +8,8 @@ from typing import Any, Self
 
 from deploypipe.algorithms import make
 from deploypipe.allocation.budget import parse_budget
-from deploypipe.errors import UsageError, nearest
+from deploypipe.backends import load_backend
+from deploypipe.errors import TargetError, UsageError, nearest
 from deploypipe.runners import load_runner
 from deploypipe.targets import Target, load_target
 from deploypipe.training.settings import TrainSettings
@@ -26,7 +27,7 @@ class Request:
         model: What `models.load_model` takes.
         weights: File of trained weights.
         data: What `data.load_data` takes.
-        target: Name or file of a target.
+        target: Name or file of a target; several with commas between them: planned for the first, built for all.
         algo: Name of a pruning algorithm.
         budget: "50%", "3ms", "1.2M", ...
         metric: What the budget counts: latency, macs or params.
@@ -92,10 +93,17 @@ class Request:
         return replace(settings, **{name: value for name, value in given.items() if value is not None})
 
     def resolved_target(self) -> Target:
-        """Return the target with the threads and the device that were asked for."""
-        target = load_target(self.target)
-        target = target.replace(threads=self.threads) if self.threads else target
-        return target.reached_at(self.host) if self.host else target
+        """Return the first target with the threads and the device that were asked for: the plan is made for it."""
+        return self.resolved_targets()[0]
+
+    def resolved_targets(self) -> tuple[Target, ...]:
+        """Return all targets that were named, with commas between them."""
+        names = [name.strip() for name in str(self.target).split(",")]
+        if len(set(names)) < len(names):
+            raise UsageError("a target is named twice", at=f"--target {self.target}", fix="leave one of them out")
+        found = tuple(load_target(name) for name in names)
+        found = tuple(target.replace(threads=self.threads) for target in found) if self.threads else found
+        return tuple(target.reached_at(self.host) for target in found) if self.host else found
 
     @classmethod
     def of(cls, **values: Any) -> Self:
@@ -131,5 +139,11 @@ class Request:
                 at="--metric latency",
                 fix="use --metric macs or --metric params, which count weights that are not zero",
             )
-        load_runner(self.resolved_target())
+        target = self.resolved_target()
+        load_runner(target)
+        if self.metric == "latency" and load_backend(target).pricing == "never":
+            message = f"what is built for target {target.name} cannot be run here: there is no latency to plan by"
+            raise TargetError(
+                message, at=f"--target {target.name}", fix="use --metric macs or params, or name a target to plan by first"
+            )
         _ = self.training

@@ -28,17 +28,19 @@ from deploypipe.heldout import HeldOut
 from deploypipe.latency.table import LatencyTable
 from deploypipe.models.load import Loaded, load_model
 from deploypipe.pipeline import stages
-from deploypipe.pipeline.artifacts import artifact_stage, bench_stage, checks_stage, simplifier_notes
+from deploypipe.pipeline.artifacts import accuracy_stage, artifact_stage, bench_stage, checks_stage, file_notes
 from deploypipe.pipeline.outcome import Findings, assemble
 from deploypipe.pipeline.planning import Planner, read_rounds
 from deploypipe.pipeline.record import recorded
 from deploypipe.pipeline.request import KEPT_BY_USER, Request
+from deploypipe.pipeline.several import Elsewhere, with_outcomes
 from deploypipe.pipeline.training import arms_stage, epochs_before, schedule, train_stage, tuned, tuning_hooks
 from deploypipe.pipeline.valuing import held_back, held_out, value_notes
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler.measure import profile
 from deploypipe.progress import Reporter, Silent
 from deploypipe.report import Arm, Check, Report
+from deploypipe.runtimes import RuntimeOutcome
 from deploypipe.store import Kept, Store
 from deploypipe.training.settings import TrainSettings
 from deploypipe.types import Graph
@@ -80,7 +82,7 @@ class _Run:
     def __init__(self, request: Request, store: Store, reporter: Reporter) -> None:
         self.request, self.store, self.reporter = request, store, reporter
         self.target = request.resolved_target()
-        self.device = stages.Device(self.target)
+        self.device, self.elsewhere = stages.Device(self.target), Elsewhere(request)
         self.algorithm = make(request.algo, request.options)
         self.loaded: Loaded = load_model(str(request.model), request.weights)
         self.data: Data = load_data(
@@ -181,7 +183,7 @@ class _Run:
                 small = algorithm.repair(small, self.basis, plan)
             saved.save_origin(folder, saved.Origin(str(self.request.model), self.graph.fingerprint))
             saved.save_weights(small, folder / "compact.safetensors")
-            _write_json(folder / "compact.json", [asdict(c) for c in proof])
+            (folder / "compact.json").write_text(json.dumps([asdict(c) for c in proof], indent=1) + "\n")
 
         return self.store.keep("compact", [1, self.plan], cut, lambda root: self._small(root / "compact.safetensors"))
 
@@ -241,12 +243,13 @@ class _Run:
     def accuracies(self) -> Kept[dict[str, Any]]:
         """The one time that the test set is read."""
         models = {"dense": self.loaded.model, "compacted": self.compacted.value, "pruned": self.tuned.value}
+        return accuracy_stage(self.store, models, self.data, [self.tuned, self.dense_key, self.data.key], self.reporter)
 
-        def test(folder: Path) -> None:
-            _write_json(folder / "accuracy.json", stages.accuracies(models, self.data, self.reporter))
-
-        key = [1, self.tuned, self.dense_key, self.data.key]
-        return self.store.keep("accuracy", key, test, lambda root: json.loads((root / "accuracy.json").read_text()))
+    @cached_property
+    def outcomes(self) -> list[Kept[RuntimeOutcome]]:
+        """The same model on the other targets that were asked for."""
+        key, models = [self.dense_key, self.data.key], (self.loaded.model, self.tuned)
+        return self.elsewhere.outcomes(self.store, *models, self.loaded.example, self.inputs, key)
 
     # ---- what the stages share -------------------------------------------------------------------------------------
 
@@ -264,12 +267,12 @@ class _Run:
     def _stages(self) -> list[Kept[Any]]:
         first = [self.table] if self.request.metric == "latency" else []
         order: list[Kept[Any] | None] = [*first, self.trained, self.plan, self.compacted, self.tuned, *self.artifacts.values()]
-        order += [self.checks, self.latencies, self.accuracies, self.arms]
+        order += [self.checks, self.latencies, self.accuracies, self.arms, *self.outcomes]
         return [stage for stage in order if stage]
 
     def _assembled(self, order: Sequence[Kept[Any]]) -> Report:
         chosen, rounds = read_rounds(self.store.root)
-        notes = simplifier_notes(self.store.root)
+        notes = file_notes(self.store.root)
         valued = value_notes(self.store.root / f"plan-{chosen + 1}" if rounds else self.store.root)
         sparse = getattr(self.algorithm, "sparse", False)
         found = Findings(
@@ -291,10 +294,6 @@ class _Run:
             arms=tuple(self.arms.value) if self.arms else (),
             notes=tuple(note for note in (*self.loaded.notes, *self.graph.notes, *valued, *notes) if note),
         )
-        report = assemble(self.request, self.data, self.target, found)
+        report = with_outcomes(assemble(self.request, self.data, self.target, found), self.outcomes)
         # The first plan, on the table as it was measured, beside the measurement that followed: nothing corrected since.
         return recorded(report, self.store.root, found.table, self.graph)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n")

@@ -23,6 +23,7 @@ from deploypipe.profiler.export import Export, exported
 from deploypipe.profiler.learn import flat, learn_steps
 from deploypipe.profiler.noise import Noise
 from deploypipe.profiler.probe import Probe
+from deploypipe.profiler.whole import fitted_table
 from deploypipe.progress import Reporter, Silent
 from deploypipe.runners import load_runner
 from deploypipe.targets import Target, cache_folder, load_target
@@ -48,8 +49,9 @@ def profile(  # noqa: PLR0913 - the public surface, named arguments in practice
     """Measure what `model` costs on `target` at all widths that an allocator may choose.
 
     Each kernel shape is timed alone at a grid of widths, in the target's own runtime; the dense model is timed as a whole and
-    kernel by kernel. Results are kept per runtime, version, threads, precision and processor, after every job: a second call
-    measures what is missing, an interrupted one goes on where it was.
+    kernel by kernel. (A runtime that is timed by whole models only gets a table that is fitted to such times.) Results are
+    kept per runtime, version, threads, precision and processor, after every job: a second call measures what is missing, an
+    interrupted one goes on where it was.
 
     Args:
         model: In any mode; it is exported in evaluation mode.
@@ -74,8 +76,12 @@ def profile(  # noqa: PLR0913 - the public surface, named arguments in practice
     graph = graph or trace(model, example)
     backend, runner = load_backend(chosen), load_runner(chosen)
     noise = Noise() if allow_noise is None else Noise(allow_noise)
+    root = Path(cache_dir) if cache_dir else cache_folder() / "profiles"
     with opened(backend, runner, chosen, noise, export) as bench:
-        store = _Store(Path(cache_dir) if cache_dir else cache_folder() / "profiles", bench, tell, fresh)
+        if backend.pricing == "models":
+            facts = bench.facts()
+            return fitted_table(bench, model, example, graph, facts, root / f"{device_key(facts)}-fitted", tell, fresh)
+        store = _Store(root, bench, tell, fresh)
         table = store.confirmed(graph)
         missing = _missing(table, graph)
         if missing:

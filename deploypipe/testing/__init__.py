@@ -1,1 +1,1 @@
-"""Contract suites for plug-ins of other packages: what every one of a kind must do, as tests to inherit. They need pytest."""
+"""What plug-ins of other packages must do: contracts of backends as functions, of runners as tests to inherit."""

@@ -150,3 +150,10 @@ def test_widths_without_a_proof_are_called_so() -> None:
     assert "no solver proved a bound" in text
     assert "greedy, value 12.5, 60.0 us predicted of 60.2 us, 7 groups" in text
     assert Report.from_json(found.to_json()) == found
+
+
+def test_what_was_not_verified_stands_with_the_verdict() -> None:
+    note = "UNVERIFIED: converted, not run"
+    report = replace(REPORT, notes=("something else", note))
+    assert ("warning", note) in render.verdict(report)
+    assert [word for word, _ in render.verdict(report)].count("warning") == 1
