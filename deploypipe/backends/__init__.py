@@ -8,6 +8,7 @@ from deploypipe.targets import Target
 BACKENDS: dict[str, str] = {
     "onnxruntime": "deploypipe.backends.onnxruntime:OnnxRuntime",
     "openvino": "deploypipe.backends.openvino:OpenVino",
+    "tensorrt": "deploypipe.backends.tensorrt:TensorRt",
 }
 ENTRY_POINTS = "deploypipe.backends"
 

@@ -1,7 +1,7 @@
 """What a backend is: it describes jobs and reads what they answered; a runner carries them out."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -64,13 +64,22 @@ class KernelTime:
     p90_us: float
     runs: int
 
+    def times(self, factor: float) -> "KernelTime":
+        """Return the kernel with all times multiplied."""
+        return replace(self, median_us=factor * self.median_us, p10_us=factor * self.p10_us, p90_us=factor * self.p90_us)
+
 
 @dataclass(frozen=True)
 class Profile:
-    """Kernel times of one model, in the order of execution."""
+    """Kernel times of one model, in the order of execution.
+
+    `ratio` is given where profiling slows the model down as a whole, so that the backend scaled the kernels to the model's
+    plain latency: their sum over it before that.
+    """
 
     kernels: tuple[KernelTime, ...]
     foreign_load: float | None = None
+    ratio: float | None = None
 
     @property
     def sum_us(self) -> float:

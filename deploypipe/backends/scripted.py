@@ -15,7 +15,6 @@ from deploypipe.job import PYTHON, Job, JobResult
 from deploypipe.targets import Target
 
 _FOLDER = Path(__file__).parent
-_SHARED = "stopwatch.py"
 _ATTEMPTS = 3
 
 
@@ -24,6 +23,7 @@ class Scripted:
 
     Attributes:
         script: The measuring script's file, in this folder.
+        beside: Files that are pushed beside it.
         precisions: Those that a target may ask for.
         options: Sent to the script with every request.
     """
@@ -31,6 +31,7 @@ class Scripted:
     name: ClassVar[str]
     suffix: ClassVar[str]
     script: ClassVar[str]
+    beside: ClassVar[tuple[str, ...]] = ("stopwatch.py",)
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     options: ClassVar[Mapping[str, Any]] = {}
 
@@ -92,21 +93,25 @@ class Scripted:
         Raises:
             TargetError: The backend does not have the target's precision.
         """
-        if target.build.precision not in self.precisions:
-            raise TargetError(
-                f"backend {self.name} has no precision '{target.build.precision}'",
-                at=f"{target.path or target.name}: build.precision",
-                fix=nearest(target.build.precision, self.precisions),
-            )
+        self.check_precision(target)
         measure = target.measure
         request = {
             "task": task, "threads": measure.threads, "warmup": measure.warmup, "runs": measure.runs,
             "max_foreign": MAX_FOREIGN, "attempts": _ATTEMPTS, **self.options, **details,
         }  # fmt: skip
         # As content: a linked script would find this package's modules beside it, some of which are called like a runtime.
-        scripts = {file: (_FOLDER / file).read_bytes() for file in (self.script, _SHARED)}
+        scripts = {file: (_FOLDER / file).read_bytes() for file in (self.script, *self.beside)}
         files = {**scripts, "request.json": json.dumps(request).encode(), **(push or {})}
         return Job((PYTHON, self.script, "request.json"), files, ("answer.json", *pull), timeout_s=timeout_s)
+
+    def check_precision(self, target: Target) -> None:
+        """Raise TargetError if the backend does not have the target's precision."""
+        if target.build.precision not in self.precisions:
+            raise TargetError(
+                f"backend {self.name} has no precision '{target.build.precision}'",
+                at=f"{target.path or target.name}: build.precision",
+                fix=nearest(target.build.precision, self.precisions),
+            )
 
 
 def answer(result: JobResult) -> dict[str, Any]:

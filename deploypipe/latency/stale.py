@@ -5,7 +5,7 @@ from typing import Any
 
 from deploypipe.errors import TargetError
 
-CONDITIONS = ("runtime", "version", "precision", "threads", "arch", "cpu", "cpu_flags", "governor", "power_mode")
+CONDITIONS = ("runtime", "version", "precision", "threads", "arch", "cpu", "cpu_flags", "gpu", "governor", "power_mode")
 
 
 def refuse_stale(measured: Mapping[str, Any], now: Mapping[str, Any], at: str) -> None:

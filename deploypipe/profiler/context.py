@@ -64,10 +64,22 @@ def in_context(bench: Bench, model: nn.Module, example: Any, graph: Graph, table
     whole = bench.whole(files)
     reporter.advance(2, f"{whole['dense'].quiet_us:.0f} us")
     profiles = bench.profiles(files, bench.target)
-    forms = {name: _form(bench, table, graph, graph.kept(plans[name]), whole[name], profiles[name]) for name in files}
-    found = _context(graph, table, forms["dense"], forms.get("narrow"), profiles["dense"], bench.timer_us)
+    found = combined(bench, table, graph, plans, whole, profiles)
     _judge(found, whole["dense"], graph, reporter)
     return found
+
+
+def combined(
+    bench: Bench,
+    table: LatencyTable,
+    graph: Graph,
+    plans: Mapping[str, KeepPlan],
+    whole: Mapping[str, Timing],
+    profiles: Mapping[str, Profile],
+) -> Context:
+    """Return how the kernels of `table` add up, from measurements of the "dense" model and perhaps of a "narrow" one."""
+    forms = {name: _form(bench, table, graph, graph.kept(plans[name]), whole[name], profiles[name]) for name in profiles}
+    return _context(graph, table, forms["dense"], forms.get("narrow"), profiles["dense"], bench.timer_us)
 
 
 def narrow_plan(graph: Graph, table: LatencyTable) -> KeepPlan:
@@ -88,7 +100,7 @@ def _context(
     layers = sum(us * wide.get(name, (0, 1.0))[1] for name, us in dense.alone.items())
     whole_us = dense.whole.quiet_us
     factor = whole_us / (layers + sum(kernel.us for kernel in overhead))
-    additivity = (profile.sum_us - len(profile.kernels) * timer_us + session) / whole_us
+    additivity = profile.ratio or (profile.sum_us - len(profile.kernels) * timer_us + session) / whole_us
     context = Context(
         structure_of(graph), {name: (anchor,) for name, anchor in wide.items()}, overhead, whole_us, None, factor, additivity,
         dense.whole.foreign_load, dense.whole.runs,

@@ -159,6 +159,7 @@ def _parts(probes: Sequence[Probe]) -> list[list[Probe]]:
 
 def device_key(facts: Facts) -> str:
     """Return a folder name that differs whenever two measurements must not be mixed, or are written differently."""
-    flags = latency_file.hashed([facts["cpu"], facts["cpu_flags"], facts["governor"]])[:8]
+    gpu = [facts["gpu"]] if facts.get("gpu") else []
+    flags = latency_file.hashed([facts["cpu"], facts["cpu_flags"], facts["governor"], *gpu])[:8]
     runtime = f"{facts['runtime']}-{facts['version']}"
     return f"{runtime}-{facts['arch']}-{facts['threads']}t-{facts['precision']}-{flags}-v{latency_file.SCHEMA}"
