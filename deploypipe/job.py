@@ -1,5 +1,6 @@
 """A program to run on a target: what backends describe and runners carry out."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ class Job:
         pull: File names to fetch when the program has ended.
         env: Added to the environment.
         timeout_s: The program is ended after this time.
+
+    A file name is plain, without a folder; an environment variable has a name that a shell can export. Else: ValueError.
     """
 
     argv: tuple[str, ...]
@@ -24,6 +27,14 @@ class Job:
     pull: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name in (*self.push, *self.pull):
+            if name in {"", ".", ".."} or "/" in name or "\0" in name:
+                raise ValueError(f"'{name}' is no plain file name")
+        for name in self.env:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(f"'{name}' is no name of an environment variable")
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,19 @@ class Device:
 
 @dataclass(frozen=True)
 class Reach:
-    """How to get there: `via` names a runner; host and work folder are for remote ones."""
+    """How to get there.
+
+    Attributes:
+        via: Name of a runner.
+        host: Of the device, as the runner understands it; "" if the user has to say it.
+        workdir: Folder on the device in which the jobs' folders are made, if not the usual one for temporary files.
+        python: Interpreter on the device, if not the runner's usual one; `~/` is the home folder there.
+    """
 
     via: str = "local"
     host: str = ""
     workdir: str = ""
+    python: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,10 @@ class Target:
     measure: MeasureSpec = field(default_factory=MeasureSpec)
     rates: Rates = field(default_factory=Rates)
     path: str = field(default="", metadata={"file": False})
+
+    def reached_at(self, host: str) -> "Target":
+        """Return a copy for another device of this kind; a target on this machine becomes one that SSH reaches."""
+        return self.replace(host=host, via=self.reach.via if self.reach.via != Reach.via else "ssh")
 
     def replace(self, **changes: Any) -> "Target":
         """Return a copy with some facts changed, wherever in the tree they stand: `target.replace(threads=2)`.

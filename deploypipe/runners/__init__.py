@@ -7,6 +7,7 @@ from deploypipe.targets import Target
 
 RUNNERS: dict[str, str] = {
     "local": "deploypipe.runners.local:Local",
+    "ssh": "deploypipe.runners.ssh:Ssh",
 }
 ENTRY_POINTS = "deploypipe.runners"
 
