@@ -4,8 +4,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from deploypipe.backends.base import KernelTime, Profile
+from deploypipe.figures import microseconds
 from deploypipe.measurement import Latency
-from deploypipe.render import Row, microseconds
+from deploypipe.render import Row
 
 COLUMNS = ("", "kernel", "operation", "layer", "median", "p10", "p90", "share of sum")
 

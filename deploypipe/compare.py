@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from deploypipe.render import Row, accuracy_text, count, faster_text, latency_text, microseconds, points_lost, size
+from deploypipe.figures import accuracy_text, count, microseconds, size
+from deploypipe.render import Row, faster_text, latency_text, points_lost
 from deploypipe.report import GroupOutcome, Report
 
 COLUMNS = (

@@ -17,7 +17,7 @@ def macs(graph: Graph, plan: KeepPlan | None = None) -> int:
     Counted are convolutions, linear layers and matrix products with a weight; norms, activations and biases are not.
     """
     kept = graph.kept(plan)
-    return sum(_layer_macs(layer, kept) for layer in graph.layers)
+    return sum(layer_macs(layer, kept) for layer in graph.layers)
 
 
 def params(graph: Graph, plan: KeepPlan | None = None) -> int:
@@ -90,7 +90,8 @@ class ParamTable:
         return float(params(graph, plan))
 
 
-def _layer_macs(layer: Layer, kept: Kept) -> int:
+def layer_macs(layer: Layer, kept: Kept) -> int:
+    """Return the multiply-accumulates of one layer call when `kept[group]` channels stay in every group."""
     # A transposed convolution's positions are those of its input, and n_in * n_out / groups is the same product.
     work = layer.positions * prod(layer.kernel) * layer.n_in.at(kept) * layer.n_out.at(kept)
     return work // layer.n_groups.at(kept)

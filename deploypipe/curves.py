@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from deploypipe.cost import CostTable
+from deploypipe.figures import amount
 from deploypipe.folder import explained
 from deploypipe.plan import KeepPlan
-from deploypipe.render import Row, amount
+from deploypipe.render import Row
 from deploypipe.sensitivity import Curve
 from deploypipe.training.evaluate import Accuracy
 from deploypipe.types import Graph

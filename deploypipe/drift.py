@@ -7,8 +7,9 @@ from typing import Any
 
 from deploypipe import ledger
 from deploypipe.errors import UsageError, nearest
+from deploypipe.figures import microseconds
 from deploypipe.ledger import Entry
-from deploypipe.render import Row, microseconds
+from deploypipe.render import Row
 
 RECENT = 5  # runs that count as the present
 LEAST_RUNS = 3  # fewer say nothing about the table: one may have met a busy machine

@@ -94,6 +94,27 @@ def export_onnx(model: nn.Module, example: Any, path: str | Path, opset: int = 2
     return Exported(path, opset, tuple(i.name for i in graph.input), tuple(o.name for o in graph.output), len(graph.node))
 
 
+def export_program(model: nn.Module, example: Any, path: str | Path) -> Path:
+    """Write `model` in evaluation mode as what `torch.export` makes of it, with a fixed batch size.
+
+    The file (.pt2) holds the program as JSON and the weights as they are.
+
+    Raises:
+        ModelError: The model cannot be exported; names the cause.
+    """
+    path = Path(path)
+    args = tuple(example) if isinstance(example, tuple | list) else (example,)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _evaluating(model), tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, _quiet():
+        temporary = Path(folder) / "model.pt2"
+        try:
+            with torch.no_grad():
+                torch.export.save(torch.export.export(model, args), temporary)
+        except Exception as error:
+            raise _refused("as a program", f"torch.export of {type(model).__name__}", error) from error
+        return temporary.replace(path)
+
+
 def simplify_onnx(src: str | Path, dst: str | Path) -> Simplified:
     """Simplify an ONNX file; if that fails, `dst` is a copy of `src` and the reason is returned.
 
@@ -152,14 +173,18 @@ def _export(model: nn.Module, args: tuple[Any, ...], path: Path, opset: int, inp
                 input_names=inputs, output_names=outputs,
             )  # fmt: skip
     except Exception as error:
-        cause = _root(error)
-        raise ModelError(
-            f"the model cannot be exported to ONNX: {_last_lines(str(cause) or type(cause).__name__)}",
-            at=f"torch.onnx.export of {type(model).__name__}, operator set {opset}",
-            fix="rewrite that part of forward with operations that torch.export follows (no branch on tensor values)",
-        ) from error
+        raise _refused("to ONNX", f"torch.onnx.export of {type(model).__name__}, operator set {opset}", error) from error
     if not path.is_file():
         raise ModelError(f"the exporter wrote nothing: {_last_lines(said.getvalue())}", at=type(model).__name__)
+
+
+def _refused(how: str, at: str, error: Exception) -> ModelError:
+    cause = _root(error)
+    return ModelError(
+        f"the model cannot be exported {how}: {_last_lines(str(cause) or type(cause).__name__)}",
+        at=at,
+        fix="rewrite that part of forward with operations that torch.export follows (no branch on tensor values)",
+    )
 
 
 def _read_back(path: Path, opset: int) -> onnx.ModelProto:

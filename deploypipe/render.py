@@ -1,14 +1,14 @@
 """A report as text for people: rows for the terminal, a Markdown page."""
 
-from collections.abc import Iterable, Sequence
-from math import sqrt
+from collections.abc import Sequence
 from pathlib import Path
 
+from deploypipe.figures import UNKNOWN, accuracy_text, amount, count, markdown_table, microseconds, size, standard_error
 from deploypipe.measurement import Latency
+from deploypipe.render_training import arms_section, sparsity_section, trained_text
 from deploypipe.report import JSON_NAME, MARKDOWN_NAME, BudgetOutcome, GroupOutcome, Report, Side
 
 Row = tuple[str, ...]
-_UNKNOWN = "not measured"
 SUMMARY_COLUMNS = ("", "dense", "pruned", "change")
 
 
@@ -66,7 +66,7 @@ def next_step(report: Report) -> str:
         )
     if lost is None:
         return "give --data with a test set to learn the accuracy"
-    if lost > max(0.01, 2 * _standard_error(report.pruned.accuracy, report.n_test)):
+    if lost > max(0.01, 2 * standard_error(report.pruned.accuracy, report.n_test)):
         longer = f"--epochs {max(10, 3 * report.epochs)}"
         return f"{100 * lost:.1f} points were lost: fine-tune longer ({longer}) or allow a larger --budget"
     return "the loss is small: try a smaller --budget, or `deploypipe compare` with another --algo"
@@ -76,49 +76,18 @@ def markdown(report: Report) -> str:
     """Return the whole report as a Markdown page that ends with a line break."""
     sections = (
         _head(report),
-        _table(SUMMARY_COLUMNS, summary_rows(report)),
+        markdown_table(SUMMARY_COLUMNS, summary_rows(report)),
         "\n".join(f"- **{word}**: {sentence}" for word, sentence in verdict(report)),
         _accuracy_section(report),
         _latency_section(report),
+        sparsity_section(report.sparsity),
+        arms_section(report.arms, report.n_test),
         _checks_section(report),
         _groups_section(report.groups),
         _notes_section(report),
         _origin_section(report),
     )
     return "\n\n".join(section for section in sections if section) + "\n"
-
-
-def count(number: float) -> str:
-    """Return a count in three digits: 41.3 k, 1.82 G."""
-    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= factor:
-            digits = 2 if number < 10 * factor else 1 if number < 100 * factor else 0
-            return f"{number / factor:.{digits}f} {unit}"
-    return f"{number:.0f}"
-
-
-def microseconds(us: float) -> str:
-    """Return a time in three digits: 812 us, 3.04 ms, 1.20 s."""
-    for unit, factor in (("s", 1e6), ("ms", 1e3)):
-        if us >= factor:
-            digits = 2 if us < 10 * factor else 1 if us < 100 * factor else 0
-            return f"{us / factor:.{digits}f} {unit}"
-    return f"{us:.0f} us" if us >= 100 else f"{us:.1f} us"
-
-
-def size(n_bytes: int) -> str:
-    """Return a file size: 180 kB, 46.8 MB."""
-    return f"{count(n_bytes)}B" if n_bytes >= 1000 else f"{n_bytes} B"
-
-
-def amount(value: float, unit: str) -> str:
-    """Return a budget's number in its own unit."""
-    return microseconds(value) if unit == "us" else f"{count(value)} {unit}"
-
-
-def accuracy_text(value: float | None, n_test: int) -> str:
-    """Return an accuracy with its standard error: 97.22 % ± 0.87."""
-    return _UNKNOWN if value is None else f"{100 * value:.2f} % ± {100 * _standard_error(value, n_test):.2f}"
 
 
 def points_lost(dense: Side, pruned: Side) -> float | None:
@@ -128,7 +97,7 @@ def points_lost(dense: Side, pruned: Side) -> float | None:
 
 def latency_text(latency: Latency | None) -> str:
     """Return the median of a measured latency."""
-    return microseconds(latency.median_us) if latency else _UNKNOWN
+    return microseconds(latency.median_us) if latency else UNKNOWN
 
 
 def faster_text(speedup: float | None) -> str:
@@ -140,7 +109,7 @@ def _head(report: Report) -> str:
     return (
         f"# {report.model} on {report.target}\n\n"
         f"Pruned with `{report.algorithm}`, budget {report.budget.asked} ({report.budget.metric}), data `{report.data}`, "
-        f"{report.epochs} epochs of fine-tuning, seed {report.seed}."
+        f"{trained_text(report.epochs, report.epochs_before)}, seed {report.seed}."
     )
 
 
@@ -149,7 +118,7 @@ def _accuracy_section(report: Report) -> str:
         return ""
     steps = (("dense", report.dense.accuracy), ("compacted", report.compacted_accuracy), ("fine-tuned", report.pruned.accuracy))
     rows = [(step, accuracy_text(value, report.n_test)) for step, value in steps]
-    return f"## Accuracy\n\nOn {report.n_test} test samples, read once; ± is one standard error.\n\n" + _table(
+    return f"## Accuracy\n\nOn {report.n_test} test samples, read once; ± is one standard error.\n\n" + markdown_table(
         ("step", "accuracy"), rows
     )
 
@@ -160,7 +129,13 @@ def _latency_section(report: Report) -> str:
     origin = f"The latency table is **{report.table}**." if report.table else "No latency table was needed."
     if report.table_error is not None:
         origin += f" Its mean error on random plans of this model is {100 * report.table_error:.1f} %."
-    parts = (f"## Latency, {_threads(report)}", origin, _table(columns, rows), _rounds(report.budget), _certificate(report))
+    parts = (
+        f"## Latency, {_threads(report)}",
+        origin,
+        markdown_table(columns, rows),
+        _rounds(report.budget),
+        _certificate(report),
+    )
     return "\n\n".join(part for part in parts if part)
 
 
@@ -178,13 +153,13 @@ def _rounds(budget: BudgetOutcome) -> str:
         "Each plan was built and measured before training; if it missed the budget, or left much of it unused, the table was "
         'corrected by that and the plan made again. "At most" is the measurement and two standard errors.'
     )
-    return f"{text}\n\n" + _table(columns, rows)
+    return f"{text}\n\n" + markdown_table(columns, rows)
 
 
 def _latency_row(name: str, side: Side) -> Row:
     predicted = microseconds(side.predicted_us) if side.predicted_us is not None else "none"
     if side.latency is None:
-        return (name, predicted, _UNKNOWN, "", "", "", "", "")
+        return (name, predicted, UNKNOWN, "", "", "", "", "")
     times = tuple(microseconds(us) for us in (side.latency.median_us, side.latency.p10_us, side.latency.p90_us))
     error = "" if side.predicted_us is None else f"{100 * (side.predicted_us / side.latency.median_us - 1):+.1f} %"
     load = "unknown" if side.latency.foreign_load is None else f"{100 * side.latency.foreign_load:.0f} %"
@@ -211,7 +186,7 @@ def _checks_section(report: Report) -> str:
         for c in report.checks
     ]
     columns = ("stage", "must equal", "relative error", "tolerance", "inputs", "")
-    return "## Numeric checks\n\n" + (_table(columns, rows) if rows else "None was made.")
+    return "## Numeric checks\n\n" + (markdown_table(columns, rows) if rows else "None was made.")
 
 
 def _groups_section(groups: Sequence[GroupOutcome]) -> str:
@@ -219,7 +194,7 @@ def _groups_section(groups: Sequence[GroupOutcome]) -> str:
         (f"`{g.name}`", f"{g.size} -> {g.kept}", str(len(g.members)), ", ".join(g.coupled_by), g.fixed or g.skipped)
         for g in groups
     ]
-    return "## Channels kept\n\n" + _table(("group", "channels", "members", "coupled by", "why whole"), rows)
+    return "## Channels kept\n\n" + markdown_table(("group", "channels", "members", "coupled by", "why whole"), rows)
 
 
 def _notes_section(report: Report) -> str:
@@ -240,7 +215,7 @@ def _origin_section(report: Report) -> str:
         if text
     ]
     rows = [*made, *files, *options, *stages, *facts]
-    return "## Where this comes from\n\n" + _table(("what", "value"), rows) if rows else ""
+    return "## Where this comes from\n\n" + markdown_table(("what", "value"), rows) if rows else ""
 
 
 def _budget_sentence(budget: BudgetOutcome) -> str:
@@ -266,10 +241,6 @@ def _threads(report: Report) -> str:
     return f"{report.threads} thread{'s' * (report.threads != 1)}"
 
 
-def _standard_error(accuracy: float | None, n_test: int) -> float:
-    return sqrt(accuracy * (1 - accuracy) / n_test) if accuracy is not None and n_test else 0.0
-
-
 def _points(dense: Side, pruned: Side) -> str:
     lost = points_lost(dense, pruned)
     return "" if lost is None else f"{-100 * lost:+.2f} points"
@@ -281,8 +252,3 @@ def _change(before: float, after: float) -> str:
 
 def _words(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -10,7 +10,7 @@ from deploypipe.errors import UsageError
 from deploypipe.measurement import Latency, Round
 from deploypipe.plan import Certificate
 
-REPORT_SCHEMA = 2
+REPORT_SCHEMA = 3
 JSON_NAME, MARKDOWN_NAME = "report.json", "report.md"
 
 
@@ -118,10 +118,50 @@ class Check:
 
 
 @dataclass(frozen=True)
+class SparseLayer:
+    """Zeros among the weights of one layer call.
+
+    Attributes:
+        name: Of the weight.
+        n_weights: All of them.
+        n_zeros: Those that are zero.
+        n_macs: Multiply-accumulates of the call, zeros included.
+    """
+
+    name: str
+    n_weights: int
+    n_zeros: int
+    n_macs: int
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train the pruned architecture, of several that are compared.
+
+    Attributes:
+        name: Which way.
+        seed: Of its training.
+        epochs: Of its training.
+        n_parameters: Trainable parameters.
+        accuracy: Share of the test set that is labelled right, 0 to 1.
+    """
+
+    name: str
+    seed: int
+    epochs: int
+    n_parameters: int
+    accuracy: float
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything that a run found out.
 
     Attributes:
+        epochs: Of fine-tuning.
+        epochs_before: Of training before pruning, where the algorithm does that.
+        sparsity: Zeros by layer, for algorithms that leave zeros in weights instead of cutting channels.
+        arms: Other ways to train the pruned architecture, and the one taken; empty if nothing was compared.
         compacted_accuracy: After compaction, before fine-tuning; None if there is no test set.
         n_test: Samples in the test set.
         threads: Of the runtime, while measuring.
@@ -157,6 +197,9 @@ class Report:
     command: str = ""
     created: str = ""
     notes: tuple[str, ...] = ()
+    epochs_before: int = 0
+    sparsity: tuple[SparseLayer, ...] = ()
+    arms: tuple[Arm, ...] = ()
 
     @property
     def speedup(self) -> float | None:
@@ -251,4 +294,6 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
         "checks": tuple(Check(**state) for state in values["checks"]),
         "certificate": Certificate(**values["certificate"]) if values["certificate"] else None,
         "notes": tuple(values["notes"]),
+        "sparsity": tuple(SparseLayer(**state) for state in values["sparsity"]),
+        "arms": tuple(Arm(**state) for state in values["arms"]),
     }

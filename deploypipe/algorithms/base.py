@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from deploypipe.allocation.allocate import allocate_widths, plan_of, ranking
+from deploypipe.allocation.threshold import threshold_widths, uniform_widths
 from deploypipe.cost import CostTable
 from deploypipe.errors import NotApplicable, UsageError
 from deploypipe.plan import Certificate, KeepPlan
@@ -82,20 +83,16 @@ class Statistics:
 
 
 class Algorithm(Protocol):
-    """A pruning method. Its options are the fields of its frozen dataclass."""
+    """A pruning method. Its options are the fields of its frozen dataclass.
+
+    A method whose result is zeros inside weights (single weights, kernels, columns), which no dense runtime skips, also has an
+    attribute or property `sparse = True`: its plan keeps everything, and its zeros are in the model that `train` returns.
+    """
 
     name: ClassVar[str]
 
     def plan(self, problem: Problem) -> KeepPlan:
         """Return which channels stay; `problem.table.predict` of it is within the budget."""
-        ...
-
-
-class Repairer(Algorithm, Protocol):
-    """An algorithm that also corrects the weights after compaction."""
-
-    def repair(self, small: nn.Module, problem: Problem, plan: KeepPlan) -> nn.Module:
-        """Return a corrected copy of the compacted model `small`."""
         ...
 
 
@@ -123,11 +120,9 @@ class Criterion(ABC):
         Raises:
             BudgetError: The budget cannot be reached.
         """
-        graph, stats = problem.graph, Statistics(problem)
-        scores, skipped = judged(graph, lambda group: self.score(group, stats).double().cpu().numpy())
-        orders = {name: ranking(score) for name, score in scores.items()}
-        values = {name: n_readers(graph.group(name)) * log_share(score[orders[name]]) for name, score in scores.items()}
-        return allocated(self, problem, orders, values, skipped)
+        stats = Statistics(problem)
+        scores, skipped = judged(problem.graph, lambda group: self.score(group, stats).double().cpu().numpy())
+        return shared_out(self, problem, scores, skipped, "shares")
 
 
 def judged(graph: Graph, judge: Callable[[Group], T]) -> tuple[dict[str, T], dict[str, str]]:
@@ -158,6 +153,32 @@ def allocated(
         skipped: Group -> why it was not judged and stays whole.
     """
     kept, certificate = problem.allocator(problem, orders, values)
+    return signed(algorithm, plan_of(problem.graph, orders, kept, certificate), skipped)
+
+
+SHARED_OUT = ("threshold", "uniform", "shares")
+
+
+def shared_out(
+    algorithm: Any, problem: Problem, scores: Mapping[str, NDArray[np.float64]], skipped: Mapping[str, str], how: str
+) -> KeepPlan:
+    """Return the plan that keeps the channels with the highest scores; `how` says what decides the widths.
+
+    Args:
+        algorithm: A frozen dataclass with a `name`.
+        problem: What was asked. An allocator other than the default decides the widths instead.
+        scores: Group -> (C,) scores, higher = keep; comparable across groups if one threshold is to cut them.
+        skipped: Group -> why it was not judged and stays whole.
+        how: One "threshold" over all channels; the same share of every group ("uniform"); or "shares", the exact allocator on
+            `log_share` of the scores.
+    """
+    orders = {name: ranking(score) for name, score in scores.items()}
+    if how == "shares" or problem.allocator is not by_values:
+        graph = problem.graph
+        values = {name: n_readers(graph.group(name)) * log_share(score[orders[name]]) for name, score in scores.items()}
+        return allocated(algorithm, problem, orders, values, skipped)
+    widths = uniform_widths if how == "uniform" else threshold_widths
+    kept, certificate = widths(problem.graph, scores, problem.table, problem.budget)
     return signed(algorithm, plan_of(problem.graph, orders, kept, certificate), skipped)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deploypipe.algorithms.base import Problem, Statistics, judged, producers, rows, signed
 from deploypipe.allocation.allocate import plan_of, ranking
-from deploypipe.allocation.scaled import nearest_width, scaled_widths
+from deploypipe.allocation.threshold import threshold_widths
 from deploypipe.plan import KeepPlan
 from deploypipe.types import Group
 
@@ -38,15 +38,11 @@ class Lamp:
         Raises:
             BudgetError: The budget cannot be reached.
         """
-        weights, legal = Statistics(problem).weights, problem.table.candidates(problem.graph)
+        weights = Statistics(problem).weights
         squared, skipped = judged(problem.graph, lambda group: squared_norms(group, weights))
         orders = {name: ranking(norms) for name, norms in squared.items()}
         scores = {name: lamp(norms[orders[name]]) for name, norms in squared.items()}
-
-        def widths(share: float) -> dict[str, int]:
-            return {name: nearest_width(legal[name], n) for name, n in survivors(scores, share).items()}
-
-        kept, certificate = scaled_widths(problem.graph, widths, problem.table, problem.budget)
+        kept, certificate = threshold_widths(problem.graph, scores, problem.table, problem.budget)
         return signed(self, plan_of(problem.graph, orders, kept, certificate), skipped)
 
 
@@ -70,11 +66,3 @@ def lamp(squared: Scores) -> Scores:
     first = np.arange(len(squared)) == 0
     scores: Scores = np.divide(squared, np.cumsum(squared), out=first.astype(np.float64), where=squared > 0)
     return scores
-
-
-def survivors(scores: Mapping[str, Scores], share: float) -> dict[str, int]:
-    """Return how many channels of each group are among that share of all channels with the highest scores."""
-    owner = np.repeat(np.arange(len(scores)), [len(score) for score in scores.values()])
-    best = ranking(np.concatenate([np.empty(0), *scores.values()]))[: round(share * len(owner))]
-    counts = np.bincount(owner[best], minlength=len(scores))
-    return dict(zip(scores, counts.tolist(), strict=True))

@@ -6,8 +6,11 @@ from deploypipe.plugins import resolve
 from deploypipe.targets import Target
 
 BACKENDS: dict[str, str] = {
+    "executorch": "deploypipe.backends.executorch:ExecuTorch",
+    "ncnn": "deploypipe.backends.ncnn:Ncnn",
     "onnxruntime": "deploypipe.backends.onnxruntime:OnnxRuntime",
     "openvino": "deploypipe.backends.openvino:OpenVino",
+    "ort-mobile": "deploypipe.backends.ort_mobile:OrtMobile",
     "tensorrt": "deploypipe.backends.tensorrt:TensorRt",
 }
 ENTRY_POINTS = "deploypipe.backends"

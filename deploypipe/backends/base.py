@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,8 @@ from deploypipe.targets import Target
 MAX_FOREIGN = 0.05  # share of our cores' time that others may take before a measurement counts as disturbed
 Facts = dict[str, Any]  # plain JSON values: versions, CPU, threads
 Arrays = dict[str, NDArray[np.generic]]
+Source = Literal["onnx", "program"]  # an ONNX file; what torch.export.save wrote (.pt2)
+Pricing = Literal["kernels", "models", "never"]
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,26 @@ class Profile:
 
 
 class Backend(Protocol):
-    """A runtime. Pure: no process, no socket; models are ONNX files."""
+    """A runtime. Pure: no process, no socket.
+
+    Attributes:
+        name: As a target file calls it.
+        suffix: Of the built file.
+        source: What it compiles: the files that its jobs are given, but for built ones.
+        pricing: Where a latency table comes from: `kernels` timed alone by ONNX models of a few hundred bytes, and inside
+            whole ones; times of whole `models`, to which layers are fitted; or `never`, if nothing can be run.
+        times_layers: Whether it can be asked for a profile.
+        tolerance: The most by which an output may differ, as a share of the largest one.
+        channel_multiple: For `models`: widths worth choosing from are multiples of this.
+    """
 
     name: ClassVar[str]
     suffix: ClassVar[str]
+    source: ClassVar[Source]
+    pricing: ClassVar[Pricing]
+    times_layers: ClassVar[bool]
+    tolerance: ClassVar[float]
+    channel_multiple: ClassVar[int]
 
     def available(self) -> tuple[bool, str]:
         """Return whether this machine can prepare jobs for it, and else what is missing."""

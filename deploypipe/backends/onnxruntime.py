@@ -25,8 +25,12 @@ class OnnxRuntime(Scripted):
 
     def profile_job(self, models: Mapping[str, Path | bytes], target: Target) -> Job:
         """Time kernels; for models given as files also ask for the optimised graph, which tells what feeds each kernel."""
-        files = {f"model-{i}.onnx": source for i, source in enumerate(models.values())}
         optimised = {name: f"optimised-{i}.onnx" for i, (name, source) in enumerate(models.items()) if isinstance(source, Path)}
+        return self.timed_kernels(models, optimised, target)
+
+    def timed_kernels(self, models: Mapping[str, Path | bytes], optimised: Mapping[str, str], target: Target) -> Job:
+        """Time kernels, and pull the optimised graphs (model -> file) that are asked for."""
+        files = {f"model-{i}.onnx": source for i, source in enumerate(models.values())}
         target = target.replace(runs=min(target.measure.runs, _MAX_PROFILED))
         details = {"models": dict(zip(models, files, strict=True)), "optimised": optimised}
         return self.job("profile", target, details, files, tuple(optimised.values()))
@@ -38,18 +42,26 @@ class OnnxRuntime(Scripted):
         for index, (name, source) in enumerate(models.items()):
             seen = result.pulled.get(f"optimised-{index}.onnx")
             model = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(str(source))
-            origins = Origins(model, onnx.load(str(seen)) if seen else None)
-            profiles[name] = Profile(_kernels(found["models"][name], origins), found["foreign_load"])
+            optimised = onnx.load(str(seen)) if seen else None
+            profiles[name] = Profile(kernels(found["models"][name], model, optimised), found["foreign_load"])
         return profiles
 
 
-def _kernels(rows: list[list[Any]], origins: Origins) -> tuple[KernelTime, ...]:
-    kernels: list[KernelTime] = []
+def kernels(rows: list[list[Any]], model: onnx.ModelProto, optimised: onnx.ModelProto | None = None) -> tuple[KernelTime, ...]:
+    """Tell which layers of the exported `model` the profiled kernels are.
+
+    Args:
+        rows: [node, operation, median, p10, p90, runs] in the order of execution.
+        model: As it was profiled.
+        optimised: What the runtime made of it; without it, a kernel that the runtime added follows what ran just before.
+    """
+    origins = Origins(model, optimised)
+    found: list[KernelTime] = []
     feeds: tuple[str, ...] = ()
     for name, op, median, p10, p90, runs in rows:
         weight = origins.weight(name)
         # A node that the optimiser made without a name follows what ran just before it.
         feeds = () if weight else origins.feeds(name) or feeds
-        kernels.append(KernelTime(name, op, weight, feeds, median, p10, p90, runs))
+        found.append(KernelTime(name, op, weight, feeds, median, p10, p90, runs))
         feeds = feeds or (weight,)
-    return tuple(kernels)
+    return tuple(found)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from deploypipe.backends.base import MAX_FOREIGN, Arrays, Facts, Timing
+from deploypipe.backends.base import MAX_FOREIGN, Arrays, Facts, Pricing, Source, Timing
 from deploypipe.errors import BackendError, TargetError, nearest
 from deploypipe.job import PYTHON, Job, JobResult
 from deploypipe.targets import Target
@@ -26,19 +26,26 @@ class Scripted:
         beside: Files that are pushed beside it.
         precisions: Those that a target may ask for.
         options: Sent to the script with every request.
+        packages: What must be importable; the backend's own name if none are listed.
     """
 
     name: ClassVar[str]
     suffix: ClassVar[str]
     script: ClassVar[str]
     beside: ClassVar[tuple[str, ...]] = ("stopwatch.py",)
+    source: ClassVar[Source] = "onnx"
+    pricing: ClassVar[Pricing] = "kernels"
+    times_layers: ClassVar[bool] = True
+    tolerance: ClassVar[float] = 1e-3  # other kernels (Winograd, fused multiply-add)
+    channel_multiple: ClassVar[int] = 1  # learned, where kernels are timed
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     options: ClassVar[Mapping[str, Any]] = {}
+    packages: ClassVar[tuple[str, ...]] = ()
 
     def available(self) -> tuple[bool, str]:
-        """Return whether the package is installed here."""
-        found = importlib.util.find_spec(self.name) is not None
-        return found, "" if found else f"pip install {self.name}"
+        """Return whether the packages are installed here, and else the line that installs those that are missing."""
+        missing = [name for name in self.packages or (self.name,) if importlib.util.find_spec(name) is None]
+        return not missing, f"pip install {' '.join(missing)}" if missing else ""
 
     def describe_job(self, target: Target) -> Job:
         """Ask for runtime version, processor and its vector extensions."""

@@ -15,7 +15,7 @@ from deploypipe.cli.build import Json, Model, Weights, show_report
 def inspect(model: Model = "demo", weights: Weights = None, as_json: Json = False) -> None:
     """Show layers, coupled channels, what is fixed and why, costs."""
     from deploypipe import pipeline
-    from deploypipe.render import count
+    from deploypipe.figures import count
 
     facts = pipeline.inspect(model, weights)
     if as_json:
@@ -122,7 +122,7 @@ def report(
 
 
 def _layer_row(layer: Any) -> tuple[str, ...]:
-    from deploypipe.render import count
+    from deploypipe.figures import count
 
     def times(sizes: tuple[int, ...]) -> str:
         return "x".join(map(str, sizes))

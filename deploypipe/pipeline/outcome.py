@@ -6,6 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from deploypipe import saved
 from deploypipe.algorithms import make
 from deploypipe.allocation.budget import parse_budget
@@ -18,7 +20,8 @@ from deploypipe.latency.table import LatencyTable
 from deploypipe.measurement import Latency, Round
 from deploypipe.pipeline.request import Request
 from deploypipe.plan import KeepPlan
-from deploypipe.report import BudgetOutcome, Check, GroupOutcome, Report, Side
+from deploypipe.report import Arm, BudgetOutcome, Check, GroupOutcome, Report, Side
+from deploypipe.sparsity import NONZERO, sparse_layers
 from deploypipe.targets import Target
 from deploypipe.types import Graph
 
@@ -42,13 +45,16 @@ class Findings:
     files: Mapping[str, Path]
     seconds: Mapping[str, float]
     facts: Mapping[str, Any]
+    epochs: tuple[int, int]  # before pruning, and of fine-tuning
+    sparse: tuple[nn.Module, nn.Module] | None  # before and after fine-tuning, of a method that leaves zeros in weights
+    arms: tuple[Arm, ...]
     notes: tuple[str, ...]
 
 
 def assemble(request: Request, data: Data, target: Target, found: Findings) -> Report:
     """Return the report of a run."""
     factor = found.rounds[found.chosen].factor if found.rounds else 1.0
-    predicted = factor * found.cost.predict(found.graph, found.plan)
+    predicted = _left(found, 0) if found.sparse else factor * found.cost.predict(found.graph, found.plan)
     limit, reached = _judged(request, found)
     return Report(
         model=str(request.model),
@@ -57,7 +63,8 @@ def assemble(request: Request, data: Data, target: Target, found: Findings) -> R
         algorithm=request.algo,
         options=asdict(make(request.algo, request.options)),
         seed=request.seed,
-        epochs=request.epochs,
+        epochs=found.epochs[1],
+        epochs_before=found.epochs[0],
         dense=_side("dense", None, found, 1.0),
         pruned=_side("pruned", found.plan, found, factor),
         compacted_accuracy=found.accuracies["compacted"],
@@ -76,6 +83,8 @@ def assemble(request: Request, data: Data, target: Target, found: Findings) -> R
         versions=versions(),
         machine=dict(found.facts),
         command=request.command,
+        sparsity=sparse_layers(found.sparse[1], found.graph) if found.sparse else (),
+        arms=found.arms,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         notes=(*found.notes, *_drift(found)),
     )
@@ -87,11 +96,19 @@ def _judged(request: Request, found: Findings) -> tuple[float, float]:
     The plan was made against the dense latency of the profile; the machine may have become slower or faster since. So a share
     is taken of the dense model that was measured in turns with the pruned one.
     """
+    if found.sparse:
+        return found.budget, _left(found, 1)
     counted = {"macs": macs, "params": params}
     if request.metric in counted:
         return found.budget, counted[request.metric](found.graph, found.plan)
     dense, pruned = (found.latencies[side]["median_us"] for side in ("dense", "pruned"))
     return parse_budget(request.budget, request.metric, dense), pruned
+
+
+def _left(found: Findings, when: int) -> float:
+    """Return what the budget counts of the weights that are not zero, before (0) or after (1) fine-tuning."""
+    assert found.sparse is not None, "only for methods that leave zeros"
+    return NONZERO[found.cost.unit](found.sparse[when], found.graph)
 
 
 def _drift(found: Findings) -> tuple[str, ...]:

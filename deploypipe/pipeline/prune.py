@@ -1,19 +1,22 @@
 """Prune in one call: trace, price, and let an algorithm choose the channels."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from deploypipe.algorithms import make
-from deploypipe.algorithms.base import Problem
+from deploypipe.algorithms.base import Problem, labelled
 from deploypipe.allocation.budget import parse_budget
 from deploypipe.cost import CostTable
 from deploypipe.count import MacTable, ParamTable
 from deploypipe.data.load import load_data
+from deploypipe.errors import UsageError
 from deploypipe.graph import trace
 from deploypipe.pipeline.request import Request
+from deploypipe.pipeline.training import trained
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler.measure import profile
 from deploypipe.progress import Reporter, Silent
@@ -34,6 +37,9 @@ def prune(  # noqa: PLR0913, PLR0917 - the public surface, named arguments in pr
 ) -> KeepPlan:
     """Return which channels of `model` to keep, by any algorithm.
 
+    An algorithm that trains before it prunes trains a copy here; the plan then fits the channels of that copy best. Algorithms
+    that leave zeros in weights cut no channels: use `build`.
+
     Args:
         model: Trained; left as it is.
         example_inputs: A tensor or the tuple of `forward`'s arguments.
@@ -42,7 +48,8 @@ def prune(  # noqa: PLR0913, PLR0917 - the public surface, named arguments in pr
         budget: "50%", "3ms", ...
         data: A (train, test) pair of Datasets of (input, label), one Dataset, or a `--data` string; only the training part is
             used. None for algorithms that need no data.
-        epochs: For algorithms that train before they prune; others ignore it.
+        epochs: Of the fine-tuning that is to follow, for algorithms that take it into account. How long an algorithm trains
+            before it prunes is its option `train_epochs`.
         seed: Of everything random.
         options: Of the algorithm.
         metric: What the budget counts: latency, macs or params.
@@ -53,6 +60,12 @@ def prune(  # noqa: PLR0913, PLR0917 - the public surface, named arguments in pr
     """
     request = Request(target=target, algo=algo, budget=budget, metric=metric, epochs=epochs, options=options or {}, seed=seed)
     request.check()
+    if getattr(make(algo, options or {}), "sparse", False):
+        raise UsageError(
+            f"'{algo}' leaves zeros in weights and cuts no channels",
+            at="prune",
+            fix="use deploypipe.build: it keeps the weights",
+        )
     example = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
     graph = trace(model, example)
     cost: CostTable
@@ -61,6 +74,12 @@ def prune(  # noqa: PLR0913, PLR0917 - the public surface, named arguments in pr
     else:
         cost = MacTable() if metric == "macs" else ParamTable()
     limit = parse_budget(budget, metric, cost.predict(graph))
-    train = None if data is None else load_data(data, size=tuple(example[0].shape[1:]), seed=seed).train
-    plan: KeepPlan = make(algo, options or {}).plan(Problem(model, graph, cost, limit, train, seed, reporter or Silent()))
+    loaded = None if data is None else load_data(data, size=tuple(example[0].shape[1:]), seed=seed)
+    algorithm = make(algo, options or {})
+    problem = Problem(model, graph, cost, limit, loaded.train if loaded else None, seed, reporter or Silent())
+    if hasattr(algorithm, "train"):
+        labelled(problem.data)
+        assert loaded is not None, "there is data to train on"
+        problem = replace(problem, model=trained(algorithm, problem, loaded, request.training)[0])
+    plan: KeepPlan = algorithm.plan(problem)
     return plan.replace(fingerprint=graph.fingerprint)

@@ -117,6 +117,11 @@ class Request:
         if self.value_rounds < 0:
             raise UsageError(f"value_rounds is {self.value_rounds}", at="--value-rounds", fix="use 0 or more")
         parse_budget(self.budget, self.metric, float("inf"))
-        make(self.algo, self.options)
+        if getattr(make(self.algo, self.options), "sparse", False) and self.metric == "latency":
+            raise UsageError(
+                f"'{self.algo}' sets single weights to zero: no dense runtime skips them, so that no latency is saved",
+                at="--metric latency",
+                fix="use --metric macs or --metric params, which count weights that are not zero",
+            )
         self.resolved_target()
         _ = self.training

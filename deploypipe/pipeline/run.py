@@ -6,7 +6,7 @@ exactly what depends on it.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -20,26 +20,27 @@ from deploypipe.algorithms.base import Problem
 from deploypipe.allocation.budget import parse_budget
 from deploypipe.compact import compact
 from deploypipe.cost import CostTable
-from deploypipe.count import MacTable, ParamTable
+from deploypipe.count import MacTable, ParamTable, params
 from deploypipe.data.load import Data, load_data
 from deploypipe.errors import BudgetError
-from deploypipe.export import export_onnx, simplify_onnx
 from deploypipe.graph import trace
 from deploypipe.heldout import HeldOut
 from deploypipe.latency.table import LatencyTable
 from deploypipe.models.load import Loaded, load_model
 from deploypipe.pipeline import stages
+from deploypipe.pipeline.artifacts import artifact_stage, bench_stage, checks_stage, simplifier_notes
 from deploypipe.pipeline.outcome import Findings, assemble
 from deploypipe.pipeline.planning import Planner, read_rounds
 from deploypipe.pipeline.record import recorded
 from deploypipe.pipeline.request import KEPT_BY_USER, Request
-from deploypipe.pipeline.valuing import held_out, value_notes
+from deploypipe.pipeline.training import arms_stage, epochs_before, schedule, train_stage, tuned, tuning_hooks
+from deploypipe.pipeline.valuing import held_back, held_out, value_notes
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler.measure import profile
 from deploypipe.progress import Reporter, Silent
-from deploypipe.report import Check, Report
-from deploypipe.store import CHECKPOINT, Kept, Store
-from deploypipe.training.finetune import finetune
+from deploypipe.report import Arm, Check, Report
+from deploypipe.store import Kept, Store
+from deploypipe.training.settings import TrainSettings
 from deploypipe.types import Graph
 
 
@@ -80,6 +81,7 @@ class _Run:
         self.request, self.store, self.reporter = request, store, reporter
         self.target = request.resolved_target()
         self.device = stages.Device(self.target)
+        self.algorithm = make(request.algo, request.options)
         self.loaded: Loaded = load_model(str(request.model), request.weights)
         self.data: Data = load_data(
             request.data,
@@ -121,36 +123,62 @@ class _Run:
     @cached_property
     def problem(self) -> Problem:
         """What the algorithm is asked. It sees training data only."""
-        data = self.meter.fit if self.meter else self.data.train
-        return Problem(self.loaded.model, self.graph, self.cost, self.budget, data, self.request.seed, self.reporter)
+        request = self.request
+        return Problem(self.loaded.model, self.graph, self.cost, self.budget, self.fit.train, request.seed, self.reporter)
+
+    @cached_property
+    def fit(self) -> Data:
+        """The data that the algorithm sees: without the part that measures widths."""
+        return held_back(self.request, self.data) if self.request.value == "measured" else self.data
+
+    @cached_property
+    def trained(self) -> Kept[nn.Module] | None:
+        """The model after what the algorithm trains before it plans; None if it trains nothing."""
+        if not hasattr(self.algorithm, "train"):
+            return None
+        key = [*self.asked, torch.get_num_threads()]
+        return train_stage(self.store, self.algorithm, self.problem, self.fit, self.request.training, key)
+
+    @cached_property
+    def basis(self) -> Problem:
+        """What the algorithm is asked once it has trained: planning, compaction and repair start from that model."""
+        return replace(self.problem, model=self.trained.value) if self.trained else self.problem
+
+    @cached_property
+    def asked(self) -> list[object]:
+        """What training before planning and the plan depend on."""
+        request = self.request
+        source = self.table if request.metric == "latency" else request.metric
+        key = [request.algo, asdict(self.algorithm), self.budget, source, self.data.key, request.seed, request.keep]
+        return [*key, self.dense_key, *([request.value] if request.value == "measured" else [])]
 
     @cached_property
     def meter(self) -> HeldOut | None:
         """Measures what widths are worth; None if the algorithm's scores say it."""
-        return held_out(self.request, self.loaded, self.graph, self.data) if self.request.value == "measured" else None
+        if self.request.value != "measured":
+            return None
+        key = self.trained.key if self.trained else self.loaded.key
+        return held_out(self.request, self.basis.model, key, self.graph, self.data)
 
     @cached_property
     def plan(self) -> Kept[KeepPlan]:
         """Which channels stay."""
-        request, timed = self.request, self.request.metric == "latency"
-        algorithm = asdict(make(request.algo, request.options))
-        source = self.table if timed else request.metric
-        key = [request.algo, algorithm, self.budget, source, self.data.key, request.seed, request.keep, self.dense_key]
+        request, key = self.request, [*self.asked, self.trained]
         if self.meter:
-            key += [request.value, request.value_rounds, self.meter.effort]
-        planner = Planner(request, self.store, self.device, self.problem, key, lambda: self.artifact("dense"), self.meter)
-        return planner.measured(self.table.value) if timed else planner.once()
+            key += [request.value_rounds, self.meter.effort]
+        planner = Planner(request, self.store, self.device, self.basis, key, lambda: self.artifact("dense"), self.meter)
+        return planner.measured(self.table.value) if request.metric == "latency" else planner.once()
 
     @cached_property
     def compacted(self) -> Kept[nn.Module]:
         """The smaller model, proven equal to the masked one, then repaired if the algorithm does that."""
-        algorithm, plan = make(self.request.algo, self.request.options), self.plan.value
+        algorithm, plan, model = self.algorithm, self.plan.value, self.basis.model
 
         def cut(folder: Path) -> None:
-            small = compact(self.loaded.model, self.graph, plan)
-            proof = stages.check_compaction(self.loaded.model, small, self.graph, plan, self.inputs)
+            small = compact(model, self.graph, plan)
+            proof = stages.check_compaction(model, small, self.graph, plan, self.inputs)
             if hasattr(algorithm, "repair"):
-                small = algorithm.repair(small, self.problem, plan)
+                small = algorithm.repair(small, self.basis, plan)
             saved.save_origin(folder, saved.Origin(str(self.request.model), self.graph.fingerprint))
             saved.save_weights(small, folder / "compact.safetensors")
             _write_json(folder / "compact.json", [asdict(c) for c in proof])
@@ -158,20 +186,33 @@ class _Run:
         return self.store.keep("compact", [1, self.plan], cut, lambda root: self._small(root / "compact.safetensors"))
 
     @cached_property
+    def tuning(self) -> TrainSettings:
+        """Settings of fine-tuning."""
+        return schedule(self.algorithm, self.request.training, self.basis, self.plan.value)
+
+    @cached_property
     def tuned(self) -> Kept[nn.Module]:
         """The model after fine-tuning."""
-        settings = self.request.training
+        settings, start = self.tuning, self.compacted.value
 
         def tune(folder: Path) -> None:
-            small = stages.ready(self.compacted.value, self.data, settings)
-            if settings.epochs:
-                teacher = self.loaded.model if settings.distill else None
-                file = folder / CHECKPOINT / "state.safetensors"
-                small = finetune(small, self.data, settings, teacher=teacher, checkpoint=file, reporter=self.reporter)
+            hooks = tuning_hooks(self.algorithm, self.basis, start, self.plan.value)
+            small = tuned(start, self.data, settings, self.loaded.model, folder, self.reporter, hooks)
             saved.save_weights(small, folder / saved.WEIGHTS)
 
         key = [1, self.compacted, settings, torch.get_num_threads()]
         return self.store.keep("finetune", key, tune, lambda root: self._small(root / saved.WEIGHTS))
+
+    @cached_property
+    def arms(self) -> Kept[list[Arm]] | None:
+        """Other ways to train the same architecture, if the algorithm is reported beside them."""
+        if not hasattr(self.algorithm, "rivals"):
+            return None
+        rivals = self.algorithm.rivals(self.request.training, self.basis, self.plan.value)
+        n_parameters, accuracy = params(self.graph, self.plan.value), self.accuracies.value["pruned"]
+        own = Arm(self.algorithm.arm, self.tuning.seed, self.tuning.epochs, n_parameters, accuracy)
+        key = [self.plan, self.data.key, torch.get_num_threads()]
+        return arms_stage(self.store, rivals, self.data, self.loaded.model, own, key, self.reporter)
 
     @property
     def artifacts(self) -> dict[str, Kept[Path]]:
@@ -181,58 +222,20 @@ class _Run:
     @cache  # noqa: B019 - lives as long as the run, as the stages above do
     def artifact(self, side: str) -> Kept[Path]:
         """Export, simplify and build one model; return the stage of the built file."""
-        spec, example = self.target.build, self.loaded.example
-        model, origin = (self.loaded.model, self.dense_key) if side == "dense" else (self.tuned.value, self.tuned)
-
-        def export(folder: Path) -> None:
-            export_onnx(model, example, folder / f"{side}.onnx", spec.opset)
-
-        exported = self.store.keep(f"export-{side}", [1, origin, spec.opset], export, lambda root: root / f"{side}.onnx")
-
-        def simplify(folder: Path) -> None:
-            found = simplify_onnx(exported.value, folder / f"{side}-simplified.onnx")
-            note = "" if found.ok else f"{side}.onnx was not simplified: {found.reason}"
-            _write_json(folder / f"{side}-simplified.json", note)
-
-        simple = exported
-        if spec.simplify:
-            name = f"{side}-simplified.onnx"
-            simple = self.store.keep(f"simplify-{side}", [1, exported], simplify, lambda root: root / name)
-        built = f"{side}-built{self.device.backend.suffix}"
-        return self.store.keep(
-            f"build-{side}",
-            [1, simple, asdict(self.target.build), self.device.facts],
-            lambda folder: self.device.build(simple.value, folder / built),
-            lambda root: root / built,
-        )
+        example = self.loaded.example
+        if side == "dense":
+            return artifact_stage(self.store, self.device, side, self.loaded.model, example, self.dense_key)
+        return artifact_stage(self.store, self.device, side, self.tuned.value, example, self.tuned)
 
     @cached_property
     def checks(self) -> Kept[list[Check]]:
         """Each stage's outputs against those of the stage before."""
-        artifact = self.artifact("pruned")
-        files = {"onnx": "pruned.onnx", "simplified": "pruned-simplified.onnx", "built": artifact.value.name}
-
-        def compare(folder: Path) -> None:
-            present = {stage: self.store.root / name for stage, name in files.items() if (self.store.root / name).is_file()}
-            found = stages.check_files(self.tuned.value, present, self.inputs, self.device)
-            _write_json(folder / "checks.json", [asdict(c) for c in found])
-
-        def read(root: Path) -> list[Check]:
-            texts = [(root / name).read_text() for name in ("compact.json", "checks.json")]
-            return [Check(**row) for text in texts for row in json.loads(text)]
-
-        return self.store.keep("verify", [1, self.tuned, artifact, self.data.key], compare, read)
+        return checks_stage(self.store, self.device, self.tuned, self.artifact("pruned"), self.inputs, self.data.key)
 
     @cached_property
     def latencies(self) -> Kept[dict[str, Any]]:
         """Dense and pruned artifact measured in turns."""
-        files = self.artifacts
-
-        def bench(folder: Path) -> None:
-            _write_json(folder / "latency.json", self.device.bench({side: file.value for side, file in files.items()}))
-
-        key = [1, *files.values(), asdict(self.target.measure), self.device.facts]
-        return self.store.keep("bench", key, bench, lambda root: json.loads((root / "latency.json").read_text()))
+        return bench_stage(self.store, self.device, self.artifacts)
 
     @cached_property
     def accuracies(self) -> Kept[dict[str, Any]]:
@@ -259,16 +262,16 @@ class _Run:
         return self.store.keep("report", key, lambda folder: render.write(self._assembled(order), folder), Report.load).value
 
     def _stages(self) -> list[Kept[Any]]:
-        order: list[Kept[Any]] = [self.plan, self.compacted, self.tuned]
-        order += [*self.artifacts.values(), self.checks, self.latencies, self.accuracies]
-        if self.request.metric == "latency":
-            order.insert(0, self.table)
-        return order
+        first = [self.table] if self.request.metric == "latency" else []
+        order: list[Kept[Any] | None] = [*first, self.trained, self.plan, self.compacted, self.tuned, *self.artifacts.values()]
+        order += [self.checks, self.latencies, self.accuracies, self.arms]
+        return [stage for stage in order if stage]
 
     def _assembled(self, order: Sequence[Kept[Any]]) -> Report:
         chosen, rounds = read_rounds(self.store.root)
-        notes = [json.loads(file.read_text()) for file in sorted(self.store.root.glob("*-simplified.json"))]
+        notes = simplifier_notes(self.store.root)
         valued = value_notes(self.store.root / f"plan-{chosen + 1}" if rounds else self.store.root)
+        sparse = getattr(self.algorithm, "sparse", False)
         found = Findings(
             graph=self.graph,
             plan=self.plan.value,
@@ -283,6 +286,9 @@ class _Run:
             files={side: kept.value for side, kept in self.artifacts.items()},
             seconds={stage.stage: stage.seconds for stage in order},
             facts=self.device.facts,
+            epochs=(epochs_before(self.store.root) if self.trained else 0, self.tuning.epochs),
+            sparse=(self.compacted.value, self.tuned.value) if sparse else None,
+            arms=tuple(self.arms.value) if self.arms else (),
             notes=tuple(note for note in (*self.loaded.notes, *self.graph.notes, *valued, *notes) if note),
         )
         report = assemble(self.request, self.data, self.target, found)

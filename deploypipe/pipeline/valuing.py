@@ -6,17 +6,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from deploypipe.algorithms import make
 from deploypipe.algorithms.base import Allocator, Orders, Problem, Values, by_values
 from deploypipe.compact import compact
 from deploypipe.cost import CostTable
 from deploypipe.count import MacTable
 from deploypipe.curves import Curves, curves_table
+from deploypipe.data.batches import split
 from deploypipe.data.load import Data, load_data
 from deploypipe.errors import UsageError
 from deploypipe.graph import trace
-from deploypipe.heldout import Effort, HeldOut, Meter, memo_name
-from deploypipe.models.load import Loaded, load_model
+from deploypipe.heldout import HELD_OUT, Effort, HeldOut, Meter, memo_name
+from deploypipe.models.load import load_model
 from deploypipe.pipeline.request import KEPT_BY_USER, Request
 from deploypipe.pipeline.stages import real_inputs
 from deploypipe.plan import Certificate, KeepPlan
@@ -29,11 +32,24 @@ from deploypipe.types import Graph
 VALUES_FILE = "values.json"
 
 
-def held_out(request: Request, loaded: Loaded, graph: Graph, data: Data) -> HeldOut:
-    """Return what measures plans of this model; what it finds is kept in the user's cache, for every run with this seed."""
+def held_out(request: Request, model: nn.Module, key: str, graph: Graph, data: Data) -> HeldOut:
+    """Return what measures plans of this model; what it finds is kept in the user's cache, for every run with this seed.
+
+    Args:
+        request: Its seed decides what is held out.
+        model: Whose plans are measured.
+        key: Of its weights.
+        graph: Of the model.
+        data: Whose training set is split.
+    """
     effort = Effort()
-    memo = cache_folder() / "sensitivity" / memo_name(loaded.key, graph.fingerprint, data.key, request.seed, effort)
-    return HeldOut(loaded.model, graph, data, memo, seed=request.seed, effort=effort)
+    memo = cache_folder() / "sensitivity" / memo_name(key, graph.fingerprint, data.key, request.seed, effort)
+    return HeldOut(model, graph, data, memo, seed=request.seed, effort=effort)
+
+
+def held_back(request: Request, data: Data) -> Data:
+    """Return the data without the part of its training set that `held_out` measures on."""
+    return replace(data, train=split(data.train, HELD_OUT, request.seed)[0], key=f"{data.key} without {HELD_OUT} held out")
 
 
 def choose(request: Request, problem: Problem, meter: Meter | None, folder: Path) -> KeepPlan:
@@ -97,7 +113,7 @@ def sensitivity(request: Request, reporter: Reporter | None = None) -> Curves:
     cost: CostTable = MacTable()
     if request.metric == "latency":
         cost = profile(loaded.model, loaded.example, request.resolved_target(), graph=graph, reporter=tell)
-    meter = held_out(request, loaded, graph, data)
+    meter = held_out(request, loaded.model, loaded.key, graph, data)
     problem = Problem(loaded.model, graph, cost, cost.predict(graph), meter.fit, request.seed, tell)
     found: list[Curve] = []
 

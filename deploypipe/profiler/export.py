@@ -1,15 +1,18 @@
-"""A model as the file that the runtime is timed with: what a build would give it."""
+"""A model as the file that the runtime is given: what its backend compiles from."""
 
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from deploypipe.export import export_onnx, simplify_onnx
+from deploypipe.backends import load_backend
+from deploypipe.export import export_onnx, export_program, simplify_onnx
 from deploypipe.targets import Target
 
 
 def exported(model: nn.Module, example: Any, target: Target, folder: Path) -> Path:
-    """Export and, if the target wants it, simplify `model`; return the ONNX file in `folder`."""
+    """Export and, if it is ONNX and the target wants it, simplify `model`; return the file in `folder`."""
+    if load_backend(target).source == "program":
+        return export_program(model, example, folder / "model.pt2")
     path = export_onnx(model, example, folder / "model.onnx", target.build.opset).path
     return simplify_onnx(path, folder / "simple.onnx").path if target.build.simplify else path

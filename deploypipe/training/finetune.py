@@ -78,6 +78,8 @@ class _Trainer:
     def train(self, student: nn.Module, teacher: nn.Module | None, path: Path | None) -> nn.Module:
         if self.settings.epochs:
             key = run_key(self.settings, self.data.key, student, teacher, self.hooks)
+            for hook in self.hooks:
+                hook.on_train_begin(student)
             optimizer = _optimizer(student, self.settings)
             run, run_optimizer = self.fabric.setup(student, optimizer)
             if teacher is not None:
@@ -85,6 +87,8 @@ class _Trainer:
             saved = Checkpoint(path, key, student, optimizer, self.hooks) if path else None
             first = saved.load() if saved else 0
             self._epochs(first, (run, run_optimizer, student), teacher, saved)
+            for hook in reversed(self.hooks):
+                hook.on_train_end(student)
         return student.cpu().to(memory_format=torch.contiguous_format).eval()
 
     def _epochs(
@@ -131,7 +135,10 @@ class _Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = self.settings.lr_at(step, self.n_steps)
             optimizer.zero_grad()
-            loss = self._loss(run, teacher, *self.fabric.to_device((inputs, labels)))
+            placed = self.fabric.to_device((inputs, labels))
+            loss = self._loss(run, teacher, *placed)
+            for hook in self.hooks:
+                loss = hook.on_loss(student, loss, placed[1])
             self._check(loss, step)
             self.fabric.backward(loss)
             for hook in self.hooks:

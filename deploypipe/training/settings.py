@@ -70,15 +70,23 @@ class TrainSettings:
 class TrainHook:
     """What an algorithm does while a model is trained; override what is needed.
 
-    Called in this order: backward, `on_batch_backward`, optimizer step, `on_step_end`; after the last step of an epoch
-    `on_epoch_end`. A hook that remembers tensors returns them from `state` and takes them back in `restore`, so that an
-    interrupted run goes on exactly where it was.
+    Called in this order: once `on_train_begin`; forward, `on_loss`, backward, `on_batch_backward`, optimizer step,
+    `on_step_end`; after the last step of an epoch `on_epoch_end`; once `on_train_end`. A hook that remembers tensors returns
+    them from `state` and takes them back in `restore`, so that an interrupted run goes on exactly where it was. With no epochs
+    nothing is called.
 
     Attributes:
         key: Whatever else decides the hook's effect, such as its options; a checkpoint written under another key is not used.
     """
 
     key: str = ""
+
+    def on_train_begin(self, model: nn.Module) -> None:
+        """Prepare the copy that is trained: forward hooks, more parameters (they are trained, too)."""
+
+    def on_loss(self, model: nn.Module, loss: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss to minimise, with a term of the hook's own added."""
+        return loss
 
     def on_batch_backward(self, model: nn.Module, step: int) -> None:
         """Read or change the gradients of optimizer step `step`, counted from 0."""
@@ -88,6 +96,9 @@ class TrainHook:
 
     def on_epoch_end(self, model: nn.Module, epoch: int) -> None:
         """Read or change the weights after epoch `epoch`, counted from 0."""
+
+    def on_train_end(self, model: nn.Module) -> None:
+        """Take back what `on_train_begin` did, so that the architecture is the former one."""
 
     def state(self) -> Mapping[str, Tensor]:
         """Return what must outlive an interruption."""

@@ -7,7 +7,8 @@ from torch import nn
 
 from deploypipe.algorithms import make
 from deploypipe.algorithms.base import Problem
-from deploypipe.algorithms.lamp import lamp, squared_norms, survivors
+from deploypipe.algorithms.lamp import lamp, squared_norms
+from deploypipe.allocation.threshold import survivors
 from deploypipe.count import MacTable
 from deploypipe.errors import NotApplicable
 from deploypipe.graph import trace

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from sample_report import BARE, REPORT
 
-from deploypipe import render
+from deploypipe import figures, render
 from deploypipe.errors import UsageError
 from deploypipe.measurement import Latency
 from deploypipe.report import Check, Report
@@ -27,7 +27,7 @@ def test_json_and_back_is_the_identity(report: Report, tmp_path: Path) -> None:
 def test_json_holds_the_derived_figures() -> None:
     state = json.loads(json.dumps(REPORT.to_json()))
     assert state["speedup"] == pytest.approx(120.4 / 59.7)
-    assert (state["budget_met"], state["checks_passed"], state["schema"]) == (True, True, 2)
+    assert (state["budget_met"], state["checks_passed"], state["schema"]) == (True, True, 3)
 
 
 @pytest.mark.parametrize("missing", [part.name for part in fields(Report)])
@@ -40,7 +40,7 @@ def test_a_missing_field_is_named(missing: str) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "not JSON"), ("[]", "not a JSON object"), ('{"schema": 99}', "schema 99"), ('{"schema": 2}', "malformed: 'model'")],
+    [("{", "not JSON"), ("[]", "not a JSON object"), ('{"schema": 99}', "schema 99"), ('{"schema": 3}', "malformed: 'model'")],
 )
 def test_a_broken_report_is_explained(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "report.json").write_text(content)
@@ -119,7 +119,7 @@ def test_slower_is_not_called_faster() -> None:
     [(0, "0"), (999, "999"), (1000, "1.00 k"), (41_290, "41.3 k"), (999_600, "1000 k"), (1_820_000_000, "1.82 G")],
 )
 def test_count(number: float, text: str) -> None:
-    assert render.count(number) == text
+    assert figures.count(number) == text
 
 
 @pytest.mark.parametrize(
@@ -135,12 +135,12 @@ def test_count(number: float, text: str) -> None:
     ],
 )
 def test_microseconds(us: float, text: str) -> None:
-    assert render.microseconds(us) == text
+    assert figures.microseconds(us) == text
 
 
 @pytest.mark.parametrize(("n_bytes", "text"), [(12, "12 B"), (181_234, "181 kB"), (46_800_000, "46.8 MB")])
 def test_size(n_bytes: int, text: str) -> None:
-    assert render.size(n_bytes) == text
+    assert figures.size(n_bytes) == text
 
 
 def test_widths_without_a_proof_are_called_so() -> None:
