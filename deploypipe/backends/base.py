@@ -15,6 +15,7 @@ MAX_FOREIGN = 0.05  # share of our cores' time that others may take before a mea
 Facts = dict[str, Any]  # plain JSON values: versions, CPU, threads
 Arrays = dict[str, NDArray[np.generic]]
 Source = Literal["onnx", "program"]  # an ONNX file; what torch.export.save wrote (.pt2)
+SUFFIX: Mapping[Source, str] = {"onnx": ".onnx", "program": ".pt2"}
 Pricing = Literal["kernels", "models", "never"]
 
 
@@ -125,6 +126,10 @@ class Backend(Protocol):
 
     def build_job(self, model: Path, target: Target) -> Job:
         """Compile `model`; the built file is pulled as `artifact` + suffix."""
+        ...
+
+    def read_build(self, result: JobResult) -> tuple[str, ...]:
+        """Return what the user should know about the built file, in sentences."""
         ...
 
     def bench_job(self, models: Mapping[str, Path | bytes], target: Target) -> Job:

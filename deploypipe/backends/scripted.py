@@ -60,6 +60,10 @@ class Scripted:
         artifact = "artifact" + self.suffix
         return self.job("build", target, {"model": "model.onnx", "artifact": artifact}, {"model.onnx": model}, (artifact,))
 
+    def read_build(self, result: JobResult) -> tuple[str, ...]:
+        """Return what the script found worth saying."""
+        return tuple(answer(result).get("notes", ()))
+
     def bench_job(self, models: Mapping[str, Path | bytes], target: Target) -> Job:
         """Time whole models in turns; a built artefact is a model like another."""
         files = {f"model-{i}.onnx": path for i, path in enumerate(models.values())}

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deploypipe.export import export_onnx, simplify_onnx
+from deploypipe.backends.base import SUFFIX
+from deploypipe.export import export_onnx, export_program, simplify_onnx
 from deploypipe.pipeline.stages import Device, check_files
 from deploypipe.report import Check
 from deploypipe.store import Kept, Store
@@ -27,29 +28,28 @@ def artifact_stage(
         example: Its inputs.
         origin: What the model was made from: part of the key.
     """
-    spec = device.target.build
+    spec, backend = device.target.build, device.backend
+    name, simpler, built = exported_name(device, side), f"{side}-simplified.onnx", f"{side}-built{backend.suffix}"
 
     def export(folder: Path) -> None:
-        export_onnx(model, example, folder / f"{side}.onnx", spec.opset)
-
-    exported = store.keep(f"export-{side}", [1, origin, spec.opset], export, lambda root: root / f"{side}.onnx")
+        if backend.source == "program":
+            export_program(model, example, folder / name)
+        else:
+            export_onnx(model, example, folder / name, spec.opset)
 
     def simplify(folder: Path) -> None:
-        found = simplify_onnx(exported.value, folder / f"{side}-simplified.onnx")
-        note = "" if found.ok else f"{side}.onnx was not simplified: {found.reason}"
-        (folder / f"{side}-simplified.json").write_text(json.dumps(note) + "\n")
+        found = simplify_onnx(exported.value, folder / simpler)
+        _note(folder / f"{side}-simplified.json", () if found.ok else (f"{name} was not simplified: {found.reason}",))
 
+    def build(folder: Path) -> None:
+        _note(folder / f"{side}-built.json", device.build(simple.value, folder / built))
+
+    key = [origin, spec.opset] if backend.source == "onnx" else [origin, backend.source]
+    exported = store.keep(f"export-{side}", [1, *key], export, lambda root: root / name)
     simple = exported
-    if spec.simplify:
-        name = f"{side}-simplified.onnx"
-        simple = store.keep(f"simplify-{side}", [1, exported], simplify, lambda root: root / name)
-    built = f"{side}-built{device.backend.suffix}"
-    return store.keep(
-        f"build-{side}",
-        [1, simple, asdict(spec), device.facts],
-        lambda folder: device.build(simple.value, folder / built),
-        lambda root: root / built,
-    )
+    if spec.simplify and backend.source == "onnx":
+        simple = store.keep(f"simplify-{side}", [2, exported], simplify, lambda root: root / simpler)
+    return store.keep(f"build-{side}", [2, simple, asdict(spec), device.facts], build, lambda root: root / built)
 
 
 def checks_stage(
@@ -61,7 +61,9 @@ def checks_stage(
     data_key: str,
 ) -> Kept[list[Check]]:
     """Compare each file of the pruned model with the one before, the first with the module; return these and earlier checks."""
-    files = {"onnx": "pruned.onnx", "simplified": "pruned-simplified.onnx", "built": artifact.value.name}
+    files = {device.backend.source: exported_name(device), "simplified": "pruned-simplified.onnx"}
+    if device.backend.pricing != "never":  # else nothing here runs what was built
+        files["built"] = artifact.value.name
 
     def compare(folder: Path) -> None:
         present = {stage: store.root / name for stage, name in files.items() if (store.root / name).is_file()}
@@ -86,6 +88,16 @@ def bench_stage(store: Store, device: Device, files: Mapping[str, Kept[Path]]) -
     return store.keep("bench", key, bench, lambda root: json.loads((root / "latency.json").read_text()))
 
 
-def simplifier_notes(root: Path) -> list[str]:
-    """Return why files were not simplified."""
-    return [note for file in sorted(root.glob("*-simplified.json")) if (note := json.loads(file.read_text()))]
+def exported_name(device: Device, side: str = "pruned") -> str:
+    """Return the file that the target's backend compiles from."""
+    return f"{side}{SUFFIX[device.backend.source]}"
+
+
+def file_notes(root: Path) -> list[str]:
+    """Return what there is to say about the simplified and the built files."""
+    files = sorted([*root.glob("*-simplified.json"), *root.glob("*-built.json")])
+    return list(dict.fromkeys(note for file in files for note in json.loads(file.read_text())))
+
+
+def _note(path: Path, notes: Sequence[str]) -> None:
+    path.write_text(json.dumps(list(notes)) + "\n")

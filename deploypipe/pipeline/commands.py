@@ -75,6 +75,9 @@ def bench_artifact(
     whole = Latency(**device.bench({"model": path})["model"])
     if layers:
         tell.stage("profile kernels")
+        layers = device.backend.times_layers
+        if not layers:
+            tell.note(f"backend {device.backend.name} gives no times of single layers")
     profiled = device.profile(path) if layers else None
     return ArtifactTimes(str(path), device.target.name, device.target.measure.threads, whole, profiled)
 

@@ -11,6 +11,8 @@ from torch import nn
 from deploypipe import saved
 from deploypipe.algorithms import make
 from deploypipe.allocation.budget import parse_budget
+from deploypipe.backends import load_backend
+from deploypipe.backends.base import SUFFIX
 from deploypipe.cost import CostTable
 from deploypipe.count import macs, params
 from deploypipe.data.load import Data
@@ -76,10 +78,10 @@ def assemble(request: Request, data: Data, target: Target, found: Findings) -> R
         checks=tuple(found.checks),
         certificate=found.plan.certificate,
         threads=target.measure.threads,
-        table="measured" if found.table else "",
+        table=str(found.table.facts.get("method", "measured")) if found.table else "",
         table_error=found.table.context(found.graph).error if found.table else None,
         seconds=found.seconds,
-        artifacts={"artifact": found.files["pruned"].name, "onnx": "pruned.onnx", "weights": saved.WEIGHTS, "plan": saved.PLAN},
+        artifacts={"artifact": found.files["pruned"].name, **_exported(target), "weights": saved.WEIGHTS, "plan": saved.PLAN},
         versions=versions(),
         machine=dict(found.facts),
         command=request.command,
@@ -103,6 +105,11 @@ def _judged(request: Request, found: Findings) -> tuple[float, float]:
         return found.budget, counted[request.metric](found.graph, found.plan)
     dense, pruned = (found.latencies[side]["median_us"] for side in ("dense", "pruned"))
     return parse_budget(request.budget, request.metric, dense), pruned
+
+
+def _exported(target: Target) -> dict[str, str]:
+    source = load_backend(target).source
+    return {source: f"pruned{SUFFIX[source]}"}
 
 
 def _left(found: Findings, when: int) -> float:

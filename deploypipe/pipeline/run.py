@@ -28,7 +28,7 @@ from deploypipe.heldout import HeldOut
 from deploypipe.latency.table import LatencyTable
 from deploypipe.models.load import Loaded, load_model
 from deploypipe.pipeline import stages
-from deploypipe.pipeline.artifacts import artifact_stage, bench_stage, checks_stage, simplifier_notes
+from deploypipe.pipeline.artifacts import artifact_stage, bench_stage, checks_stage, file_notes
 from deploypipe.pipeline.outcome import Findings, assemble
 from deploypipe.pipeline.planning import Planner, read_rounds
 from deploypipe.pipeline.record import recorded
@@ -269,7 +269,7 @@ class _Run:
 
     def _assembled(self, order: Sequence[Kept[Any]]) -> Report:
         chosen, rounds = read_rounds(self.store.root)
-        notes = simplifier_notes(self.store.root)
+        notes = file_notes(self.store.root)
         valued = value_notes(self.store.root / f"plan-{chosen + 1}" if rounds else self.store.root)
         sparse = getattr(self.algorithm, "sparse", False)
         found = Findings(

@@ -31,7 +31,6 @@ from deploypipe.verify import check, outputs_of, require
 
 N_INPUTS = 8  # real inputs that every verification runs on
 COMPACT_TOLERANCE = 1e-4  # float32 sums in another order
-ONNX_TOLERANCE = 1e-3  # other kernels (Winograd, fused multiply-add), relative to the largest output
 
 
 class Device:
@@ -47,14 +46,15 @@ class Device:
         with tempfile.TemporaryDirectory(prefix="deploypipe-") as folder:
             return self.backend.read_description(self.runner.run(self.backend.describe_job(self.target), Path(folder)))
 
-    def build(self, model: Path, artifact: Path) -> None:
-        """Compile an ONNX file into `artifact`."""
+    def build(self, model: Path, artifact: Path) -> tuple[str, ...]:
+        """Compile an exported model into `artifact`; return what the user should know about it."""
         with tempfile.TemporaryDirectory(dir=artifact.parent, prefix=".build-") as folder:
             result = self.runner.run(self.backend.build_job(model, self.target), Path(folder))
             next(iter(result.pulled[name] for name in result.pulled if name.startswith("artifact"))).replace(artifact)
+            return self.backend.read_build(result)
 
     def run(self, model: Path, inputs: Arrays) -> list[NDArray[np.generic]]:
-        """Return the outputs of an ONNX file or artifact, stacked over the inputs."""
+        """Return the outputs of an exported model or artifact, stacked over the inputs."""
         with tempfile.TemporaryDirectory(prefix="deploypipe-") as folder:
             result = self.runner.run(self.backend.run_job(model, inputs, self.target), Path(folder))
             return list(self.backend.read_run(result).values())
@@ -145,7 +145,7 @@ def check_files(
         outputs = device.run(path, arrays)
         found.append(
             require(
-                check(stage, before, reference, outputs, ONNX_TOLERANCE),
+                check(stage, before, reference, outputs, device.backend.tolerance),
                 f"look at {path.name}; another --target or opset may avoid the operation that differs",
             )
         )
