@@ -12,6 +12,7 @@ from platformdirs import user_cache_dir, user_data_dir
 
 from deploypipe.errors import TargetError, nearest
 
+NOT_RUN = "not run on hardware"
 _PACKAGE = Path(__file__).parent
 
 

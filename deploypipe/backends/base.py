@@ -124,8 +124,28 @@ class Backend(Protocol):
         """Read the answer of `describe_job`."""
         ...
 
+    def stated(self, model: Path, target: Target) -> bytes:
+        """Return `model` as the runtime is given it, with the target's precision written into it if need be."""
+        ...
+
+    def owner_job(self, models: Mapping[str, Path], target: Target) -> Job:
+        """Ask for everything at once, where a person carries files that `stated` made to the device and the answer back.
+
+        Raises:
+            TargetError: The backend has no such job.
+        """
+        ...
+
+    def by_hand(self, models: Mapping[str, str], target: Target) -> str:
+        """Return in Markdown how to measure files (name -> file) without the job of `owner_job`; "" if there is no such way."""
+        ...
+
     def build_job(self, model: Path, target: Target) -> Job:
         """Compile `model`; the built file is pulled as `artifact` + suffix."""
+        ...
+
+    def verdict(self, built: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return what the user should know about a built file, in sentences, from what the script found out about it."""
         ...
 
     def read_build(self, result: JobResult) -> tuple[str, ...]:

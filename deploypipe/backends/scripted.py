@@ -55,14 +55,31 @@ class Scripted:
         """Return the facts: runtime, version, processor, threads."""
         return answer(result)
 
+    def stated(self, model: Path, target: Target) -> bytes:
+        """Return the model as it is: these runtimes are told the precision when they load it."""
+        return model.read_bytes()
+
+    def owner_job(self, models: Mapping[str, Path], target: Target) -> Job:
+        """Refuse: the script has no such task."""
+        fix = "name a device with --host, or measure on this machine"
+        raise TargetError(f"backend {self.name} has no bundle to carry to a device", at=f"target {target.name}", fix=fix)
+
+    def by_hand(self, models: Mapping[str, str], target: Target) -> str:
+        """Return nothing: the runtime has no program of its own."""
+        return ""
+
     def build_job(self, model: Path, target: Target) -> Job:
         """Compile the model into one file."""
         artifact = "artifact" + self.suffix
         return self.job("build", target, {"model": "model.onnx", "artifact": artifact}, {"model.onnx": model}, (artifact,))
 
+    def verdict(self, built: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return what the script found worth saying."""
+        return tuple(built.get("notes", ()))
+
     def read_build(self, result: JobResult) -> tuple[str, ...]:
         """Return what the script found worth saying."""
-        return tuple(answer(result).get("notes", ()))
+        return self.verdict(answer(result))
 
     def bench_job(self, models: Mapping[str, Path | bytes], target: Target) -> Job:
         """Time whole models in turns; a built artefact is a model like another."""

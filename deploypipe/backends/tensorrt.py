@@ -12,6 +12,7 @@ import onnx.compose
 
 from deploypipe.backends.base import Arrays, Profile
 from deploypipe.backends.scripted import Scripted, answer
+from deploypipe.backends.trt_hand import by_hand, sparsity_verdict
 from deploypipe.backends.trt_layers import kernels
 from deploypipe.job import Job, JobResult
 from deploypipe.precision import tiny, typed
@@ -119,12 +120,31 @@ class TensorRt(Scripted):
         own = {"precision": target.build.precision, "tool": target.build.tool}
         return super().job(task, target, {**own, **details}, push, pull, timeout_s)
 
-    def _stated(self, source: Path | bytes, target: Target) -> Path | bytes:
-        """Return the model with the target's precision written into it; an engine as it is."""
+    def stated(self, model: Path | bytes, target: Target) -> bytes:
+        """Return the model with the target's precision written into it."""
         self.check_precision(target)
-        if is_engine(source):
-            return source
-        return bytes(typed(_loaded(source), target.build.precision).SerializeToString())
+        return bytes(typed(_loaded(model), target.build.precision).SerializeToString())
+
+    def owner_job(self, models: Mapping[str, Path], target: Target) -> Job:
+        """Ask for everything at once: device, latency of each model, times of its layers, what became of 2:4 sparsity.
+
+        The files are given as they are: they state their precision already.
+        """
+        files = {f"{name}.onnx": path for name, path in models.items()}
+        details = {"models": dict(zip(models, files, strict=True)), "tiny": "tiny.onnx", "answer": "results.json"}
+        return self.job("report", target, details, {**files, "tiny.onnx": tiny()}, ("results.json",))
+
+    def by_hand(self, models: Mapping[str, str], target: Target) -> str:
+        """Return the exact commands for each generation of trtexec."""
+        return by_hand(models, target.build.precision, target.measure.runs)
+
+    def verdict(self, built: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return what the builder said of 2:4 sparsity, where weights hold that pattern."""
+        return sparsity_verdict(built)
+
+    def _stated(self, source: Path | bytes, target: Target) -> Path | bytes:
+        """Return what a job is given: an engine as it is."""
+        return source if is_engine(source) else self.stated(source, target)
 
     def _models_job(self, task: str, models: Mapping[str, Path | bytes], target: Target) -> Job:
         files = {f"model-{i}.onnx": self._stated(source, target) for i, source in enumerate(models.values())}

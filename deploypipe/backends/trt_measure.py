@@ -8,6 +8,7 @@ state their precision, or zips of an engine and of what it was built on: an engi
 Which flags a version of trtexec takes stands in `trt_flags.py`, what it answers in `trt_answers.py`. Not run on hardware yet.
 """
 
+import hashlib
 import json
 import platform
 import re
@@ -207,7 +208,9 @@ def report(way: Any, request: Request) -> dict[str, Any]:
     """Everything that the owner of a device is asked for: who it is, the models as a whole, their layers."""
     facts = describe(way, {**request, "model": request["tiny"]})
     engines = Engines(way, request)
-    return {"facts": facts, "bench": bench(way, request, engines), "profile": profile(way, request, engines)}
+    hashes = {name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in request["models"].items()}
+    timed = {"bench": bench(way, request, engines), "profile": profile(way, request, engines)}
+    return {"facts": facts, "sha256": hashes, **timed}
 
 
 def text(path: str) -> str:

@@ -16,11 +16,18 @@ def profile(
     threads: Threads = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what was measured on this target before.")] = False,
     save: Annotated[Path | None, typer.Option(help="Write this model's part of the table into a new folder.")] = None,
+    results: Annotated[
+        Path | None, typer.Option("--import", help="Take in what the owner of a device measured with a run's bundle.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a model's layers at many widths, on the target."""
     from deploypipe import pipeline
 
+    if results:
+        found = pipeline.import_results(results)
+        console.answer_json(found) if as_json else console.pairs((k.replace("_", " "), str(v)) for k, v in found.items())
+        return
     with console.progress() as reporter:
         summary = pipeline.profile_model(model, weights, target, threads, reporter, fresh=fresh, save=save)
     if as_json:

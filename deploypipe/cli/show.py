@@ -48,14 +48,19 @@ def algos(as_json: Json = False) -> None:
 
 def targets(as_json: Json = False) -> None:
     """List the targets."""
-    from deploypipe.targets import list_targets, load_target
+    from deploypipe.targets import NOT_RUN, list_targets, load_target
 
     found = [load_target(path) for path in list_targets().values()]
     if as_json:
-        console.answer_json([{"name": t.name, "title": t.title, "backend": t.build.backend, "file": t.path} for t in found])
-    else:
-        columns = ("target", "what it is", "backend", "reached by", "threads")
-        console.table(columns, [(t.name, t.title, t.build.backend, t.reach.via, str(t.measure.threads)) for t in found])
+        names = ("name", "title", "like", "note", "run_on_hardware")
+        console.answer_json([{n: getattr(t, n) for n in names} | {"backend": t.build.backend, "file": t.path} for t in found])
+        return
+    columns = ("target", "what it is", "backend", "reached by", "threads", "hardware")
+    status = {True: "run", False: NOT_RUN}
+    rows = [(t.name, t.title, t.build.backend, t.reach.via, str(t.measure.threads), status[t.run_on_hardware]) for t in found]
+    console.table(columns, rows)
+    console.answer("")
+    console.pairs((t.name, t.note) for t in found if t.note)
 
 
 def doctor(as_json: Json = False) -> None:

@@ -53,7 +53,13 @@ class LatencyTable:
     @cached_property
     def id(self) -> str:
         """A short key of all measurements that the table predicts from; saving and loading keep it."""
-        return latency_file.identity(self.facts, self.steps, self.kernels, self.contexts)
+        key = latency_file.identity(self.facts, self.steps, self.kernels, self.contexts)
+        return f"{self.facts['source']}-{key}" if "source" in self.facts else key
+
+    @property
+    def source(self) -> str:
+        """Where the figures come from: "measured", "fitted" to whole models, "calibrated", or "estimated"."""
+        return str(self.facts.get("source") or self.facts.get("method") or "measured")
 
     def terms(self, graph: Graph) -> tuple[CostTerm, ...]:
         """Return one term per layer, one per group for the other kernels, and a constant one. Prices are in microseconds.

@@ -2,7 +2,8 @@
 
 from deploypipe.pipeline.commands import bench_artifact, inspect, profile_model
 from deploypipe.pipeline.request import Request
+from deploypipe.pipeline.returned import import_results
 from deploypipe.pipeline.run import build
 from deploypipe.pipeline.valuing import sensitivity
 
-__all__ = ["Request", "bench_artifact", "build", "inspect", "profile_model", "sensitivity"]
+__all__ = ["Request", "bench_artifact", "build", "import_results", "inspect", "profile_model", "sensitivity"]

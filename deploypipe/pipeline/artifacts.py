@@ -9,8 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from deploypipe.backends.base import SUFFIX
+from deploypipe.data.load import Data
 from deploypipe.export import export_onnx, export_program, simplify_onnx
-from deploypipe.pipeline.stages import Device, check_files
+from deploypipe.pipeline.stages import Device, accuracies, check_files
+from deploypipe.progress import Reporter
 from deploypipe.report import Check
 from deploypipe.store import Kept, Store
 
@@ -29,7 +31,7 @@ def artifact_stage(
         origin: What the model was made from: part of the key.
     """
     spec, backend = device.target.build, device.backend
-    name, simpler, built = exported_name(device, side), f"{side}-simplified.onnx", f"{side}-built{backend.suffix}"
+    name, simpler, built = exported_name(device, side), f"{side}-simplified.onnx", f"{side}-built{device.suffix}"
 
     def export(folder: Path) -> None:
         if backend.source == "program":
@@ -86,6 +88,18 @@ def bench_stage(store: Store, device: Device, files: Mapping[str, Kept[Path]]) -
 
     key = [1, *files.values(), asdict(device.target.measure), device.facts]
     return store.keep("bench", key, bench, lambda root: json.loads((root / "latency.json").read_text()))
+
+
+def accuracy_stage(
+    store: Store, models: Mapping[str, nn.Module], data: Data, origin: Sequence[object], reporter: Reporter
+) -> Kept[dict[str, Any]]:
+    """Read the test set, once; `origin` is what the models were made from."""
+
+    def test(folder: Path) -> None:
+        (folder / "accuracy.json").write_text(json.dumps(accuracies(models, data, reporter), indent=1) + "\n")
+
+    key = [1, *origin, data.key]
+    return store.keep("accuracy", key, test, lambda root: json.loads((root / "accuracy.json").read_text()))
 
 
 def exported_name(device: Device, side: str = "pruned") -> str:

@@ -8,10 +8,12 @@ from deploypipe.errors import UsageError
 from deploypipe.folder import explained
 from deploypipe.graph import trace
 from deploypipe.inspection import Inspection, inspect_graph
+from deploypipe.latency.estimate import CALIBRATED, ESTIMATED
 from deploypipe.latency.table import LatencyTable
 from deploypipe.latency.widths import Steps
 from deploypipe.measurement import Latency
 from deploypipe.models.load import load_model
+from deploypipe.pipeline.absent import device_of
 from deploypipe.pipeline.request import Request
 from deploypipe.pipeline.stages import Device
 from deploypipe.profiler.measure import profile
@@ -47,7 +49,8 @@ def profile_model(
     chosen = Request(target=target, threads=threads).resolved_target()
     loaded = load_model(model, weights)
     graph = trace(loaded.model, loaded.example)
-    table = profile(loaded.model, loaded.example, chosen, graph=graph, reporter=reporter, fresh=fresh)
+    known = device_of(chosen).known_table(graph, None)
+    table = known or profile(loaded.model, loaded.example, chosen, graph=graph, reporter=reporter, fresh=fresh)
     if save:
         with explained(Path(save)):
             table.only(graph).save(save)
@@ -86,10 +89,19 @@ def _summary(target: str, table: LatencyTable, graph: Graph) -> dict[str, Any]:
     """Return what profiling taught, in plain values."""
     context = table.context(graph)
     predicted = table.predict(graph)
+    if table.source == ESTIMATED:
+        return {
+            "target": target,
+            "latencies": f"{ESTIMATED}, not measured: there is no device at hand",
+            "kernels_estimated": len(table.kernels),
+            "dense_estimated_us": round(predicted, 1),
+            "rests_on": dict(table.facts["rates"]),
+        }
     return {
         "target": target,
+        "table": table.source,
         "runtime": f"{table.facts.get('runtime')} {table.facts.get('version')}, {table.facts.get('threads')} threads",
-        "kernels_measured": len(table.kernels),
+        f"kernels_{'estimated' if table.source == CALIBRATED else 'measured'}": len(table.kernels),
         "steps": "; ".join(f"{kind}: {_steps_text(steps)}" for kind, steps in sorted(table.steps.items())),
         "dense_measured_us": round(context.whole_us, 1),
         "dense_predicted_us": round(predicted, 1),

@@ -28,7 +28,9 @@ from deploypipe.heldout import HeldOut
 from deploypipe.latency.table import LatencyTable
 from deploypipe.models.load import Loaded, load_model
 from deploypipe.pipeline import stages
-from deploypipe.pipeline.artifacts import artifact_stage, bench_stage, checks_stage, file_notes
+from deploypipe.pipeline.absent import device_of
+from deploypipe.pipeline.artifacts import accuracy_stage, artifact_stage, bench_stage, checks_stage, file_notes
+from deploypipe.pipeline.bundle import bundle_stage
 from deploypipe.pipeline.outcome import Findings, assemble
 from deploypipe.pipeline.planning import Planner, read_rounds
 from deploypipe.pipeline.record import recorded
@@ -80,7 +82,7 @@ class _Run:
     def __init__(self, request: Request, store: Store, reporter: Reporter) -> None:
         self.request, self.store, self.reporter = request, store, reporter
         self.target = request.resolved_target()
-        self.device = stages.Device(self.target)
+        self.device = device_of(self.target, request.folder)
         self.algorithm = make(request.algo, request.options)
         self.loaded: Loaded = load_model(str(request.model), request.weights)
         self.data: Data = load_data(
@@ -99,7 +101,7 @@ class _Run:
     @cached_property
     def table(self) -> Kept[LatencyTable]:
         """Latency of every kernel at every width that may be chosen."""
-        given = self.request.table and stages.given_table(Path(self.request.table), self.graph, self.device)
+        given = self.device.known_table(self.graph, self.request.table)
 
         def measure(folder: Path) -> None:
             model, example = self.loaded.model, self.loaded.example
@@ -118,7 +120,8 @@ class _Run:
     @cached_property
     def budget(self) -> float:
         """The budget in the cost's unit."""
-        return parse_budget(self.request.budget, self.request.metric, self.cost.predict(self.graph))
+        limit = parse_budget(self.request.budget, self.request.metric, self.cost.predict(self.graph))
+        return self.device.within_reach(limit, self.cost, self.graph)
 
     @cached_property
     def problem(self) -> Problem:
@@ -167,7 +170,8 @@ class _Run:
         if self.meter:
             key += [request.value_rounds, self.meter.effort]
         planner = Planner(request, self.store, self.device, self.basis, key, lambda: self.artifact("dense"), self.meter)
-        return planner.measured(self.table.value) if request.metric == "latency" else planner.once()
+        timed = request.metric == "latency" and self.device.present
+        return planner.measured(self.table.value) if timed else planner.once()
 
     @cached_property
     def compacted(self) -> Kept[nn.Module]:
@@ -181,7 +185,7 @@ class _Run:
                 small = algorithm.repair(small, self.basis, plan)
             saved.save_origin(folder, saved.Origin(str(self.request.model), self.graph.fingerprint))
             saved.save_weights(small, folder / "compact.safetensors")
-            _write_json(folder / "compact.json", [asdict(c) for c in proof])
+            (folder / "compact.json").write_text(json.dumps([asdict(c) for c in proof], indent=1) + "\n")
 
         return self.store.keep("compact", [1, self.plan], cut, lambda root: self._small(root / "compact.safetensors"))
 
@@ -241,12 +245,13 @@ class _Run:
     def accuracies(self) -> Kept[dict[str, Any]]:
         """The one time that the test set is read."""
         models = {"dense": self.loaded.model, "compacted": self.compacted.value, "pruned": self.tuned.value}
+        return accuracy_stage(self.store, models, self.data, [self.tuned, self.dense_key], self.reporter)
 
-        def test(folder: Path) -> None:
-            _write_json(folder / "accuracy.json", stages.accuracies(models, self.data, self.reporter))
-
-        key = [1, self.tuned, self.dense_key, self.data.key]
-        return self.store.keep("accuracy", key, test, lambda root: json.loads((root / "accuracy.json").read_text()))
+    @cached_property
+    def bundle(self) -> Kept[Path] | None:
+        """What the owner of a device needs to measure the run; None if the device was there."""
+        table = self.table if self.request.metric == "latency" else None
+        return bundle_stage(self.store, self.device, self.artifacts, self.plan, table, self.graph)
 
     # ---- what the stages share -------------------------------------------------------------------------------------
 
@@ -256,15 +261,14 @@ class _Run:
     def report(self) -> Report:
         """Run every stage and put the findings together."""
         order = self._stages()
-        request = self.request
-        asked = [str(request.model), str(request.target), request.budget, request.metric, request.command]
+        asked = [str(getattr(self.request, name)) for name in ("model", "target", "budget", "metric", "command")]
         key = [2, *order, asked, self.data.description]
         return self.store.keep("report", key, lambda folder: render.write(self._assembled(order), folder), Report.load).value
 
     def _stages(self) -> list[Kept[Any]]:
         first = [self.table] if self.request.metric == "latency" else []
         order: list[Kept[Any] | None] = [*first, self.trained, self.plan, self.compacted, self.tuned, *self.artifacts.values()]
-        order += [self.checks, self.latencies, self.accuracies, self.arms]
+        order += [self.checks, self.latencies, self.accuracies, self.arms, self.bundle]
         return [stage for stage in order if stage]
 
     def _assembled(self, order: Sequence[Kept[Any]]) -> Report:
@@ -289,12 +293,8 @@ class _Run:
             epochs=(epochs_before(self.store.root) if self.trained else 0, self.tuning.epochs),
             sparse=(self.compacted.value, self.tuned.value) if sparse else None,
             arms=tuple(self.arms.value) if self.arms else (),
-            notes=tuple(note for note in (*self.loaded.notes, *self.graph.notes, *valued, *notes) if note),
+            notes=tuple(note for note in (*self.loaded.notes, *self.graph.notes, *valued, *notes, *self.device.notes) if note),
         )
         report = assemble(self.request, self.data, self.target, found)
         # The first plan, on the table as it was measured, beside the measurement that followed: nothing corrected since.
         return recorded(report, self.store.root, found.table, self.graph)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n")

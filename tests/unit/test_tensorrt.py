@@ -4,6 +4,7 @@
 import inspect
 import json
 import os
+import sys
 import zipfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import onnx
 import pytest
 import torch
 import trtexec_standin
+from ssh_server import SSHD, SshServer
 from torch import nn
 
 from deploypipe.backends import trt_answers, trt_flags
@@ -23,6 +25,7 @@ from deploypipe.export import export_onnx
 from deploypipe.latency.files import Shape
 from deploypipe.profiler.bench import opened
 from deploypipe.profiler.probe import Probe
+from deploypipe.runners import load_runner
 from deploypipe.runners.local import Local
 from deploypipe.targets import Reach, load_target
 
@@ -389,3 +392,37 @@ def test_the_python_way_calls_what_polygraphy_has():
     assert {"save_timing_cache"} <= set(inspect.signature(trt.EngineFromNetwork.__init__).parameters)
     assert {"copy_outputs_to_host"} <= set(inspect.signature(trt.TrtRunner.infer_impl).parameters)
     assert {"shape", "dtype"} <= set(inspect.signature(cuda.DeviceArray.__init__).parameters)
+
+
+# ---- the same jobs over SSH, to a server on the loopback address
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory):
+    """A 'device' with the stand-in on its PATH."""
+    made = SshServer(tmp_path_factory.mktemp("ssh"))
+    made.prepare()
+    trtexec_standin.install(made.folder / "bin", (10, 3, 0))
+    made.start(f"{made.folder / 'bin'}:{Path(sys.executable).parent}:/usr/bin:/bin")
+    yield made
+    made.stop()
+
+
+@pytest.mark.skipif(SSHD is None, reason="no SSH server here: apt install openssh-server")
+def test_engines_are_built_measured_and_run_over_ssh(board, model, path, tmp_path, monkeypatch):
+    monkeypatch.setenv("DEPLOYPIPE_SSH_CONFIG", str(board.config))
+    target = load_target("jetson").reached_at(board.host).replace(runs=2, warmup=1)
+    runner = load_runner(target)
+    try:
+        facts = BACKEND.read_description(runner.run(BACKEND.describe_job(target), tmp_path))
+        assert (facts["version"], facts["gpu"]) == ("10.3.0", trtexec_standin.GPU)
+        built = runner.run(BACKEND.build_job(path, target), tmp_path).pulled["artifact.zip"]
+        assert BACKEND.read_bench(runner.run(BACKEND.bench_job({"m": built}, target), tmp_path))["m"].median_us > 0
+        profile = BACKEND.read_profile(runner.run(BACKEND.profile_job({"m": path}, target), tmp_path), {"m": path})["m"]
+        assert [kernel.weight for kernel in profile.kernels if kernel.weight] == ["0.weight", "2.weight", "4.weight"]
+        inputs = {"input": INPUT.numpy()[None]}
+        found = BACKEND.read_run(runner.run(BACKEND.run_job(built, inputs, target), tmp_path))["output"]
+        np.testing.assert_allclose(found[0], model(INPUT).detach().numpy(), atol=1e-2)
+    finally:
+        runner.close()
+    assert list((board.home / ".cache/deploypipe/tensorrt").glob("timing-10.3.0.cache")), "kept on the device"
