@@ -47,6 +47,7 @@ def build(
     table: Annotated[Path | None, typer.Option(help="Use this latency table (from `profile --save`).")] = None,
     value: Value = "scores",
     value_rounds: ValueRounds = 2,
+    sparsity: Annotated[str, typer.Option(metavar="2:4", help="2:4 weights, for NVIDIA's tensor cores since Ampere.")] = "",
     as_json: Json = False,
 ) -> None:
     """Prune, compact, fine-tune, export, verify and measure a model."""
@@ -55,7 +56,7 @@ def build(
     request = pipeline.Request(
         model, weights, data, target, algo, budget, metric, epochs, out, seed, parse_settings(settings or ()),
         distill=distill, lr=lr, batch_size=batch_size, threads=threads, accuracy_floor=accuracy_floor,
-        keep=tuple(keep or ()), table=table, value=value, value_rounds=value_rounds,
+        keep=tuple(keep or ()), table=table, value=value, value_rounds=value_rounds, sparsity=sparsity,
         command=shlex.join(["deploypipe", *(context.obj or ())]),
     )  # fmt: skip
     with console.progress() as reporter:

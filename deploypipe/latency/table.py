@@ -4,6 +4,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from math import lcm
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -108,6 +109,10 @@ class LatencyTable:
         """
         mine = self.context(graph)
         return self.with_context(replace(mine, factor=mine.factor * factor))
+
+    def aligned(self, multiple: int) -> "LatencyTable":
+        """Return the table with only such channel counts to choose from as are multiples of `multiple`, too."""
+        return replace(self, steps={kind: replace(one, step=lcm(one.step, multiple)) for kind, one in self.steps.items()})
 
     def with_context(self, context: Context) -> "LatencyTable":
         """Return the table with this context, in the place of the one that it had for the same model."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deploypipe import render, saved
+from deploypipe import render, saved, two_four
 from deploypipe.algorithms import make
 from deploypipe.algorithms.base import Problem
 from deploypipe.allocation.budget import parse_budget
@@ -22,7 +22,6 @@ from deploypipe.compact import compact
 from deploypipe.cost import CostTable
 from deploypipe.count import MacTable, ParamTable, params
 from deploypipe.data.load import Data, load_data
-from deploypipe.errors import BudgetError
 from deploypipe.graph import trace
 from deploypipe.heldout import HeldOut
 from deploypipe.latency.table import LatencyTable
@@ -35,48 +34,19 @@ from deploypipe.pipeline.outcome import Findings, assemble
 from deploypipe.pipeline.planning import Planner, read_rounds
 from deploypipe.pipeline.record import recorded
 from deploypipe.pipeline.request import KEPT_BY_USER, Request
+from deploypipe.pipeline.sparsify import sparse_hooks, sparse_notes, two_four_stage
 from deploypipe.pipeline.training import arms_stage, epochs_before, schedule, train_stage, tuned, tuning_hooks
 from deploypipe.pipeline.valuing import held_back, held_out, value_notes
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler.measure import profile
-from deploypipe.progress import Reporter, Silent
+from deploypipe.progress import Reporter
 from deploypipe.report import Arm, Check, Report
 from deploypipe.store import Kept, Store
 from deploypipe.training.settings import TrainSettings
 from deploypipe.types import Graph
 
 
-def build(request: Request | None = None, reporter: Reporter | None = None, **changes: Any) -> Report:
-    """Run the whole pipeline and return its report, which also lies in the run folder.
-
-    Args:
-        request: What to do; or give its fields by name.
-        reporter: Hears how far it is.
-        changes: Fields of `Request`.
-
-    Raises:
-        DeployPipeError: By class: see `errors`.
-
-    Example:
-        >>> build(model="demo", budget="60%", epochs=0, out="runs/x").budget.met  # doctest: +SKIP
-        True
-    """
-    request = request or Request.of(**changes)
-    reporter = reporter or Silent()
-    request.check()
-    with Store(request.folder, reporter) as store:
-        report = _Run(request, store, reporter).report()
-    floor, reached = request.accuracy_floor, report.pruned.accuracy
-    if floor is not None and reached is not None and reached < floor:
-        raise BudgetError(
-            f"the pruned model's accuracy is {reached:.4f}, below the floor of {floor:.4f}",
-            at=f"run {request.folder}",
-            fix="allow a larger --budget, fine-tune longer (--epochs), or lower --accuracy-floor",
-        )
-    return report
-
-
-class _Run:
+class Run:
     """One run: its inputs, and its stages in order."""
 
     def __init__(self, request: Request, store: Store, reporter: Reporter) -> None:
@@ -103,13 +73,17 @@ class _Run:
         """Latency of every kernel at every width that may be chosen."""
         given = self.device.known_table(self.graph, self.request.table)
 
+        def load(root: Path) -> LatencyTable:
+            table = LatencyTable.load(root / "table")
+            return table.aligned(two_four.IN) if self.request.sparsity else table
+
         def measure(folder: Path) -> None:
             model, example = self.loaded.model, self.loaded.example
             found = given or profile(model, example, self.target, graph=self.graph, reporter=self.reporter)
             found.save(folder / "table")
 
         key = [1, self.dense_key, asdict(self.target), self.device.facts, *([given.id] if given else [])]
-        return self.store.keep("profile", key, measure, lambda root: LatencyTable.load(root / "table"))
+        return self.store.keep("profile", key, measure, load)
 
     @cached_property
     def cost(self) -> CostTable:
@@ -195,16 +169,22 @@ class _Run:
         return schedule(self.algorithm, self.request.training, self.basis, self.plan.value)
 
     @cached_property
+    def started(self) -> Kept[nn.Module]:
+        """The model that fine-tuning starts from: the compacted one, with 2:4 weights if they are asked for."""
+        return two_four_stage(self.store, self.compacted, self.inputs, self.target, self._small, self.request.sparsity)
+
+    @cached_property
     def tuned(self) -> Kept[nn.Module]:
         """The model after fine-tuning."""
-        settings, start = self.tuning, self.compacted.value
+        settings, start = self.tuning, self.started.value
 
         def tune(folder: Path) -> None:
             hooks = tuning_hooks(self.algorithm, self.basis, start, self.plan.value)
+            hooks += sparse_hooks(self.request.sparsity, start)
             small = tuned(start, self.data, settings, self.loaded.model, folder, self.reporter, hooks)
             saved.save_weights(small, folder / saved.WEIGHTS)
 
-        key = [1, self.compacted, settings, torch.get_num_threads()]
+        key = [1, self.started, settings, torch.get_num_threads()]
         return self.store.keep("finetune", key, tune, lambda root: self._small(root / saved.WEIGHTS))
 
     @cached_property
@@ -267,13 +247,21 @@ class _Run:
 
     def _stages(self) -> list[Kept[Any]]:
         first = [self.table] if self.request.metric == "latency" else []
-        order: list[Kept[Any] | None] = [*first, self.trained, self.plan, self.compacted, self.tuned, *self.artifacts.values()]
+        order: list[Kept[Any] | None] = [
+            *first,
+            self.trained,
+            self.plan,
+            self.compacted,
+            self.started,
+            self.tuned,
+            *self.artifacts.values(),
+        ]
         order += [self.checks, self.latencies, self.accuracies, self.arms, self.bundle]
         return [stage for stage in order if stage]
 
     def _assembled(self, order: Sequence[Kept[Any]]) -> Report:
         chosen, rounds = read_rounds(self.store.root)
-        notes = file_notes(self.store.root)
+        notes = [*file_notes(self.store.root), *sparse_notes(self.store.root, self.target, self.request.sparsity)]
         valued = value_notes(self.store.root / f"plan-{chosen + 1}" if rounds else self.store.root)
         sparse = getattr(self.algorithm, "sparse", False)
         found = Findings(

@@ -89,7 +89,7 @@ def test_later_builds_find_the_calibrated_profile(run: Path, owner: Path, start:
     summary = json.loads(start("profile", "--model", f"{FACTORY}:net", "--target", "jetson", "--json").wait().out)
     assert summary["table"] == "calibrated"
     measured = json.loads((owner / "results.json").read_text())["bench"]["models"]["dense"][0]
-    assert summary["dense_predicted_us"] == pytest.approx(measured, rel=1e-3)
+    assert summary["dense_predicted_us"] == pytest.approx(measured, abs=0.1)
 
 
 def test_the_answer_of_another_bundle_is_refused(run: Path, owner: Path, start: Start, tmp_path: Path) -> None:
