@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from deploypipe.types import Graph, Group, Kept, Layer, Member
 
 Floats = NDArray[np.floating]
+PLAIN = ("conv", "linear", "matmul")  # kinds of layers that have sparse kernels
 IN, OUT = 16, 8  # channels of eligible layers are multiples of these (Mishra et al.; NVIDIA's training tool refuses others)
 _ROWS = 512  # that the search looks at
 _PASSES = 4  # over all pairs of stripes
@@ -49,7 +50,7 @@ def allowed(n_in: int, n_out: int) -> bool:
 
 def _against(layer: Layer, kept: Kept) -> str:
     n_in, n_out = layer.n_in.at(kept), layer.n_out.at(kept)
-    if layer.kind not in ("conv", "linear", "matmul"):
+    if layer.kind not in PLAIN:
         return f"{layer.kind}: only plain convolutions and linear layers have sparse kernels"
     if n_in % IN:
         return f"{n_in} input channels are no multiple of {IN}"

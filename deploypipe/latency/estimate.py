@@ -15,6 +15,7 @@ from deploypipe.latency.files import Context, Entry, Overhead, Shape
 from deploypipe.latency.table import LatencyTable, structure_of
 from deploypipe.latency.widths import AllSteps, Steps, legal_widths, reachable
 from deploypipe.targets import Rates, Target
+from deploypipe.two_four import PLAIN, allowed
 from deploypipe.types import Graph, Layer
 
 ESTIMATED, CALIBRATED = "estimated", "calibrated"  # values of `facts["source"]`; a measured table has none
@@ -24,8 +25,12 @@ MOST = 14  # widths of each end of a layer
 APART = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "mean", "sum", "cat", "softmax", "upsample_nearest2d", "layer_norm")
 
 
-def estimated(graph: Graph, target: Target) -> LatencyTable:
+def estimated(graph: Graph, target: Target, *, sparse: bool = False) -> LatencyTable:
     """Return the table of a model on `target`, with an entry for every width that may be chosen.
+
+    With `sparse`, each entry is the cheaper of two ways to compute the kernel at these widths, with dense and with 2:4
+    weights: the allocator, which prices layers by these entries, so chooses between dense, 2:4 and narrower for each layer,
+    exactly. What 2:4 costs in accuracy is no part of its objective.
 
     Raises:
         TargetError: The target file states no rates, or only some of another precision.
@@ -38,10 +43,12 @@ def estimated(graph: Graph, target: Target) -> LatencyTable:
         shape = Shape.of(layer)
         for n_in, n_out in _widths(layer, shape, legal, dense):
             us = kernel_us(shape, n_in, n_out, rates)
+            if sparse and layer.kind in PLAIN and allowed(n_in, n_out):
+                us = min(us, kernel_us(shape, n_in, n_out, rates, sparse=True))
             entry = Entry(shape, n_in, n_out, us, us, us, 0)
             entries[shape, entry.key] = entry
     facts: dict[str, Any] = {
-        "source": ESTIMATED, "target": target.name, "runtime": target.build.backend, "precision": rates.precision,
+        "source": ESTIMATED, "weights": "dense or 2:4" if sparse else "dense", "target": target.name, "runtime": target.build.backend, "precision": rates.precision,
         "timer_us": 0.0, "session_us": 0.0, "node_us": rates.launch_us, "rates": asdict(rates),
     }  # fmt: skip
     apart = sum(count for name, count in graph.ops.items() if name in APART)

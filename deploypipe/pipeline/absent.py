@@ -31,7 +31,7 @@ REFERENCE = "cpu"  # the target that runs exported files here, as a check
 RETURNED = "returned.json"  # in the run folder: what came back from the owner of a device
 
 
-def device_of(target: Target, run: Path | None = None) -> Device:
+def device_of(target: Target, run: Path | None = None, *, sparse: bool = False) -> Device:
     """Return the device of `target`, or a stand-in if there is none at hand and the target file allows an estimate.
 
     At hand is this machine if the runtime is installed, and any device that a host is named for; whether that host answers is
@@ -40,9 +40,10 @@ def device_of(target: Target, run: Path | None = None) -> Device:
     Args:
         target: With the host that was asked for.
         run: The run folder, in which measurements by the owner may lie.
+        sparse: Whether an estimate may count on 2:4 weights.
     """
     at_hand = load_backend(target).available()[0] if load_runner(target).here else bool(target.reach.host)
-    return Device(target) if at_hand or not target.rates.known else Absent(target, run)
+    return Device(target) if at_hand or not target.rates.known else Absent(target, run, sparse=sparse)
 
 
 class Absent(Device):
@@ -50,8 +51,9 @@ class Absent(Device):
 
     present: ClassVar[bool] = False
 
-    def __init__(self, target: Target, run: Path | None = None) -> None:
+    def __init__(self, target: Target, run: Path | None = None, *, sparse: bool = False) -> None:
         super().__init__(target)
+        self.sparse = sparse
         self._returned = read_returned(run)
 
     @property
@@ -99,7 +101,11 @@ class Absent(Device):
         Raises:
             TargetError: The given one cannot be used, or the target states no rates of its precision.
         """
-        return super().known_table(graph, given) or stored_table(self.target, graph) or estimated(graph, self.target)
+        return (
+            super().known_table(graph, given)
+            or stored_table(self.target, graph)
+            or estimated(graph, self.target, sparse=self.sparse)
+        )
 
     def within_reach(self, limit: float, cost: CostTable, graph: Graph) -> float:
         """Return the budget to plan for: an estimate is no proof that a latency is out of reach.

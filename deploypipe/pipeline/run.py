@@ -52,7 +52,7 @@ class Run:
     def __init__(self, request: Request, store: Store, reporter: Reporter) -> None:
         self.request, self.store, self.reporter = request, store, reporter
         self.target = request.resolved_target()
-        self.device = device_of(self.target, request.folder)
+        self.device = device_of(self.target, request.folder, sparse=bool(request.sparsity))
         self.algorithm = make(request.algo, request.options)
         self.loaded: Loaded = load_model(str(request.model), request.weights)
         self.data: Data = load_data(

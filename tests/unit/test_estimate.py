@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from deploypipe.allocation.allocate import allocate
 from deploypipe.errors import TargetError
 from deploypipe.graph import trace
 from deploypipe.latency.estimate import estimated, kernel_us
@@ -139,3 +140,20 @@ def test_a_profile_of_such_a_device_is_taken_before_an_estimate(graph, tmp_path,
         )
     assert stored_table(target, graph).source == "measured"
     assert device_of(target).known_table(graph, None).source == "measured"
+
+
+def test_the_allocator_is_offered_two_four_where_it_is_cheaper_and_allowed(graph):
+    target = load_target("jetson-orin").replace(rates=Rates("fp16", 0.1, "", 200.0, "", 8, "", 0.5, "", 2.0))
+    dense, sparse = estimated(graph, target), estimated(graph, target, sparse=True)
+    (layer,) = [layer for layer in graph.layers if layer.name == "2"]
+    for n_in in (16, 24, 64):
+        before, after = (table.kernel_us(layer, n_in, 64) for table in (dense, sparse))
+        assert after == (kernel_us(Shape.of(layer), n_in, 64, target.rates, sparse=True) if n_in % 16 == 0 else before)
+    plan = KeepPlan.of_widths({"0": 64})
+    limit = sparse.predict(graph, plan)
+    assert limit < dense.predict(graph, plan)
+    assert sparse.facts["weights"] == "dense or 2:4"
+    scores = {"0": torch.arange(64.0), "2": torch.arange(64.0)}
+    wide, narrow = (allocate(graph, scores, table, 1.001 * limit) for table in (sparse, dense))
+    assert len(wide.keep.get("0", range(64))) == 64, "2:4 at full width fits the budget"
+    assert sum(map(len, narrow.keep.values())) < 128, "without it, channels have to go"
