@@ -182,24 +182,36 @@ def _frozen(task: Task, now: Kept) -> Terms:
 
 
 def threshold(task: Task) -> tuple[Kept, None]:
-    legal = task.table.candidates(task.graph)
-    shares = {name: score / score.mean() for name, score in task.scores.items()}
+    return threshold_widths(task.graph, task.table, task.budget, task.scores), None
+
+
+def threshold_widths(
+    graph: Graph, table: CostTable, budget: float, scores: Mapping[str, Floats], relative: bool = True
+) -> Kept:
+    """Return the widths that one threshold on all scores leaves, each over the mean of its group if `relative`."""
+    legal = table.candidates(graph)
+    shares = {name: score / (score.mean() if relative else 1.0) for name, score in scores.items()}
     ranked = np.sort(np.concatenate(list(shares.values())))[::-1]
 
     def widths(share: float) -> Kept:
         limit = ranked[min(round(share * len(ranked)), len(ranked) - 1)]
         return {name: nearest_width(legal[name], int((score >= limit).sum())) for name, score in shares.items()}
 
-    return scaled_widths(task.graph, widths, task.table, task.budget)[0], None
+    return scaled_widths(graph, widths, table, budget)[0]
 
 
 def uniform(task: Task) -> tuple[Kept, None]:
-    legal = task.table.candidates(task.graph)
+    return uniform_widths(task.graph, task.table, task.budget, task.scores), None
+
+
+def uniform_widths(graph: Graph, table: CostTable, budget: float, scores: Mapping[str, Floats]) -> Kept:
+    """Return the widths of one share for all groups that have scores."""
+    legal = table.candidates(graph)
 
     def widths(share: float) -> Kept:
-        return {name: nearest_width(legal[name], share * len(score)) for name, score in task.scores.items()}
+        return {name: nearest_width(legal[name], share * len(score)) for name, score in scores.items()}
 
-    return scaled_widths(task.graph, widths, task.table, task.budget)[0], None
+    return scaled_widths(graph, widths, table, budget)[0]
 
 
 METHODS: dict[str, Callable[[Task], tuple[Kept, float | None]]] = {

@@ -1,12 +1,18 @@
 """Predicted against measured latency of whole models under random plans: how far the latency table may be trusted.
 
-    python benchmarks/latency.py --models resnet20 resnet18 mobilenet_v2 demo --plans 12
-    python benchmarks/latency.py --target cpu-openvino      # another target's table goes to latency-BACKEND.csv
+    python benchmarks/latency.py                             # all models, one and two threads, 10 plans each
+    python benchmarks/latency.py --models resnet20 demo --threads 1
+    python benchmarks/latency.py --target cpu-openvino       # another target's table goes to latency-BACKEND.csv
+    python benchmarks/latency.py --models                    # measures nothing: sums up what is in the file
 
-Widths are drawn from the table's own candidates, so most pairs of widths of a plan were never measured as such. All plans of
-a model are exported and timed in one job, in turns, together with the dense model. `ratio_error` compares predicted and
-measured latency relative to the dense model in that same job, so that a machine that became slower between profiling and
-checking does not count; `error` compares the plain microseconds.
+Widths are drawn from the table's own candidates, so most pairs of widths of a plan were never measured as such, and with
+another seed than the plans that the table learned from. All plans of a model are timed in one job, in turns, together with the
+dense model. `ratio_error` compares predicted and measured latency relative to the dense model in that same job, so that a
+machine that became slower between profiling and checking does not count; `error` compares the plain microseconds.
+
+The file is written after every model and number of threads; a second call goes on with what is missing (--fresh: from the
+start). Row `dense` of a model also says what its profile cost: seconds, and kernels measured for it; kernels that a model
+before it has too are not measured again.
 """
 
 import argparse
@@ -14,7 +20,7 @@ import csv
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,15 +39,14 @@ from deploypipe.backends import load_backend
 from deploypipe.backends.base import Timing
 from deploypipe.compact import compact
 from deploypipe.graph import trace
-from deploypipe.latency.table import LatencyTable
 from deploypipe.models.load import load_model
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler.check import random_plans
 from deploypipe.profiler.export import exported
 from deploypipe.profiler.measure import profile
+from deploypipe.progress import Recorder
 from deploypipe.runners import load_runner
 from deploypipe.targets import Target, load_target
-from deploypipe.types import Graph
 
 RESULTS = Path(__file__).with_name("results")
 DEFAULT_TARGET = "cpu"
@@ -69,104 +74,178 @@ def zoo(name: str) -> Callable[[], tuple[nn.Module, torch.Tensor]]:
     return make
 
 
+ALL = (
+    "resnet20", "resnet56", "resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large",
+    "efficientnet_b0", "shufflenet_v2_x1_0", "squeezenet1_1", "regnet_y_400mf", "densenet121", "googlenet",
+)  # fmt: skip
+COLUMNS = (
+    "model", "threads", "plan", "predicted_us", "measured_us", "wall_us", "p10_us", "p90_us", "runs", "foreign_load", "error",
+    "ratio_error", "factor", "additivity", "table_error", "profile_s", "kernels_new", "kernels", "date",
+)  # fmt: skip
+SAME = ("runtime", "version", "cpu", "cpu_flags", "cores", "torch")  # facts that all rows of a file share
+SECONDS, FEWEST = 10.0, 24  # of measuring all plans of a model, roughly; runs of each, at least
 MODELS: dict[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {"resnet20": resnet20, "resnet56": resnet56, "demo": demo}
 
 
-def measured(model: nn.Module, graph: Graph, plans: list[KeepPlan], target: Target) -> list[Timing]:
-    """Time the dense model and every plan in one job."""
-    backend, runner = load_backend(target), load_runner(target)
-    with tempfile.TemporaryDirectory() as name:
-        folder, paths = Path(name), {}
-        for index, plan in enumerate([None, *plans]):
-            small = compact(model, graph, plan) if plan else model
-            paths[str(index)] = exported(small, graph.example, target, folder / str(index))
-        timings = backend.read_bench(runner.run(backend.bench_job(paths, target), folder))
-        return list(timings.values())
+class Told(Recorder):
+    """Remembers how much each stage of a profile had to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.work: dict[str, int] = {}
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        """Remember its steps."""
+        self.work[name] = total or 0
 
 
-def check(name: str, target: Target, n_plans: int, seed: int, cache: Path | None) -> tuple[list[Row], Row]:
-    """Return one row per plan and the summary of a model."""
-    model, example = MODELS.get(name, zoo(name))()
-    model.eval()
-    graph = trace(model, (example,))
+class Subject:
+    """A model and its pruned forms as files: exported once, timed with any number of threads."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, folder
+        self.model, self.example = MODELS.get(name, zoo(name))()
+        self.model.eval()
+        self.graph = trace(self.model, (self.example,))
+        self.files: dict[tuple[torch.Size, ...], Path] = {}
+
+    def export(self, model: nn.Module, example: Any, target: Target, folder: Path) -> Path:
+        """Return the file of a form of the model, exported when it is met first; latency does not depend on values."""
+        key = tuple(value.shape for value in model.state_dict().values())
+        if key not in self.files:
+            self.files[key] = exported(model, example, target, self.folder / f"form-{len(self.files)}")
+        return self.files[key]
+
+    def file(self, plan: KeepPlan | None, target: Target) -> Path:
+        """Return the exported model under `plan`."""
+        small = compact(self.model, self.graph, plan) if plan else self.model
+        return self.export(small, self.graph.example, target, self.folder)
+
+
+def check(subject: Subject, target: Target, n_plans: int, seed: int, cache: Path | None) -> list[Row]:
+    """Profile a model, predict and measure plans; return one row per plan, that of the dense model first."""
+    graph, told = subject.graph, Told()
     start = time.perf_counter()
-    table = profile(model, example, target, graph=graph, cache_dir=cache)
-    seconds = time.perf_counter() - start
-    plans = random_plans(graph, table.candidates(graph), n_plans, seed)
-    dense, *timings = measured(model, graph, plans, target)
-    dense_us = table.predict(graph)
+    table = profile(subject.model, subject.example, target, graph=graph, cache_dir=cache, reporter=told, export=subject.export)
+    seconds, context = time.perf_counter() - start, table.context(graph)
+    for note in told.notes:
+        print(f"  {subject.name}: {note}", file=sys.stderr, flush=True)
+    plans = {"dense": None} | {
+        str(i): plan for i, plan in enumerate(random_plans(graph, table.candidates(graph), n_plans, seed))
+    }
+    files = {name: subject.file(plan, target) for name, plan in plans.items()}
+    runs = max(FEWEST, min(target.measure.runs, int(1e6 * SECONDS / (0.5 * len(files) * context.whole_us))))
+    timings = measured(files, target.replace(runs=runs))
+    dense_us, dense = table.predict(graph), timings["dense"]
+    common = {"model": subject.name, "threads": target.measure.threads, "date": datetime.now(UTC).isoformat(timespec="seconds")}
     rows = []
-    for index, (plan, timing) in enumerate(zip(plans, timings, strict=True)):
-        predicted = table.predict(graph, plan)
-        ratio = (predicted / dense_us) / (timing.quiet_us / dense.quiet_us) - 1
+    for name, plan in plans.items():
+        predicted, timing = table.predict(graph, plan), timings[name]
         times = {"p10_us": timing.p10_us, "p90_us": timing.p90_us, "runs": timing.runs, "foreign_load": timing.foreign_load}
         judged = {"predicted_us": predicted, "measured_us": timing.quiet_us, "wall_us": timing.median_us}
+        ratio = (predicted / dense_us) / (timing.quiet_us / dense.quiet_us) - 1
         errors = {"error": predicted / timing.quiet_us - 1, "ratio_error": ratio}
-        rows.append({"model": name, "plan": index, **judged, **times, **errors})
-    return rows, summary(name, rows, table, graph, dense, seconds)
+        rows.append({**common, "plan": name, **judged, **times, **errors})
+    cost = {"profile_s": seconds, "kernels_new": told.work.get("profile kernels", 0), "kernels": len(table.only(graph).kernels)}
+    rows[0] |= {"factor": context.factor, "additivity": context.additivity, "table_error": context.error, **cost}
+    return rows
 
 
-def summary(name: str, rows: list[Row], table: LatencyTable, graph: Graph, dense: Timing, seconds: float) -> Row:
-    ratios = np.abs([row["ratio_error"] for row in rows])
-    plain = np.abs([row["error"] for row in rows])
-    rank = spearmanr([row["predicted_us"] for row in rows], [row["measured_us"] for row in rows]).statistic
-    context = table.context(graph)
-    return {
-        "model": name, "dense_us": dense.quiet_us, "fastest": min(row["measured_us"] for row in rows) / dense.quiet_us,
-        "median": np.median(ratios), "mape": ratios.mean(), "worst": ratios.max(), "plain_median": np.median(plain),
-        "rank": rank, "factor": context.factor, "additivity": context.additivity, "load": dense.foreign_load,
-        "profile_s": seconds,
-    }  # fmt: skip
+def measured(files: dict[str, Path], target: Target) -> dict[str, Timing]:
+    """Time models in one job, in turns."""
+    backend, runner = load_backend(target), load_runner(target)
+    with tempfile.TemporaryDirectory() as folder:
+        return backend.read_bench(runner.run(backend.bench_job(files, target), Path(folder)))
 
 
-def write(rows: list[Row], facts: Mapping[str, Any], target: Target) -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    backend = "" if target.name == DEFAULT_TARGET else f"-{target.build.backend}"
-    threads = "" if target.measure.threads == 1 else f"-{target.measure.threads}threads"
-    name = f"latency{backend}{threads}.csv"
-    with (RESULTS / name).open("w", newline="") as file:
-        for key, value in facts.items():
-            file.write(f"# {key}: {value}\n")
-        writer = csv.DictWriter(file, list(rows[0]))
+def facts_of(target: Target) -> dict[str, str]:
+    """Return what stands on top of the file."""
+    backend = load_backend(target)
+    with tempfile.TemporaryDirectory() as folder:
+        found = backend.read_description(load_runner(target).run(backend.describe_job(target), Path(folder)))
+    command = "python benchmarks/latency.py " + " ".join("DIR" if "/" in arg else arg for arg in sys.argv[1:])
+    facts = {**found, "torch": torch.__version__, "command": command.strip()}
+    return {name: str(value) for name, value in facts.items() if name != "threads"}
+
+
+def read(path: Path) -> tuple[dict[str, str], list[Row]]:
+    """Return the facts and rows of a file; both empty if there is none, or if it has other columns."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    facts = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
+    rows = csv.DictReader(line for line in lines if not line.startswith("# "))
+    return (facts, list(rows)) if tuple(rows.fieldnames or ()) == COLUMNS else ({}, [])
+
+
+def write(path: Path, facts: dict[str, str], rows: Iterable[Row]) -> None:
+    """Write the file anew; it appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        file.writelines(f"# {key}: {value}\n" for key, value in facts.items())
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in rows:
             writer.writerow({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
+    temporary.replace(path)
 
 
-def show(row: Row) -> None:
-    errors = (
-        f"error: median {row['median']:.1%}  mean {row['mape']:.1%}  worst {row['worst']:.1%}  plain {row['plain_median']:.1%}"
+def show(rows: Sequence[Row]) -> None:
+    """Print one line for one model and number of threads."""
+    dense, plans = rows[0], rows[1:]
+    ratios, plain = (np.abs([float(row[name]) for row in plans]) for name in ("ratio_error", "error"))
+    rank = spearmanr([float(row["predicted_us"]) for row in plans], [float(row["measured_us"]) for row in plans]).statistic
+    fastest = min(float(row["measured_us"]) for row in plans) / float(dense["measured_us"])
+    own = f"{float(dense['table_error']):.1%}" if dense["table_error"] not in ("", None) else "-"
+    print(
+        f"{dense['model']:<20}{dense['threads']}t dense {float(dense['measured_us']):>7.0f} us, down to {fastest:>4.0%}  "
+        f"MAPE {ratios.mean():.1%} (worst {ratios.max():.1%}, in us {plain.mean():.1%}, table says {own})  rank {rank:.3f}  "
+        f"additivity {float(dense['additivity']):.3f}  load {float(dense['foreign_load'] or 0):.0%}  "
+        f"profiled in {float(dense['profile_s']):.0f} s ({dense['kernels_new']} of {dense['kernels']} kernels)",
+        flush=True,
     )
-    quality = f"rank {row['rank']:.3f}  factor {row['factor']:.3f}  additivity {row['additivity']:.3f}  load {row['load']}"
-    range_us = f"dense {row['dense_us']:>8.0f} us  down to {row['fastest']:>4.0%}"
-    print(f"{row['model']:<22} {range_us}  {errors}  {quality}  profiled in {row['profile_s']:.0f} s", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["resnet20", "resnet18", "mobilenet_v2", "demo"])
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--models", nargs="*", default=list(ALL))
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--target", default=DEFAULT_TARGET)
-    parser.add_argument("--plans", type=int, default=12)
+    parser.add_argument("--plans", type=int, default=10)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--cache", type=Path, help="where kernel measurements are kept (default: the user's cache)")
-    parser.add_argument("--dry", action="store_true", help="do not write into benchmarks/results")
+    parser.add_argument("--fresh", action="store_true", help="measure again what is in the file already")
+    parser.add_argument("--out", type=Path, help="file to write (default: in benchmarks/results)")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     torch.set_num_threads(1)
-    target = load_target(options.target).replace(threads=options.threads)
-    all_rows: list[Row] = []
+    target = load_target(options.target)
+    path = options.out or RESULTS / (
+        "latency.csv" if options.target == DEFAULT_TARGET else f"latency-{target.build.backend}.csv"
+    )
+    facts, (before, rows) = facts_of(target), read(path)
+    if options.models and any(before.get(name) != facts.get(name) for name in SAME):
+        rows = []  # of another machine or version, or of another form
     for name in options.models:
-        rows, summed = check(name, target, options.plans, options.seed, options.cache)
-        show(summed)
-        all_rows += rows
-    with tempfile.TemporaryDirectory() as folder:
-        backend = load_backend(target)
-        facts = backend.read_description(load_runner(target).run(backend.describe_job(target), Path(folder)))
-    facts = {**facts, "torch": torch.__version__, "date": datetime.now(UTC).isoformat(timespec="seconds")}
-    facts["command"] = "python benchmarks/latency.py " + " ".join("DIR" if "/" in arg else arg for arg in sys.argv[1:])
-    if not options.dry:
-        write(all_rows, facts, target)
+        with tempfile.TemporaryDirectory() as folder:
+            run(name, Path(folder), options, target, path, facts, rows)
+    if not options.models:
+        for one in dict.fromkeys((row["model"], str(row["threads"])) for row in rows):
+            show([row for row in rows if (row["model"], str(row["threads"])) == one])
+
+
+def run(name: str, folder: Path, options: Any, target: Target, path: Path, facts: dict[str, str], rows: list[Row]) -> None:
+    """Measure a model with each number of threads that is missing, and put its rows into the file."""
+    known = set() if options.fresh else {str(row["threads"]) for row in rows if row["model"] == name}
+    missing = [threads for threads in options.threads if str(threads) not in known]
+    for threads in sorted(known):
+        show([row for row in rows if (row["model"], str(row["threads"])) == (name, threads)])
+    subject = Subject(name, folder) if missing else None
+    for threads in missing:
+        assert subject is not None
+        found = check(subject, target.replace(threads=threads), options.plans, options.seed, options.cache)
+        rows[:] = [row for row in rows if (row["model"], str(row["threads"])) != (name, str(threads))] + found
+        write(path, facts, rows)
+        show(found)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
+from deploypipe.branch import Branch, branches
 from deploypipe.errors import ModelError
 from deploypipe.graph.frames import failed_in, paths_of
 from deploypipe.plan import KeepPlan
 from deploypipe.types import Graph
+from deploypipe.zeros import CONVOLUTIONS, NORMS, Zeros
 
+ALIVE = 1e-6  # relative change of the output by which it is known to depend on the input
 CHECK_TOLERANCE = 1e-3  # far above rounding, far below what a wrongly cut channel does
 
 
@@ -26,15 +29,18 @@ def compact(model: nn.Module, graph: Graph, plan: KeepPlan, *, check: bool = Tru
     Args:
         model: The module that `graph` was traced from.
         graph: Its channel graph.
-        plan: Which channels stay.
+        plan: Which channels stay. A group without any takes its branch along: `Zeros` stand where the layers were.
         check: Run the result once on the graph's example and compare it with the masked original. (Where a layer
             norm runs across pruned channels the two differ by nature; then only the run is checked.)
 
     Raises:
-        ModelError: The plan does not fit the graph, or `forward` holds a literal size or position that does not
-            follow the smaller channels; the message names the module, the operation and the groups to keep.
+        ModelError: The plan does not fit the graph, or without a branch the output no longer depends on the input, or
+            `forward` holds a literal size or position that does not follow the smaller channels; the message names the
+            module, the operation and the groups to keep.
     """
     plan.check(graph)
+    if check:
+        _require_alive(model, graph, plan)
     small = copy.deepcopy(model)
     _cut(small, graph, plan)
     if check and any(len(channels) < graph.group(name).size for name, channels in plan.keep.items()):
@@ -43,7 +49,7 @@ def compact(model: nn.Module, graph: Graph, plan: KeepPlan, *, check: bool = Tru
 
 
 def mask(model: nn.Module, graph: Graph, plan: KeepPlan) -> nn.Module:
-    """Return a copy of full size in which the consumers' slots of dropped channels are zero.
+    """Return a copy of full size in which the consumers' slots of dropped channels are zero, and the ends of empty branches.
 
     Without normalisation across channels it computes what the compacted model computes.
     """
@@ -57,22 +63,29 @@ def mask(model: nn.Module, graph: Graph, plan: KeepPlan) -> nn.Module:
 
 
 def masked_slots(graph: Graph, plan: KeepPlan) -> list[tuple[str, int, Tensor]]:
-    """Return (parameter, axis, indices) of the slots that read dropped channels: zero there, and the channels do nothing."""
+    """Return (parameter, axis, indices) of the slots that read dropped channels: zero there, and the channels do nothing.
+
+    Where a group keeps no channel, these are also the biases behind it and the norms that they go into.
+    """
     found = []
     for name, channels in plan.keep.items():
         for member in graph.group(name).members:
             if member.role == "consumes":
                 dropped = (member.owner >= 0) & ~np.isin(member.owner, channels)
                 found.append((member.param, member.axis, torch.from_numpy(np.flatnonzero(dropped))))
+    for branch in branches(graph, plan).values():
+        names = [f"{end}.bias" for end in branch.ends]
+        names += [f"{norm}.{leaf}" for norm in branch.norms for leaf in ("weight", "bias", "running_mean")]
+        found += [(name, 0, torch.arange(graph.shapes[name][0])) for name in names if name in graph.shapes]
     return found
 
 
 def kept_slots(graph: Graph, plan: KeepPlan, param: str, axis: int) -> NDArray[np.int64]:
-    """Return the indices along an axis that stay under `plan`, ascending."""
+    """Return the indices along an axis that stay under `plan`, ascending; of an empty group its first channel does."""
     stays = np.ones(graph.shapes[param][axis], dtype=bool)
     for group, member in graph.cuts(param, axis):
         if group.name in plan.keep:
-            stays &= (member.owner < 0) | np.isin(member.owner, plan.keep[group.name])
+            stays &= (member.owner < 0) | np.isin(member.owner, plan.keep[group.name] or (0,))
     return np.flatnonzero(stays)
 
 
@@ -99,6 +112,16 @@ def _cut(small: nn.Module, graph: Graph, plan: KeepPlan) -> None:
             table: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
             table[leaf] = replacement
     _set_attributes(small, graph, plan)
+    gone = branches(graph, plan).values()
+    for path in {path for branch in gone for path in branch.layers}:
+        _replace(small, path, Zeros(small.get_submodule(path)))
+    for path in {path for branch in gone for path in branch.norms}:
+        _replace(small, path, nn.Identity())
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 def _places(model: nn.Module) -> Mapping[int, list[tuple[nn.Module, str]]]:
@@ -117,7 +140,7 @@ def _set_attributes(small: nn.Module, graph: Graph, plan: KeepPlan) -> None:
         dropped = 0
         for name, owner in attribute.owners.items():
             if name in plan.keep:
-                dropped += int(((owner >= 0) & ~np.isin(owner, plan.keep[name])).sum())
+                dropped += int(((owner >= 0) & ~np.isin(owner, plan.keep[name] or (0,))).sum())
         if dropped:
             module = small.get_submodule(attribute.module)
             new = (attribute.size - dropped) // attribute.divisor
@@ -127,6 +150,33 @@ def _set_attributes(small: nn.Module, graph: Graph, plan: KeepPlan) -> None:
                 setattr(module, attribute.name, tuple(old))
             else:
                 setattr(module, attribute.name, new)
+
+
+# ---- branches that go as a whole --------------------------------------------------------------------------------
+
+
+def replaceable(model: nn.Module, branch: Branch) -> bool:
+    """Say whether `Zeros` can stand for all layers of a branch, and nothing for its norms."""
+    layers = [type(model.get_submodule(path)) in (*CONVOLUTIONS, nn.Linear) for path in branch.layers]
+    return all(layers) and all(isinstance(model.get_submodule(path), NORMS) for path in branch.norms)
+
+
+def alive(model: nn.Module, graph: Graph, plan: KeepPlan) -> bool:
+    """Say whether the masked model's output still depends on its input: it differs between the example and another one."""
+    masked = mask(model, graph, plan)
+    other = tree_map(lambda x: x.flip(-1) * 0.5 + 0.25 if isinstance(x, Tensor) and x.is_floating_point() else x, graph.example)
+    return difference(run(masked, graph.example), run(masked, other)) > ALIVE
+
+
+def _require_alive(model: nn.Module, graph: Graph, plan: KeepPlan) -> None:
+    gone = branches(graph, plan)
+    at, fix = f"groups {', '.join(gone)}", "keep channels of one of these groups"
+    if wrong := [name for name, branch in gone.items() if not replaceable(model, branch)]:
+        raise ModelError(
+            f"group '{wrong[0]}' cannot be left without channels: its layers are of a class of their own", at=at, fix=fix
+        )
+    if gone and not alive(model, graph, plan):
+        raise ModelError("without these branches the output no longer depends on the input", at=at, fix=fix)
 
 
 # ---- the proof that nothing in `forward` was written for the old sizes -------------------------------------------

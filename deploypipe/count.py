@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
+from deploypipe.branch import branches, removed_params
 from deploypipe.cost import CostTerm
 from deploypipe.plan import KeepPlan
 from deploypipe.types import Graph, Kept, Layer, Width
@@ -22,8 +23,9 @@ def macs(graph: Graph, plan: KeepPlan | None = None) -> int:
 
 def params(graph: Graph, plan: KeepPlan | None = None) -> int:
     """Return the number of trainable parameters under `plan`, biases and norms included, buffers not."""
-    kept = graph.kept(plan)
-    return sum(prod(width.at(kept) for width in widths) for widths in _parameter_widths(graph).values())
+    kept, gone = graph.kept(plan), removed_params(graph, branches(graph, plan).values())
+    counted = (widths for name, widths in _parameter_widths(graph).items() if name not in gone)
+    return sum(prod(width.at(kept) for width in widths) for widths in counted)
 
 
 def even_widths(size: int, multiple: int | None = None) -> tuple[int, ...]:
@@ -77,7 +79,8 @@ class ParamTable:
     def terms(self, graph: Graph) -> tuple[CostTerm, ...]:
         """Return one term for each parameter.
 
-        Should more than two axes of a parameter shrink, those beyond the first two are priced whole: too high, never too low.
+        Should more than two axes of a parameter shrink, those beyond the first two are priced whole, and so are biases and
+        norms behind an empty branch: too high, never too low.
         """
         return tuple(_parameter_term(name, widths, graph.shapes[name]) for name, widths in _parameter_widths(graph).items())
 
@@ -93,6 +96,8 @@ class ParamTable:
 def layer_macs(layer: Layer, kept: Kept) -> int:
     """Return the multiply-accumulates of one layer call when `kept[group]` channels stay in every group."""
     # A transposed convolution's positions are those of its input, and n_in * n_out / groups is the same product.
+    if not layer.n_out.at(kept):
+        return 0  # its branch is gone
     work = layer.positions * prod(layer.kernel) * layer.n_in.at(kept) * layer.n_out.at(kept)
     return work // layer.n_groups.at(kept)
 

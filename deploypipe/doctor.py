@@ -23,6 +23,11 @@ _PACKAGES = {
     "onnxsim": "simplification",
     "onnxruntime": "target cpu",
     "openvino": "target cpu-openvino (optional)",
+    "executorch": "target executorch (optional)",
+    "torchao": "target executorch (optional)",
+    "ncnn": "target ncnn (optional)",
+    "pnnx": "target ncnn (optional)",
+    "coremltools": "target ios (optional)",
     "timm": "--model timm:NAME (optional)",
 }
 MISSING = "missing"

@@ -5,7 +5,7 @@ budget or in another run, reads it there.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite, prod
 from pathlib import Path
@@ -21,7 +21,10 @@ from deploypipe.data.load import Data
 from deploypipe.errors import ModelError
 from deploypipe.folder import explained
 from deploypipe.plan import KeepPlan
+from deploypipe.progress import Reporter
 from deploypipe.training.evaluate import Accuracy, evaluate, recalibrate
+from deploypipe.training.finetune import finetune
+from deploypipe.training.settings import TrainSettings
 from deploypipe.types import Graph
 
 SCHEMA = 1
@@ -54,6 +57,10 @@ class Meter(Protocol):
         """Return loss and accuracy on held-out images."""
         ...
 
+    def trained(self, plan: KeepPlan, reporter: Reporter) -> Accuracy:
+        """Return the same after one epoch of training."""
+        ...
+
 
 class HeldOut:
     """Measures plans of one model on a held-out part of its training set.
@@ -66,7 +73,7 @@ class HeldOut:
     def __init__(
         self, model: nn.Module, graph: Graph, data: Data, memo: Path | None, *, seed: int = 0, effort: Effort | None = None
     ) -> None:
-        self._model, self._graph, self._seed, self._augment = model, graph, seed, data.augment
+        self._model, self._graph, self._seed, self._data, self._augment = model, graph, seed, data, data.augment
         self.effort = effort or Effort()
         self.fit, self.part = split(data.train, HELD_OUT, seed)
         self._path = memo
@@ -82,6 +89,10 @@ class HeldOut:
     @cached_property
     def _memo(self) -> "Memo":
         return Memo(self._path, len(self._judges))
+
+    @cached_property
+    def _trials(self) -> "Memo":
+        return Memo(self._path and self._path.with_suffix(".trained.csv"), count(self.part))
 
     def known(self, plan: KeepPlan) -> bool:
         """Say whether the plan has been measured."""
@@ -107,6 +118,22 @@ class HeldOut:
                 )
             self._memo.add(key, found)
         return self._memo.found[key]
+
+    def trained(self, plan: KeepPlan, reporter: Reporter) -> Accuracy:
+        """Return loss and accuracy on the whole held-out part after one epoch on the rest, taught by the dense model.
+
+        Raises:
+            ModelError: The smaller model cannot be trained on this data.
+            UsageError: The loss is no longer finite.
+        """
+        key = _key(self._graph, plan)
+        if key not in self._trials.found:
+            small = compact(self._model, self._graph, plan, check=False)
+            start = recalibrate(small, self.fit, self.effort.calibration, self._seed, augment=self._augment, batch_size=BATCH)
+            data = replace(self._data, train=self.fit)
+            tuned = finetune(start, data, TrainSettings(epochs=1, seed=self._seed), teacher=self._model, reporter=reporter)
+            self._trials.add(key, evaluate(tuned, self.part))
+        return self._trials.found[key]
 
 
 class Memo:

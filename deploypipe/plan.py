@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from deploypipe.branch import branch_of
 from deploypipe.errors import ModelError
 from deploypipe.types import Graph
 
@@ -39,7 +40,8 @@ class KeepPlan:
     """Which channels stay, per group. Groups that are not named stay whole.
 
     Attributes:
-        keep: Group name -> ascending channel indices that stay; at least one.
+        keep: Group name -> ascending channel indices that stay. Without any, the branch that the group lies in goes as a
+            whole; only groups inside a branch that is added to something else can be empty (see `branch`).
         fingerprint: Of the graph that the plan was made for; empty if unknown.
         algorithm: Name of the algorithm that made it.
         options: The algorithm's options.
@@ -57,9 +59,7 @@ class KeepPlan:
     def __post_init__(self) -> None:
         keep = {name: tuple(int(i) for i in channels) for name, channels in self.keep.items()}
         for name, channels in keep.items():
-            if not channels:
-                raise ModelError(f"plan keeps no channel of group '{name}'", at="keep plan", fix="keep at least one channel")
-            if list(channels) != sorted(set(channels)) or channels[0] < 0:
+            if list(channels) != sorted(set(channels)) or any(channel < 0 for channel in channels[:1]):
                 raise ModelError(
                     f"channels of group '{name}' must be ascending, distinct and not negative",
                     at=f"keep plan: {str(channels)[:60]}",
@@ -77,7 +77,7 @@ class KeepPlan:
         return cls({name: tuple(range(count)) for name, count in kept.items()})
 
     def check(self, graph: Graph) -> None:
-        """Raise ModelError unless the plan fits `graph` (names, index ranges, fixed groups, fingerprint)."""
+        """Raise ModelError unless the plan fits `graph` (names, index ranges, fixed or needed groups, fingerprint)."""
         if self.fingerprint and self.fingerprint != graph.fingerprint:
             raise ModelError(
                 f"the plan was made for another graph ({self.fingerprint}, this one is {graph.fingerprint})",
@@ -86,7 +86,9 @@ class KeepPlan:
             )
         for name, channels in self.keep.items():
             group = graph.group(name)
-            if channels[-1] >= group.size:
+            if not channels:
+                branch_of(graph, name)
+            elif channels[-1] >= group.size:
                 raise ModelError(
                     f"channel {channels[-1]} is out of range for group '{name}' of size {group.size}",
                     at="keep plan",

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from deploypipe import runtimes
 from deploypipe.figures import UNKNOWN, accuracy_text, amount, count, markdown_table, microseconds, size, standard_error
 from deploypipe.measurement import Latency
 from deploypipe.render_training import arms_section, sparsity_section, trained_text
@@ -83,6 +84,7 @@ def markdown(report: Report) -> str:
         _accuracy_section(report),
         _latency_section(report),
         sparsity_section(report.sparsity),
+        runtimes.section(report.runtimes),
         arms_section(report.arms, report.n_test),
         _checks_section(report),
         _groups_section(report.groups),

@@ -9,6 +9,7 @@ from typing import Any
 from deploypipe.errors import UsageError
 from deploypipe.measurement import Latency, Round
 from deploypipe.plan import Certificate
+from deploypipe.runtimes import RuntimeOutcome
 
 REPORT_SCHEMA = 3
 _AGAIN = "run the same build command again"
@@ -166,10 +167,11 @@ class Report:
         compacted_accuracy: After compaction, before fine-tuning; None if there is no test set.
         n_test: Samples in the test set.
         threads: Of the runtime, while measuring.
-        table: Where the latency table comes from: "measured", "estimated", or "" if the run needed none.
+        table: Where the latency table comes from: "measured", "fitted", "estimated", or "" if the run needed none.
         table_error: Mean relative error of the table on random plans of this model, 0.03 = 3 %; None if not checked.
         seconds: Stage -> time that computing it took, also if its result was reused.
         artifacts: What -> path below the run folder.
+        runtimes: The pruned model on each target, the first of which is `target`; empty unless several were asked for.
         notes: What else the user should know, in sentences.
     """
 
@@ -197,6 +199,7 @@ class Report:
     machine: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
     created: str = ""
+    runtimes: tuple[RuntimeOutcome, ...] = ()
     notes: tuple[str, ...] = ()
     epochs_before: int = 0
     sparsity: tuple[SparseLayer, ...] = ()
@@ -231,9 +234,8 @@ class Report:
             UsageError: The schema is unknown, or a field is missing or malformed.
         """
         if state.get("schema") != REPORT_SCHEMA:
-            raise UsageError(
-                f"report has schema {state.get('schema')!r}, this version reads {REPORT_SCHEMA}", at=at, fix=_AGAIN
-            )
+            found = f"report has schema {state.get('schema')!r}, this version reads {REPORT_SCHEMA}"
+            raise UsageError(found, at=at, fix=_AGAIN)
         try:
             values = {part.name: state[part.name] for part in fields(cls)}
             return cls(**values | _nested(values))
@@ -280,21 +282,19 @@ def _state(value: Any) -> dict[str, Any]:
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that are no plain JSON values."""
-
-    def side(state: Mapping[str, Any]) -> Side:
-        return Side(**{**state, "latency": Latency(**state["latency"]) if state["latency"] else None})
+    sides = {name: values[name] for name in ("dense", "pruned")}
 
     def group(state: Mapping[str, Any]) -> GroupOutcome:
         return GroupOutcome(**{**state, "members": tuple(state["members"]), "coupled_by": tuple(state["coupled_by"])})
 
     return {
-        "dense": side(values["dense"]),
-        "pruned": side(values["pruned"]),
+        **{name: Side(**{**s, "latency": Latency(**s["latency"]) if s["latency"] else None}) for name, s in sides.items()},
         "budget": BudgetOutcome(**{**values["budget"], "rounds": tuple(map(Round.from_json, values["budget"]["rounds"]))}),
         "groups": tuple(group(state) for state in values["groups"]),
         "checks": tuple(Check(**state) for state in values["checks"]),
         "certificate": Certificate(**values["certificate"]) if values["certificate"] else None,
         "notes": tuple(values["notes"]),
         "sparsity": tuple(SparseLayer(**state) for state in values["sparsity"]),
+        "runtimes": tuple(map(RuntimeOutcome.from_json, values["runtimes"])),
         "arms": tuple(Arm(**state) for state in values["arms"]),
     }

@@ -5,7 +5,7 @@ not both. So the curves are measured again around the solution, and a step from 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -71,17 +71,19 @@ class Trial:
         kept: Group -> channels that stay.
         certificate: What the allocator proved about it, in the values that it was given.
         found: Measured on held-out images, before training.
+        trained: The same after one epoch of training, for the finalists.
     """
 
     origin: str
     kept: Widths
     certificate: Certificate
     found: Accuracy
+    trained: Accuracy | None = None
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found: the plans that were tried, in order, and which of them has the smallest measured loss."""
+    """What a search found: the plans that were tried, in order, and which of them is the best by measurement."""
 
     trials: tuple[Trial, ...]
     chosen: int
@@ -102,6 +104,7 @@ class Sensitivity:
         orders: Group -> channels, the one to keep longest first. Groups without an order stay whole.
         meter: Measures plans.
         reporter: Hears how far it is.
+        removable: Groups that may be left without channels, so that their branch goes.
     """
 
     graph: Graph
@@ -109,6 +112,7 @@ class Sensitivity:
     orders: Mapping[str, ArrayLike]
     meter: Meter
     reporter: Reporter
+    removable: tuple[str, ...] = ()
 
     def plan(self, kept: Widths) -> KeepPlan:
         """Return the plan that keeps the first channels of each group's order."""
@@ -159,6 +163,17 @@ class Sensitivity:
             best = better
         return Found(tuple(trials), trials.index(best))
 
+    def finals(self, found: Found, n: int) -> Found:
+        """Train the `n` plans of the smallest loss for one epoch each, and choose the one of the smallest loss then."""
+        order = sorted(range(len(found.trials)), key=lambda i: found.trials[i].found.loss)
+        different = {tuple(sorted(found.trials[i].kept.items())): i for i in reversed(order)}  # of equal plans the first
+        finalists = sorted(different.values(), key=order.index)[:n]
+        trials = list(found.trials)
+        for i in finalists:
+            trials[i] = replace(trials[i], trained=self.meter.trained(self.plan(trials[i].kept), self.reporter))
+        after = {i: trained.loss for i in finalists if (trained := trials[i].trained)}
+        return Found(tuple(trials), min(after, key=lambda i: after[i]))
+
     def _step(self, origin: str, centre: Trial, budget: float, trials: list[Trial]) -> Trial | None:
         """Return a better plan than `centre` by the curves around it; None if none is found. What is tried joins `trials`."""
         curves = self.curves(centre.kept, f"curves, {origin}")
@@ -182,8 +197,8 @@ class Sensitivity:
         return Trial(origin, kept, certificate, self.meter.measure(self.plan(kept)))
 
     def _widths(self, name: str, offered: Sequence[int], around: Widths) -> tuple[int, ...]:
-        size = self.graph.group(name).size
-        return tuple(sorted({*offered, around.get(name, size), size}))
+        size, none = self.graph.group(name).size, (0,) if name in self.removable else ()
+        return tuple(sorted({*none, *offered, around.get(name, size), size}))
 
 
 def _near(curves: Sequence[Curve], kept: Widths, radius: int) -> dict[str, tuple[int, ...]]:

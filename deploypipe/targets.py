@@ -14,6 +14,7 @@ from deploypipe.errors import TargetError, nearest
 
 NOT_RUN = "not run on hardware"
 _PACKAGE = Path(__file__).parent
+ALLOW_NOISE = "DEPLOYPIPE_ALLOW_NOISE"  # environment variable
 
 
 @dataclass(frozen=True)
@@ -245,3 +246,8 @@ def data_folder() -> Path:
     """Return the user's folder for what must outlive a cache; the environment variable DEPLOYPIPE_DATA puts it elsewhere."""
     chosen = os.environ.get("DEPLOYPIPE_DATA")
     return Path(chosen).expanduser() if chosen else Path(user_data_dir("deploypipe", appauthor=False))
+
+
+def noise_accepted() -> bool:
+    """Whether the user accepts measurements that other programs disturb: DEPLOYPIPE_ALLOW_NOISE is set, and not to 0."""
+    return os.environ.get(ALLOW_NOISE, "0") not in ("", "0")

@@ -89,7 +89,7 @@ class Layer:
     Sizes are those of the unpruned model. `in_size`/`out_size` are the spatial sizes (empty for linear layers),
     `positions` is the number of output positions over batch and space, so that dense MACs are
     `positions * n_out * (n_in / groups) * prod(kernel)` for every kind but transposed convolutions, where the positions are
-    those of the input.
+    those of the input. `norm` is the module of the batch or group norm that its output goes straight into, if there is one.
     """
 
     name: str
@@ -108,6 +108,7 @@ class Layer:
     n_in: Width
     n_out: Width
     n_groups: Width
+    norm: str = ""
 
 
 @dataclass(frozen=True, eq=False)

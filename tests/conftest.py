@@ -19,6 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the user's cache and ledger out of the tests."""
     monkeypatch.setenv("DEPLOYPIPE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("DEPLOYPIPE_ALLOW_NOISE", "1")  # tests run beside each other
     monkeypatch.setenv("DEPLOYPIPE_DATA", str(tmp_path_factory.getbasetemp() / "data"))
 
 

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 
 from deploypipe.algorithms.base import Problem, allocated
 from deploypipe.algorithms.options import option
+from deploypipe.branch import branches, removed_params
+from deploypipe.compact import kept_slots
 from deploypipe.errors import NotApplicable
 from deploypipe.plan import KeepPlan
 from deploypipe.progress import counted
 from deploypipe.statistics import BATCH, FeatureTap, batch_size, images, readable, rebase_norms, weights
-from deploypipe.types import Graph, Member
+from deploypipe.types import Member
 
 Matrix = NDArray[np.float64]
 REPAIR_IMAGES = 500  # every layer has its own forward passes: fewer images, more locations in each; 64 if they are large
@@ -218,25 +220,17 @@ def _pruned_layers(problem: Problem, plan: KeepPlan) -> list[_Cut]:
         for member in members
         if len(plan.keep.get(name, ())) not in (0, graph.group(name).size)
     }
-    cuts = []
-    for weight in dict.fromkeys(weight for weight in calls if weight in axes):
+    cuts, gone = [], removed_params(graph, branches(graph, plan).values())
+    for weight in dict.fromkeys(weight for weight in calls if weight in axes and weight not in gone):
         axis = axes[weight]
         unknown = np.arange(graph.shapes[weight][axis])
         for group, member in graph.cuts(weight, axis):
             owned = np.flatnonzero(member.owner >= 0)
             first = [owned[member.owner[owned] == c][0] for c in range(group.size)]
             unknown[owned] = np.array(first)[member.owner[owned]]
-        column = np.unique(unknown[_kept_slots(graph, plan, weight, axis)], return_inverse=True)[1]
-        cuts.append(_Cut(weight, axis, _kept_slots(graph, plan, weight, 1 - axis), column, calls.count(weight)))
+        column = np.unique(unknown[kept_slots(graph, plan, weight, axis)], return_inverse=True)[1]
+        cuts.append(_Cut(weight, axis, kept_slots(graph, plan, weight, 1 - axis), column, calls.count(weight)))
     return cuts
-
-
-def _kept_slots(graph: Graph, plan: KeepPlan, param: str, axis: int) -> NDArray[np.int64]:
-    stays = np.ones(graph.shapes[param][axis], bool)
-    for group, member in graph.cuts(param, axis):
-        if group.name in plan.keep:
-            stays &= (member.owner < 0) | np.isin(member.owner, plan.keep[group.name])
-    return np.flatnonzero(stays)
 
 
 def _summed(x: Tensor, owner: NDArray[np.int64]) -> Tensor:

@@ -1,7 +1,7 @@
 """Choose how many channels stay in every group: the most valuable widths that fit a budget."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ def allocate(
     budget: float,
     *,
     candidates: Mapping[str, tuple[int, ...]] | None = None,
+    removable: Sequence[str] = (),
     gap: float = 1e-3,
     time_limit_s: float = 60.0,
 ) -> KeepPlan:
@@ -40,6 +41,7 @@ def allocate(
         table: What widths cost.
         budget: Upper limit of `table.predict`, in the table's unit.
         candidates: Group -> numbers of channels to choose from, instead of the table's.
+        removable: Groups that may be left without channels, so that their branch goes: `removal.removable` names them.
         gap: Relative gap of the value given up at which the solver may stop.
         time_limit_s: Seconds after which the best plan so far is returned, with its gap.
 
@@ -57,6 +59,9 @@ def allocate(
         if not graph.group(name).fixed:
             orders[name] = ranking(score)
             values[name] = np.concatenate([[0.0], np.cumsum(score[orders[name]])])
+    if removable:
+        offered = table.candidates(graph) if candidates is None else candidates
+        candidates = {**offered, **{name: (0, *offered.get(name, ())) for name in removable}}
     kept, certificate = allocate_widths(graph, values, table, budget, candidates=candidates, gap=gap, time_limit_s=time_limit_s)
     return plan_of(graph, orders, kept, certificate)
 
@@ -97,8 +102,9 @@ def allocate_widths(
 
     Args:
         graph: The traced model.
-        values: Group -> (C + 1,) value of keeping the best w channels, w = 0 ... C; entry 0 is not used. Only differences
-            within a group matter. Groups without values stay whole; fixed groups always do.
+        values: Group -> (C + 1,) value of keeping the best w channels, w = 0 ... C; entry 0 is only used if 0 is a candidate,
+            for a group whose branch may go. Only differences within a group matter. Groups without values stay whole; fixed
+            groups always do.
         table: What widths cost.
         budget: Upper limit of `table.predict`, in the table's unit.
         candidates: Group -> numbers of channels to choose from, instead of the table's. The full width is always one.
@@ -263,11 +269,13 @@ def _search(
             continue
         curves[group.name] = _vector(values[group.name], f"values of group '{group.name}'", group.size + 1, first=1)
         choice = sorted({*offered.get(group.name, ()), group.size})
-        if choice[0] < 1 or choice[-1] > group.size:
+        if choice[0] == 0:
+            _vector(values[group.name], f"values of group '{group.name}', which may vanish,", group.size + 1)
+        if choice[0] < 0 or choice[-1] > group.size:
             raise UsageError(
                 f"candidate widths of group '{group.name}' reach from {choice[0]} to {choice[-1]}",
                 at="allocate",
-                fix=f"offer widths from 1 to {group.size}",
+                fix=f"offer widths from 0 to {group.size}",
             )
         if len(choice) > 1:
             widths[group.name] = tuple(choice)

@@ -6,6 +6,7 @@ from deploypipe.plugins import resolve
 from deploypipe.targets import Target
 
 BACKENDS: dict[str, str] = {
+    "coreml": "deploypipe.backends.coreml:CoreMl",
     "executorch": "deploypipe.backends.executorch:ExecuTorch",
     "ncnn": "deploypipe.backends.ncnn:Ncnn",
     "onnxruntime": "deploypipe.backends.onnxruntime:OnnxRuntime",

@@ -101,7 +101,6 @@ class Backend(Protocol):
             whole ones; times of whole `models`, to which layers are fitted; or `never`, if nothing can be run.
         times_layers: Whether it can be asked for a profile.
         tolerance: The most by which an output may differ, as a share of the largest one.
-        channel_multiple: For `models`: widths worth choosing from are multiples of this.
     """
 
     name: ClassVar[str]
@@ -110,7 +109,6 @@ class Backend(Protocol):
     pricing: ClassVar[Pricing]
     times_layers: ClassVar[bool]
     tolerance: ClassVar[float]
-    channel_multiple: ClassVar[int]
 
     def available(self) -> tuple[bool, str]:
         """Return whether this machine can prepare jobs for it, and else what is missing."""
@@ -138,6 +136,10 @@ class Backend(Protocol):
 
     def by_hand(self, models: Mapping[str, str], target: Target) -> str:
         """Return in Markdown how to measure files (name -> file) without the job of `owner_job`; "" if there is no such way."""
+        ...
+
+    def channel_multiple(self, facts: Facts) -> int:
+        """Return what widths worth choosing from are multiples of, by the facts of the device; asked if pricing is `models`."""
         ...
 
     def build_job(self, model: Path, target: Target) -> Job:

@@ -8,7 +8,7 @@ It is pushed to the target with `stopwatch.py` beside it, so it imports nothing 
 
 import statistics
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import stopwatch
 import torch
-from executorch.extension.pybindings import portable_lib
+from executorch.extension.pybindings import _C  # what `portable_lib` is made of, without the whole compiler
 
 # Operation of the lowered graph -> which operand is the weight.
 WEIGHTED = {"aten.convolution.default": 1, "aten.linear.default": 1, "aten.addmm.default": 2, "aten.mm.default": 1}
@@ -48,12 +48,13 @@ class Lowered:
 
 def lowered(path: str) -> Lowered:
     """Lower an exported program."""
+    exported: Any = torch.export.load(path)  # first: a damaged file is found before seconds go into imports
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import (  # noqa: PLC0415 - takes seconds, and a built
         XnnpackPartitioner,  # file does not need it
     )
     from executorch.exir import to_edge_transform_and_lower  # noqa: PLC0415 - likewise
 
-    edge = to_edge_transform_and_lower(torch.export.load(path), partitioner=[XnnpackPartitioner()])
+    edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
     program = edge.exported_program()
     layers, inside, left = [], 0, []
     for node, owner, delegated in operations(program):
@@ -97,12 +98,12 @@ def built(path: str) -> tuple[str, list[str]]:
 
 def opened(path: str, request: dict[str, Any], *, events: bool = False) -> Any:
     """Load a `.pte` with the threads that the request states, and make sure that it got them."""
-    if portable_lib._threadpool_get_thread_count() != request["threads"]:
-        portable_lib._unsafe_reset_threadpool(request["threads"])
-    got = portable_lib._threadpool_get_thread_count()
+    if _C._threadpool_get_thread_count() != request["threads"]:
+        _C._unsafe_reset_threadpool(request["threads"])
+    got = _C._threadpool_get_thread_count()
     if got != request["threads"]:
         raise SystemExit(f"asked for {request['threads']} threads, ExecuTorch gave {got}")
-    return portable_lib._load_for_executorch(path, enable_etdump=events)
+    return _C._load_for_executorch(path, enable_etdump=events)
 
 
 def feed(module: Any) -> list[Any]:
@@ -124,23 +125,21 @@ def profile(request: dict[str, Any]) -> dict[str, Any]:
     """Time the kernels of several models in turns."""
     found = {name: built(path) for name, path in request["models"].items()}
     cores = stopwatch.Cores(request["threads"])
-    per_block = stopwatch.per_turn(request) + stopwatch.REWARM
+    wanted, per_block = stopwatch.turns_of(request)
+    modules = {name: opened(file, request, events=True) for name, (file, _) in found.items()}
+    calls = {name: partial(module.forward, feed(module)) for name, module in modules.items()}
+    for once in calls.values():
+        for _ in range(request["warmup"]):
+            once()
 
-    def sample() -> dict[str, Any]:
-        modules = {name: opened(file, request, events=True) for name, (file, _) in found.items()}
-        feeds = {name: feed(module) for name, module in modules.items()}
-        for name, module in modules.items():
-            for _ in range(request["warmup"]):
-                module.forward(feeds[name])
-        for _ in range(stopwatch.BLOCKS):
-            for name, module in modules.items():
-                for _ in range(per_block):
-                    module.forward(feeds[name])
-        return modules
+    def turn() -> None:
+        for once in calls.values():
+            for _ in range(stopwatch.REWARM + per_block):
+                once()
 
-    modules, load = stopwatch.guarded(sample, cores, request)
-    n = request["warmup"] + per_block * stopwatch.BLOCKS
-    counted = [i for i in range(request["warmup"], n) if (i - request["warmup"]) % per_block >= stopwatch.REWARM]
+    chosen, load = stopwatch.quiet_turns(turn, cores, request, wanted)
+    starts = [request["warmup"] + i * (stopwatch.REWARM + per_block) + stopwatch.REWARM for i in chosen]
+    counted = [start + j for start in starts for j in range(per_block)]
     rows = {name: kernels(module, counted, found[name][1]) for name, module in modules.items()}
     return {"models": rows, "foreign_load": load}
 
@@ -180,7 +179,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     Path(request["artifact"]).write_bytes(found.content)
     made = opened(request["artifact"], request)
     inputs = feed(made)
-    wanted, got = _tensors(torch.export.load(request["model"]).module()(*inputs)), made.forward(inputs)
+    wanted, got = tensors(program(request["model"])(*inputs)), made.forward(inputs)
     if len(wanted) != len(got):
         raise SystemExit(f"the built file has {len(got)} outputs, the program {len(wanted)}")
     for expected, value in zip(wanted, got, strict=True):
@@ -200,8 +199,8 @@ def delegated(found: Lowered) -> str:
 def run(request: dict[str, Any]) -> Any:
     """Run a model on several inputs: a program by torch, a built file by ExecuTorch."""
     if zipfile.is_zipfile(request["model"]):
-        module = torch.export.load(request["model"]).module()
-        call = lambda tensors: _tensors(module(*tensors))  # noqa: E731
+        exported = program(request["model"])
+        call: Callable[[list[Any]], list[Any]] = lambda given: tensors(exported(*given))  # noqa: E731
     else:
         call = opened(request["model"], request).forward
     with np.load(request["inputs"]) as arrays:
@@ -215,8 +214,16 @@ def run(request: dict[str, Any]) -> Any:
     return stopwatch.run_all(names, compute, request)
 
 
-def _tensors(value: Any) -> list[Any]:
-    return [leaf.detach() for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+def program(path: str) -> Any:
+    """Return what an exported program computes, as torch computes it."""
+    loaded: Any = torch.export.load(path)
+    return loaded.module()
+
+
+def tensors(value: Any) -> list[Any]:
+    """Return the tensors in what a model returned, in order."""
+    leaves: list[Any] = torch.utils._pytree.tree_leaves(value)
+    return [leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def describe(request: dict[str, Any]) -> dict[str, Any]:

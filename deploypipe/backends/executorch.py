@@ -23,7 +23,6 @@ class ExecuTorch(Scripted):
     source: ClassVar[Source] = "program"
     pricing: ClassVar[Pricing] = "models"
     tolerance: ClassVar[float] = 1e-4
-    channel_multiple: ClassVar[int] = 8  # columns that XNNPACK's matrix kernels compute together: 8 or 16 (AVX-512: 16 or 32)
     options: ClassVar[Mapping[str, Any]] = {"tolerance": tolerance}
 
     def profile_job(self, models: Mapping[str, Path | bytes], target: Target) -> Job:

@@ -10,6 +10,7 @@ import onnx
 from deploypipe.backends.base import Pricing, Profile
 from deploypipe.backends.scripted import Scripted
 from deploypipe.errors import BackendError
+from deploypipe.export import load_onnx
 from deploypipe.job import Job, JobResult
 from deploypipe.targets import Target
 
@@ -26,7 +27,6 @@ class Ncnn(Scripted):
     script: ClassVar[str] = "ncnn_measure.py"
     pricing: ClassVar[Pricing] = "models"
     times_layers: ClassVar[bool] = False
-    channel_multiple: ClassVar[int] = 8  # values that it packs together: 16 or 8 where the count allows it, else 4, else 1
     packages: ClassVar[tuple[str, ...]] = ("ncnn", "pnnx")
 
     def job(
@@ -65,11 +65,12 @@ def shapes(files: Mapping[str, Path | bytes]) -> dict[str, list[list[int]]]:
 
     Raises:
         BackendError: A model takes more than one image, or has no fixed shape.
+        ModelError: A file is no ONNX model.
     """
     found: dict[str, list[list[int]]] = {}
     for name, source in files.items():
         if isinstance(source, bytes) or not zipfile.is_zipfile(source):
-            model = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(str(source))
+            model = onnx.load_from_string(source) if isinstance(source, bytes) else load_onnx(source)
             found[name] = [_shape(value) for value in model.graph.input]
     return found
 

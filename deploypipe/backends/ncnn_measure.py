@@ -89,6 +89,7 @@ class Network:
 
     @staticmethod
     def parts(path: str, request: dict[str, Any]) -> tuple[str, bytes]:
+        """Return the text of `model.param` and the weights of an ONNX file or artefact."""
         if not zipfile.is_zipfile(path):
             return converted(path, request["shapes"][path])
         with zipfile.ZipFile(path) as packed:
@@ -123,6 +124,7 @@ class Network:
         return outputs
 
     def sample(self) -> list[Any]:
+        """Make one input for each argument."""
         return self.mats([stopwatch.sample_input([1, *shape], "f4") for shape in self.shapes])
 
 

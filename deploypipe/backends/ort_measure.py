@@ -92,47 +92,47 @@ def bench(request: dict[str, Any]) -> Any:
 def profile(request: dict[str, Any]) -> dict[str, Any]:
     """Time the kernels of several models in turns."""
     cores = stopwatch.Cores(request["threads"])
-    per_block = stopwatch.per_turn(request) + 1
-    n_turns, optimised = -(-request["warmup"] // per_block) + stopwatch.BLOCKS, request.get("optimised", {})
+    wanted, per_block = stopwatch.turns_of(request)
+    optimised, opened = request.get("optimised", {}), {}
+    for index, (name, path) in enumerate(request["models"].items()):
+        options = {"enable_profiling": True, "profile_file_prefix": f"profile-{index}"}
+        if name in optimised:
+            options["optimized_model_filepath"] = optimised[name]
+        opened[name] = session(path, request, **options)
+    calls = {name: partial(item.run, None, feed(item)) for name, item in opened.items()}
 
-    def sample() -> tuple[dict[str, list[list[Any]]], dict[str, bytes]]:
-        opened = {}
-        for index, (name, path) in enumerate(request["models"].items()):
-            options = {"enable_profiling": True, "profile_file_prefix": f"profile-{index}"}
-            if name in optimised:
-                options["optimized_model_filepath"] = optimised[name]
-            opened[name] = session(path, request, **options)
-        feeds = {name: feed(item) for name, item in opened.items()}
-        for _ in range(n_turns):
-            for name, item in opened.items():
-                for _ in range(per_block):
-                    item.run(None, feeds[name])
-        rows = {name: kernels(item.end_profiling(), per_block, n_turns) for name, item in opened.items()}
-        return rows, {path: Path(path).read_bytes() for path in optimised.values()}
+    def turn() -> None:
+        for once in calls.values():
+            for _ in range(stopwatch.REWARM + per_block):
+                once()
 
-    (rows, graphs), load = stopwatch.guarded(sample, cores, request)
-    for path, content in graphs.items():  # names of layout nodes differ from session to session: keep those of these rows
-        Path(path).write_bytes(content)
-    return {"models": rows, "foreign_load": load}
+    for once in calls.values():
+        for _ in range(request["warmup"]):
+            once()
+    chosen, load = stopwatch.quiet_turns(turn, cores, request, wanted)
+    counted = [
+        request["warmup"] + i * (stopwatch.REWARM + per_block) + stopwatch.REWARM + j for i in chosen for j in range(per_block)
+    ]
+    return {"models": {name: kernels(item.end_profiling(), counted) for name, item in opened.items()}, "foreign_load": load}
 
 
-def kernels(path: str, per_block: int, n_turns: int) -> list[list[Any]]:
-    """Read a profile: [node, operation, median, p10, p90, runs] in the order of execution, warm-up left out."""
+def kernels(path: str, counted: list[int]) -> list[list[Any]]:
+    """Read a profile: [node, operation, median, p10, p90, runs] in the order of execution, of the runs that count."""
     events = json.loads(Path(path).read_text())
     Path(path).unlink()
     suffix = "_kernel_time"
     times: dict[tuple[str, str], list[int]] = {}
+    n_runs = 0
     for event in events:
+        n_runs += event["name"] == "model_run"
         if event.get("cat") == "Node" and event["name"].endswith(suffix):
             times.setdefault((event["name"][: -len(suffix)], event["args"]["op_name"]), []).append(event["dur"])
     rows = []
     for (name, op), spent in times.items():
-        each = len(spent) // (per_block * n_turns)  # above 1 inside a loop
-        per_run = [sum(spent[i * each : (i + 1) * each]) for i in range(per_block * n_turns)] if each else []
-        counted = [t for i, t in enumerate(per_run) if i % per_block and i // per_block >= n_turns - stopwatch.BLOCKS]
-        if counted:
+        each = len(spent) // n_runs  # above 1 inside a loop
+        if each:
             # The runtime cuts durations down to whole microseconds: the middle of that microsecond is the fair value.
-            middle = [t + 0.5 for t in counted]
+            middle = [sum(spent[i * each : (i + 1) * each]) + 0.5 for i in counted]
             p10, p90 = np.percentile(middle, [10, 90])
             rows.append([name, op, statistics.median_grouped(middle, 1), float(p10), float(p90), len(middle)])
     return rows
@@ -158,8 +158,8 @@ def run(request: dict[str, Any]) -> Any:
 def describe(request: dict[str, Any]) -> dict[str, Any]:
     """Say which runtime this is, on which device."""
     return {
-        "runtime": "ort-mobile" if request.get("platform") else "onnxruntime", "version": ort.__version__, "providers": ort.get_available_providers(),
-        **stopwatch.device(request),
+        "runtime": "ort-mobile" if request.get("platform") else "onnxruntime", "version": ort.__version__,
+        "providers": ort.get_available_providers(), **stopwatch.device(request),
     }  # fmt: skip
 
 

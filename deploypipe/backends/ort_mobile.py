@@ -1,4 +1,4 @@
-"""ONNX Runtime for phones and small boards: builds `.ort` files, which its mobile and minimal builds read without an optimiser."""
+"""ONNX Runtime for phones and boards: builds `.ort` files, which its mobile and minimal builds read without an optimiser."""
 
 import platform
 from collections.abc import Mapping

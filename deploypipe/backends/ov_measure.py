@@ -69,24 +69,28 @@ def bench(request: dict[str, Any]) -> Any:
 def profile(request: dict[str, Any]) -> dict[str, Any]:
     """Time the kernels of several models in turns; each turn compiles anew, since counters never go back to zero."""
     cores, core = stopwatch.Cores(request["threads"]), ov.Core()
-    per_block = stopwatch.per_turn(request) + max(SETTLED, request["warmup"])
+    per_block = -(-request["runs"] // stopwatch.FEW) + max(SETTLED, request["warmup"])
     graphs: dict[str, dict[str, Any]] = {}
+    turns: list[dict[str, dict[tuple[str, str], float]]] = []
 
-    def sample() -> dict[str, dict[tuple[str, str], list[float]]]:
-        times: dict[str, dict[tuple[str, str], list[float]]] = {name: {} for name in request["models"]}
-        for _ in range(stopwatch.BLOCKS):
-            for name, path in request["models"].items():
-                made = compiled(core, path, request, counters=True)
-                graphs[name] = graph(made)
-                for kernel, averages in counted(request_of(made), per_block).items():
-                    if kernel[0] in graphs[name]:
-                        times[name].setdefault(kernel, []).append(steady(averages))
-        return times
+    def turn() -> None:
+        seen = {}
+        for name, path in request["models"].items():
+            made = compiled(core, path, request, counters=True)
+            graphs[name] = graph(made)
+            found = counted(request_of(made), per_block)
+            seen[name] = {kernel: steady(averages) for kernel, averages in found.items() if kernel[0] in graphs[name]}
+        turns.append(seen)
 
-    times, load = stopwatch.guarded(sample, cores, request)
-    n = stopwatch.BLOCKS * (per_block - SETTLED)
-    rows = {name: [[*kernel, *stopwatch.spread(us), n] for kernel, us in found.items()] for name, found in times.items()}
+    chosen, load = stopwatch.quiet_turns(turn, cores, request, stopwatch.FEW)
+    n = len(chosen) * (per_block - SETTLED)
+    rows = {name: _rows([turns[i][name] for i in chosen], n) for name in graphs}
     return {"models": {name: {"graph": graphs[name], "kernels": rows[name]} for name in rows}, "foreign_load": load}
+
+
+def _rows(turns: list[dict[tuple[str, str], float]], n: int) -> list[list[Any]]:
+    """Join the turns of one model: [node, operation, median, p10, p90, runs]."""
+    return [[*kernel, *stopwatch.spread([turn[kernel] for turn in turns if kernel in turn]), n] for kernel in turns[-1]]
 
 
 def graph(made: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from deploypipe.targets import Target
 
 _FOLDER = Path(__file__).parent
 _ATTEMPTS = 3
+_LANES = {"avx512f": 16, "avx": 8}  # else 4, as SSE and NEON have
 
 
 class Scripted:
@@ -37,7 +38,6 @@ class Scripted:
     pricing: ClassVar[Pricing] = "kernels"
     times_layers: ClassVar[bool] = True
     tolerance: ClassVar[float] = 1e-3  # other kernels (Winograd, fused multiply-add)
-    channel_multiple: ClassVar[int] = 1  # learned, where kernels are timed
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     options: ClassVar[Mapping[str, Any]] = {}
     packages: ClassVar[tuple[str, ...]] = ()
@@ -67,6 +67,10 @@ class Scripted:
     def by_hand(self, models: Mapping[str, str], target: Target) -> str:
         """Return nothing: the runtime has no program of its own."""
         return ""
+
+    def channel_multiple(self, facts: Facts) -> int:
+        """Return how many fp32 values one vector register of the device holds: what kernels compute together."""
+        return next((n for flag, n in _LANES.items() if any(known.startswith(flag) for known in facts["cpu_flags"])), 4)
 
     def build_job(self, model: Path, target: Target) -> Job:
         """Compile the model into one file."""

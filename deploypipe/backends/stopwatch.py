@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-BLOCKS = 6  # the runs of each model come in this many turns, so that slow drift meets all models alike
-REWARM = 3  # runs at the start of a turn that do not count
+FEW, MANY = 6, 12  # the runs of each model come in so many turns, so that slow drift meets all models alike
+REWARM = 2  # runs at the start of a turn that do not count
 
 Request = dict[str, Any]
 
@@ -51,64 +51,81 @@ class Cores:
         """Begin a measuring window."""
         self.before = (sum(self.busy(self.cpus).values()), time.process_time(), time.perf_counter())
 
-    def foreign(self) -> float | None:
-        """Share of our cores' time since `start` that went to other programs."""
+    def taken(self) -> tuple[float, float] | None:
+        """Seconds of our cores since `start` that went to other programs, give or take a tick each; and all their seconds."""
         busy, own, wall = self.before
         now = self.busy(self.cpus)
         if not now:
             return None
-        tick = 1.0 / os.sysconf("SC_CLK_TCK")  # both counters move in ticks
-        others = sum(now.values()) - busy - (time.process_time() - own) - tick * len(now)
-        return round(max(0.0, others / ((time.perf_counter() - wall) * len(now))), 4)
+        others = sum(now.values()) - busy - (time.process_time() - own)
+        return others, (time.perf_counter() - wall) * len(now)
+
+    def share(self, windows: list[tuple[float, float]]) -> float:
+        """Share of our cores' time that went to other programs in these windows."""
+        tick = len(self.cpus) / os.sysconf("SC_CLK_TCK")  # both counters move in ticks
+        others, whole = sum(window[0] for window in windows), sum(window[1] for window in windows)
+        return round(max(0.0, others - tick) / whole, 4)
 
 
-def guarded(sample: Any, cores: Cores, request: dict[str, Any]) -> tuple[Any, float | None]:
-    """Call `sample` until other programs took no more than `max_foreign`, at most `attempts` times; keep the quietest."""
-    best: tuple[Any, float | None] | None = None
-    for _ in range(request["attempts"]):
+def quiet_turns(turn: Callable[[], Any], cores: Cores, request: Request, wanted: int) -> tuple[list[int], float | None]:
+    """Call `turn` until it was undisturbed `wanted` times, at most `attempts` times as often.
+
+    Returns:
+        Which calls count, the quietest, and the share of our cores' time that went to other programs meanwhile.
+    """
+    windows: list[tuple[float, float]] = []
+    for done in range(1, wanted * request["attempts"] + 1):
         cores.start()
-        value, load = sample(), cores.foreign()
-        if best is None or (load or 0.0) < (best[1] or 0.0):
-            best = (value, load)
-        if (load or 0.0) <= request["max_foreign"]:
+        turn()
+        window = cores.taken()
+        if window is None:  # the system does not tell
+            if done == wanted:
+                return list(range(wanted)), None
+            continue
+        windows.append(window)
+        if sum(cores.share([window]) <= request["max_foreign"] for window in windows) >= wanted:
             break
-    assert best is not None
-    return best
+    chosen = sorted(sorted(range(len(windows)), key=lambda i: cores.share([windows[i]]))[:wanted])
+    return chosen, cores.share([windows[i] for i in chosen])
 
 
 def bench(runs: Mapping[str, Callable[[], Any]], cores: Cores, request: Request) -> dict[str, Any]:
     """Time whole models, each run by a call, in turns."""
-    per_block = per_turn(request)
+    wanted, per_block = turns_of(request)
     for once in runs.values():
         for _ in range(request["warmup"]):
             once()
 
-    def sample() -> dict[str, list[tuple[float, float]]]:
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-        for _ in range(BLOCKS):
-            for name, once in runs.items():
-                for _ in range(REWARM):  # not counted: fetch back what the other models threw out of the cache
-                    once()
-                for _ in range(per_block):
-                    worked, start = time.process_time_ns(), time.perf_counter_ns()
-                    once()
-                    end = time.perf_counter_ns()
-                    times[name].append(((end - start) / 1000, (time.process_time_ns() - worked) / 1000))
-        return times
+    times: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in runs}
 
-    times, load = guarded(sample, cores, request)
+    def turn() -> None:
+        for name, once in runs.items():
+            for _ in range(REWARM):  # not counted: fetch back what the other models threw out of the cache
+                once()
+            times[name].append([timed(once) for _ in range(per_block)])
+
+    chosen, load = quiet_turns(turn, cores, request, wanted)
     rows = {}
     for name, values in times.items():
-        wall, worked = zip(*values, strict=True)
+        wall, worked = zip(*(run for i in chosen for run in values[i]), strict=True)
         # With one thread, processor time is latency without the time that other programs took from us.
         rows[name] = [*spread(wall), len(wall), spread(worked)[0] if request["threads"] == 1 else None]
     return {"models": rows, "foreign_load": load}
 
 
-def per_turn(request: Request) -> int:
-    """Counted runs of one turn."""
+def timed(once: Callable[[], Any]) -> tuple[float, float]:
+    """Run once; return what it took and what this process worked, in microseconds."""
+    worked, start = time.process_time_ns(), time.perf_counter_ns()
+    once()
+    end = time.perf_counter_ns()
+    return (end - start) / 1000, (time.process_time_ns() - worked) / 1000
+
+
+def turns_of(request: Request) -> tuple[int, int]:
+    """Return the number of turns, and the counted runs of each."""
     runs: int = request["runs"]
-    return max(1, -(-runs // BLOCKS))
+    wanted = min(MANY, max(FEW, runs // FEW))
+    return wanted, max(1, -(-runs // wanted))
 
 
 def spread(values: Any) -> list[float]:

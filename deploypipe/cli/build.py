@@ -17,9 +17,13 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An algorithm's option; may be repeated.")
 ]
 TargetName = Annotated[str, typer.Option(help="What to deploy to: a name from `deploypipe targets`, or a .toml file.")]
+TargetNames = Annotated[
+    str, typer.Option(help="As elsewhere; several with commas between them: planned for the first, built for all.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime, instead of the target's.")]
 Value = Annotated[str, typer.Option(help="What a width is worth: the algorithm's scores, or its measured loss.")]
 ValueRounds = Annotated[int, typer.Option(min=0, help="With --value measured: measure around the solution this often.")]
+ValueFinalists = Annotated[int, typer.Option(min=1, help="With --value measured: train this many plans an epoch to choose.")]
 Weights = Annotated[Path | None, typer.Option(help="Trained weights: .safetensors, or a state dict of tensors (.pt, .pth).")]
 
 
@@ -28,7 +32,7 @@ def build(
     model: Model = "demo",
     weights: Weights = None,
     data: Annotated[str, typer.Option(help="demo, imagefolder:DIR, cifar10:DIR or file.py:factory.")] = "demo",
-    target: TargetName = "cpu",
+    target: TargetNames = "cpu",
     algo: Annotated[str, typer.Option(help="Pruning algorithm: a name from `deploypipe algos`.")] = "thinet",
     budget: Annotated[
         str, typer.Option(help="At most this: 50% of the dense model, 3ms, 800us; with --metric 1.2M, 300k.")
@@ -48,6 +52,7 @@ def build(
     value: Value = "scores",
     value_rounds: ValueRounds = 2,
     sparsity: Annotated[str, typer.Option(metavar="2:4", help="2:4 weights, for NVIDIA's tensor cores since Ampere.")] = "",
+    value_finalists: ValueFinalists = 1,
     as_json: Json = False,
 ) -> None:
     """Prune, compact, fine-tune, export, verify and measure a model."""
@@ -56,7 +61,8 @@ def build(
     request = pipeline.Request(
         model, weights, data, target, algo, budget, metric, epochs, out, seed, parse_settings(settings or ()),
         distill=distill, lr=lr, batch_size=batch_size, threads=threads, accuracy_floor=accuracy_floor,
-        keep=tuple(keep or ()), table=table, value=value, value_rounds=value_rounds, sparsity=sparsity,
+        keep=tuple(keep or ()), table=table, value=value, value_rounds=value_rounds, value_finalists=value_finalists,
+        sparsity=sparsity,
         command=shlex.join(["deploypipe", *(context.obj or ())]),
     )  # fmt: skip
     with console.progress() as reporter:
@@ -66,7 +72,7 @@ def build(
 
 def show_report(report: Any, folder: Path, as_json: bool) -> None:
     """Write what a run found out: the table, the verdict, and where everything lies."""
-    from deploypipe import render
+    from deploypipe import render, runtimes
     from deploypipe.report import MARKDOWN_NAME
 
     if as_json:
@@ -75,6 +81,9 @@ def show_report(report: Any, folder: Path, as_json: bool) -> None:
     console.answer(render.title(report) + "\n")
     console.table(render.SUMMARY_COLUMNS, render.summary_rows(report))
     console.answer("")
+    if report.runtimes:
+        console.table(runtimes.COLUMNS, runtimes.rows(report.runtimes))
+        console.answer(runtimes.verdict(report.runtimes) + "\n")
     files = [(what, str(folder / path)) for what, path in report.artifacts.items()]
     console.pairs([*render.verdict(report), *files, ("report", str(folder / MARKDOWN_NAME))])
 

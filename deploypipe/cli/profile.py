@@ -19,6 +19,9 @@ def profile(
     results: Annotated[
         Path | None, typer.Option("--import", help="Take in what the owner of a device measured with a run's bundle.")
     ] = None,
+    allow_noise: Annotated[
+        bool, typer.Option("--allow-noise", help="Accept what other programs disturbed; the table says so.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure a model's layers at many widths, on the target."""
@@ -29,7 +32,9 @@ def profile(
         console.answer_json(found) if as_json else console.pairs((k.replace("_", " "), str(v)) for k, v in found.items())
         return
     with console.progress() as reporter:
-        summary = pipeline.profile_model(model, weights, target, threads, reporter, fresh=fresh, save=save)
+        summary = pipeline.profile_model(
+            model, weights, target, threads, reporter, fresh=fresh, save=save, allow_noise=allow_noise or None
+        )
     if as_json:
         console.answer_json(summary)
     else:

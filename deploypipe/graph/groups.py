@@ -26,7 +26,7 @@ def build_graph(state: State, ops: Mapping[str, int], example: tuple[Any, ...]) 
     groups = channels.groups()
     widths = _Widths(channels, groups)
     return Graph(
-        layers=tuple(widths.layer(call) for call in state.layers),
+        layers=tuple(widths.layer(call, state.norms.get(i, "")) for i, call in enumerate(state.layers)),
         groups=groups,
         attributes=tuple(widths.attributes()),
         shapes=dict(state.shapes),
@@ -207,8 +207,8 @@ class _Widths:
             const -= slots
         return Width(const, tuple(parts))
 
-    def layer(self, call: LayerCall) -> Layer:
-        """Turn one recorded call into a layer."""
+    def layer(self, call: LayerCall, norm: str) -> Layer:
+        """Turn one recorded call into a layer; `norm` is the module that its output goes straight into."""
         geometry: dict[str, Any] = {**_NO_SPACE, **call.geometry}
         n_groups = Width(1) if call.group_labels is None else self.width(call.group_labels)
         return Layer(
@@ -220,6 +220,7 @@ class _Widths:
             n_in=self.width(call.vec_in),
             n_out=self.width(call.vec_out),
             n_groups=n_groups,
+            norm=norm,
             **geometry,
         )
 

@@ -8,7 +8,10 @@ from deploypipe.graph.tracer import Call, Layers, State
 
 def _carry(state: State, call: Call, vector: Vector, attribute: str) -> None:
     for key in ("weight", "bias", "running_mean", "running_var"):
-        state.attach(call.args.get(key), 0, vector, "carries", call.where)
+        tensor = call.args.get(key)
+        state.attach(tensor, 0, vector, "carries", call.where)
+        if tensor is not None and tensor.name and call.args["input"].layer >= 0:
+            state.norms[call.args["input"].layer] = tensor.name.rpartition(".")[0]
     state.attribute(call, attribute, vector)
 
 

@@ -23,7 +23,7 @@ Layers = tuple[Labels, ...]
 class Seen:
     """What rules know of a tensor. A parameter or buffer has a name; an activation has labels once its rule was asked."""
 
-    __slots__ = ("dtype", "labels", "name", "shape", "strides")
+    __slots__ = ("dtype", "labels", "layer", "name", "shape", "strides")
 
     def __init__(self, tensor: Tensor, name: str = "", *, dense: bool = False) -> None:
         """Keep shape and, unless the tensor is known to be no broadcast (`dense`), strides."""
@@ -32,6 +32,7 @@ class Seen:
         self.dtype = tensor.dtype
         self.name = name
         self.labels: Layers = ()
+        self.layer = -1  # the layer call whose untouched output this is
 
     def dim(self) -> int:
         """Return the number of axes."""
@@ -118,6 +119,7 @@ class State:
         self.axes: dict[tuple[str, int], Vector] = {}
         self.roles: dict[tuple[str, int], Role] = {}
         self.layers: list[LayerCall] = []
+        self.norms: dict[int, str] = {}  # layer call -> module of the norm that its output goes straight into
         self.attributes: list[AttributeUse] = []
         self.owner_axis: list[tuple[int, int, tuple[str, int]]] = []  # label ranges born on a parameter axis
 

@@ -130,6 +130,7 @@ def _record(state: State, call: Call, kind: Kind, geometry: dict[str, Any], vec:
     owner = weight.rpartition(".")[0]
     name = owner if owner and weight.endswith(".weight") else weight or call.module
     group_labels = vec[:: len(vec) // groups] if groups > 1 else None
+    call.out.layer = len(state.layers)
     state.layers.append(LayerCall(name, kind, weight, bias, geometry, vec, out_vec, groups, group_labels))
 
 

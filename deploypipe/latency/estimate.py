@@ -6,12 +6,13 @@ what it is good for is which widths save anything at all.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import prod
 from typing import Any
 
 from deploypipe.errors import TargetError
-from deploypipe.latency.files import Context, Entry, Overhead, Shape
+from deploypipe.latency.context import Context, Overhead
+from deploypipe.latency.files import Entry, Shape
 from deploypipe.latency.table import LatencyTable, structure_of
 from deploypipe.latency.widths import AllSteps, Steps, legal_widths, reachable
 from deploypipe.targets import Rates, Target
@@ -48,15 +49,15 @@ def estimated(graph: Graph, target: Target, *, sparse: bool = False) -> LatencyT
             entry = Entry(shape, n_in, n_out, us, us, us, 0)
             entries[shape, entry.key] = entry
     facts: dict[str, Any] = {
-        "source": ESTIMATED, "weights": "dense or 2:4" if sparse else "dense", "target": target.name, "runtime": target.build.backend, "precision": rates.precision,
-        "timer_us": 0.0, "session_us": 0.0, "node_us": rates.launch_us, "rates": asdict(rates),
+        "source": ESTIMATED, "weights": "dense or 2:4" if sparse else "dense", "target": target.name,
+        "runtime": target.build.backend, "precision": rates.precision, "rates": asdict(rates),
+        "timer_us": 0.0, "session_us": 0.0, "node_us": rates.launch_us,
     }  # fmt: skip
     apart = sum(count for name, count in graph.ops.items() if name in APART)
-    others = (Overhead("kernels without weights", "launch", apart * rates.launch_us, (), 0),)
-    context = Context(structure_of(graph), {}, others, 1.0, None, 1.0, 1.0, None, 0)
+    others = (Overhead("launch of kernels without weights", (), apart * rates.launch_us),)
+    context = Context(structure_of(graph), {}, others, 1.0, 1.0, 1.0, None, 0)
     table = LatencyTable(facts, steps, tuple(entries.values()), (context,))
-    whole = table.predict(graph)
-    return table.with_context(Context(context.structure, {}, others, whole, None, 1.0, 1.0, None, 0))
+    return table.with_context(replace(context, whole_us=table.predict(graph)))
 
 
 def kernel_us(shape: Shape, n_in: int, n_out: int, rates: Rates, *, sparse: bool = False) -> float:

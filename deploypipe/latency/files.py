@@ -10,10 +10,11 @@ from types import MappingProxyType
 from typing import Any
 
 from deploypipe.errors import TargetError
-from deploypipe.latency.widths import AllSteps, Steps
+from deploypipe.latency.context import Context, Overhead
+from deploypipe.latency.widths import AllSteps, Steps, title
 from deploypipe.types import Layer
 
-SCHEMA = 3
+SCHEMA = 4
 _MEASURE = "measure it again: deploypipe profile --model MODEL --target TARGET"
 
 
@@ -59,9 +60,7 @@ class Shape:
     @property
     def title(self) -> str:
         """The shape in words."""
-        kernel, size = _packed(self.kernel), _packed(self.in_size)
-        where = f"{kernel} stride {_packed(self.stride)} on {size}" if self.in_size else f"on {self.rows} rows"
-        return f"{self.kind} {where}"
+        return title(self.kind, self.kernel, self.stride, self.in_size, self.rows)
 
 
 @dataclass(frozen=True)
@@ -80,67 +79,6 @@ class Entry:
     def key(self) -> tuple[int, int]:
         """The widths that tell entries of one shape apart."""
         return (0 if self.shape.tied else self.n_in, self.n_out)
-
-
-@dataclass(frozen=True)
-class Overhead:
-    """A kernel that is no layer, as it ran inside the dense model.
-
-    `layers` feed it, and `width` is the sum of their output widths then; both empty if it costs the same always.
-    """
-
-    name: str
-    op: str
-    us: float
-    layers: tuple[str, ...]
-    width: int
-
-
-Anchors = tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True)
-class Context:
-    """How kernels add up in one model.
-
-    Attributes:
-        structure: Which model, by `structure_of`.
-        scale: Layer -> anchors (product of its two widths, time inside the model over time alone), ascending: one in a narrow
-            form of the model, one in the dense one. In between, the ratio is interpolated.
-        overhead: All other kernels.
-        whole_us: The dense model, measured as a whole without profiling.
-        narrow_us: Likewise the narrow form; None if the model cannot be narrowed.
-        factor: `whole_us` over the sum of layers and overhead.
-        additivity: Sum of the profiled kernels, less what profiling adds to an empty one, over `whole_us`.
-        foreign_load: Of the measurement of the whole; None if unknown.
-        runs: Of the measurement of the whole.
-        trim: By what the ratios of the narrow form were multiplied after a check on whole models.
-        errors: Relative errors on those models, each of a plan that did not take part in its own `trim`; none if unchecked.
-    """
-
-    structure: str
-    scale: Mapping[str, Anchors]
-    overhead: tuple[Overhead, ...]
-    whole_us: float
-    narrow_us: float | None
-    factor: float
-    additivity: float
-    foreign_load: float | None
-    runs: int
-    trim: float = 1.0
-    errors: tuple[float, ...] = ()
-
-    @property
-    def error(self) -> float | None:
-        """Mean absolute relative error on whole models that the table never saw; None if unchecked."""
-        return sum(map(abs, self.errors)) / len(self.errors) if self.errors else None
-
-    def ratio(self, layer: str, work: int) -> float:
-        """Return the time of a layer inside the model over its time alone, at a product of widths."""
-        anchors = self.scale.get(layer, ((work, 1.0),))
-        (low, at_low), (high, at_high) = anchors[0], anchors[-1]
-        share = min(1.0, max(0.0, (work - low) / (high - low))) if high > low else 1.0
-        return at_low + share * (at_high - at_low)
 
 
 def hashed(state: Any) -> str:

@@ -13,7 +13,8 @@ from weakref import WeakKeyDictionary
 from deploypipe.cost import CostTerm
 from deploypipe.errors import TargetError
 from deploypipe.latency import files as latency_file
-from deploypipe.latency.files import Context, Entry, Shape
+from deploypipe.latency.context import Context
+from deploypipe.latency.files import Entry, Shape
 from deploypipe.latency.widths import AllSteps, Steps, legal_widths, steps_of
 from deploypipe.plan import KeepPlan
 from deploypipe.types import Graph, Layer, Width
@@ -26,8 +27,8 @@ class LatencyTable:
     """Kernel times of one runtime on one device, and how they add up in the models that were profiled.
 
     A model costs `factor * (sum of its layers + overhead)`. A layer costs what its kernel took alone at these widths, times
-    what the same kernel took inside the model over what it took alone, known for the dense and for a narrow form. Overhead are
-    all other kernels, measured inside the dense model; they follow the widths of the layers that feed them.
+    what the same kernel took inside the model over what it took alone, learned from several forms of the model. Overhead are
+    all other kernels, likewise learned inside the model; they follow the widths of the layers that feed them.
 
     Attributes:
         facts: Runtime, version, threads, precision, processor, date, and the two constants of the measuring method:
@@ -71,7 +72,7 @@ class LatencyTable:
         if graph not in self._terms:
             context = self.context(graph)
             layers = [self._layer_term(layer, context) for layer in graph.layers]
-            self._terms[graph] = (*layers, *overhead_terms(graph, context, float(self.facts.get("node_us", 0.0))))
+            self._terms[graph] = (*layers, *overhead_terms(graph, context))
         return self._terms[graph]
 
     def candidates(self, graph: Graph) -> Mapping[str, tuple[int, ...]]:
@@ -160,6 +161,8 @@ class LatencyTable:
     def _layer_term(self, layer: Layer, context: Context) -> CostTerm:
         @cache
         def price(n_in: int, n_out: int) -> float:
+            if not (n_in and n_out):
+                return 0.0  # its branch is gone
             ratio = context.ratio(layer.name, n_in * n_out)
             return context.factor * ratio * self.kernel_us(layer, n_in, n_out)
 
@@ -188,32 +191,33 @@ def width_of(graph: Graph, layers: tuple[str, ...]) -> Width:
     return Width(const, tuple(parts.items()))
 
 
-def overhead_terms(graph: Graph, context: Context, node_us: float) -> list[CostTerm]:
+def overhead_terms(graph: Graph, context: Context) -> list[CostTerm]:
     """Price the other kernels: each is a constant plus a part in proportion to the widths that feed it.
 
-    Being linear, the cost of a kernel fed by several groups splits exactly into one part per group.
+    Being linear, the cost of a kernel fed by several groups splits exactly into one part per group. What one group alone feeds
+    is gone when that group has no channels left.
     """
-    dense = graph.kept()
     known = {layer.name for layer in graph.layers}
-    constant, per_channel = 0.0, dict[str, float]()
+    constant, fixed, per_channel = 0.0, dict[str, float](), dict[str, float]()
     for kernel in context.overhead:
         width = width_of(graph, tuple(name for name in kernel.layers if name in known))
-        # The dense width that the kernel was measured at, not that of a graph that may have been pruned since.
-        full = kernel.width or width.at(dense)
-        fixed = min(kernel.us, node_us) if width.parts and full else kernel.us
-        slope = (kernel.us - fixed) / full if full else 0.0
-        constant += fixed + slope * width.const
         for group, slots in width.parts:
-            per_channel[group] = per_channel.get(group, 0.0) + slope * slots
+            per_channel[group] = per_channel.get(group, 0.0) + kernel.per_channel_us * slots
+        if len(width.parts) == 1 and not width.const:
+            group = width.parts[0][0]
+            fixed[group] = fixed.get(group, 0.0) + kernel.fixed_us
+        else:
+            constant += kernel.fixed_us + kernel.per_channel_us * width.const
     total = context.factor * constant
     terms = [CostTerm("overhead", Width(0), Width(0), lambda n_in, n_out: total)]
     for group, us in per_channel.items():
-        terms.append(CostTerm(f"overhead:{group}", Width(0), Width(0, ((group, 1),)), _proportional(context.factor * us)))
+        price = _linear(context.factor * fixed.get(group, 0.0), context.factor * us)
+        terms.append(CostTerm(f"overhead:{group}", Width(0), Width(0, ((group, 1),)), price))
     return terms
 
 
-def _proportional(us: float) -> Callable[[int, int], float]:
-    return lambda n_in, n_out: us * n_out
+def _linear(fixed: float, slope: float) -> Callable[[int, int], float]:
+    return lambda n_in, n_out: fixed + slope * n_out if n_out else 0.0
 
 
 class _Grid:

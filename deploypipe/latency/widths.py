@@ -11,31 +11,42 @@ MAX_CANDIDATES = 14
 
 @dataclass(frozen=True)
 class Steps:
-    """How latency follows the channel count of one kind of kernel.
+    """How latency follows the channel count of one kind of kernel, or of one shape of it.
 
     Attributes:
         step: Latency is constant between multiples of this.
         align: Counts that are not a multiple of this leave the runtime's fast path ...
         penalty: ... and take this many times as long as the next full step.
         small: Counts below one step that are still quicker than a whole step, descending.
+        edge: The width around which this was measured for one shape; 0 for a kind.
     """
 
     step: int = 1
     align: int = 1
     penalty: float = 1.0
     small: tuple[int, ...] = ()
+    edge: int = 0
 
     def up(self, width: int) -> int:
         """Return the width that costs as much as `width`: the next multiple of the step."""
         return width if width in self.small else -(-width // self.step) * self.step
 
 
-AllSteps = Mapping[str, Steps]  # kind of kernel -> its steps
+AllSteps = Mapping[str, Steps]  # kind of kernel, or title of one shape -> its steps
+
+
+def title(kind: str, kernel: tuple[int, ...], stride: tuple[int, ...], in_size: tuple[int, ...], rows: int) -> str:
+    """Return a shape in words; shapes that differ in padding or dilation only are called alike."""
+    if not in_size:
+        return f"{kind} on {rows} rows"
+    across, step, size = ("x".join(map(str, value)) for value in (kernel, stride, in_size))
+    return f"{kind} {across} stride {step} on {size}"
 
 
 def steps_of(layer: Layer, steps: AllSteps) -> Steps:
-    """Return the steps that hold for `layer`; one by one for kinds whose kernels showed none."""
-    return steps.get("linear" if layer.kind == "matmul" else layer.kind, Steps())
+    """Return the steps that hold for `layer`: its shape's own, or its kind's; one by one where kernels showed none."""
+    own = steps.get(title(layer.kind, layer.kernel, layer.stride, layer.in_size, 0 if layer.in_size else layer.positions))
+    return own or steps.get("linear" if layer.kind == "matmul" else layer.kind, Steps())
 
 
 def legal_widths(graph: Graph, steps: AllSteps) -> dict[str, tuple[int, ...]]:
@@ -43,30 +54,31 @@ def legal_widths(graph: Graph, steps: AllSteps) -> dict[str, tuple[int, ...]]:
 
     The full count is always among them; at most 14 are evenly spread. Groups of a few steps also get the counts below one
     step with which some layer gains and none leaves its fast path. In a layer fed by several groups each group lands on whole
-    steps by itself.
+    steps by itself, and never below one: its tensor could not be joined with the others in the runtime's own layout, and all of
+    them would have to be laid out anew.
     """
     return {group.name: _legal(group, _uses(graph, group), steps) for group in graph.prunable}
 
 
-def _uses(graph: Graph, group: Group) -> list[tuple[Layer, int]]:
-    """Return the layers whose widths the group decides, with the channels that each of its units has there."""
+def _uses(graph: Graph, group: Group) -> list[tuple[Layer, int, bool]]:
+    """Return the layers whose widths the group decides, with the channels that each of its units has there, and if alone."""
     found = []
     for layer in graph.layers:
         for width in (layer.n_in, layer.n_out):
-            found += [(layer, slots) for name, slots in width.parts if name == group.name]
+            found += [(layer, slots, len(width.parts) == 1) for name, slots in width.parts if name == group.name]
     return found
 
 
-def _legal(group: Group, uses: list[tuple[Layer, int]], steps: AllSteps) -> tuple[int, ...]:
+def _legal(group: Group, uses: list[tuple[Layer, int, bool]], steps: AllSteps) -> tuple[int, ...]:
     unit = 1
-    for layer, slots in uses:
+    for layer, slots, _ in uses:
         step = steps_of(layer, steps).step
         unit = lcm(unit, step // gcd(step, slots))
     unit = min(unit, group.size)
     chosen = {*_spread(unit, group.size), group.size}
-    plain = all(slots == 1 for _, slots in uses)
+    plain = all(slots == 1 and alone for _, slots, alone in uses)
     if plain and group.size <= 4 * unit:
-        kinds = [steps_of(layer, steps) for layer, _ in uses]
+        kinds = [steps_of(layer, steps) for layer, _, _ in uses]
         gaining = {width for kind in kinds for width in kind.small if width < group.size}
         chosen |= {width for width in gaining if all(width % kind.align == 0 for kind in kinds)}
     return tuple(sorted(chosen))

@@ -80,10 +80,11 @@ def checks_stage(
 
 
 def bench_stage(store: Store, device: Device, files: Mapping[str, Kept[Path]]) -> Kept[dict[str, Any]]:
-    """Measure the built files in turns."""
+    """Measure the built files in turns; None stands for each that nothing here runs."""
 
     def bench(folder: Path) -> None:
-        found = device.bench({side: file.value for side, file in files.items()})
+        runs = device.backend.pricing != "never"
+        found = device.bench({side: file.value for side, file in files.items()}) if runs else dict.fromkeys(files)
         (folder / "latency.json").write_text(json.dumps(found, indent=1) + "\n")
 
     key = [1, *files.values(), asdict(device.target.measure), device.facts]
@@ -91,15 +92,14 @@ def bench_stage(store: Store, device: Device, files: Mapping[str, Kept[Path]]) -
 
 
 def accuracy_stage(
-    store: Store, models: Mapping[str, nn.Module], data: Data, origin: Sequence[object], reporter: Reporter
+    store: Store, models: Mapping[str, nn.Module], data: Data, key: Sequence[object], reporter: Reporter
 ) -> Kept[dict[str, Any]]:
-    """Read the test set, once; `origin` is what the models were made from."""
+    """Test each model: the one time that the test set is read."""
 
     def test(folder: Path) -> None:
         (folder / "accuracy.json").write_text(json.dumps(accuracies(models, data, reporter), indent=1) + "\n")
 
-    key = [1, *origin, data.key]
-    return store.keep("accuracy", key, test, lambda root: json.loads((root / "accuracy.json").read_text()))
+    return store.keep("accuracy", [1, *key], test, lambda root: json.loads((root / "accuracy.json").read_text()))
 
 
 def exported_name(device: Device, side: str = "pruned") -> str:

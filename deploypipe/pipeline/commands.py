@@ -9,14 +9,14 @@ from deploypipe.folder import explained
 from deploypipe.graph import trace
 from deploypipe.inspection import Inspection, inspect_graph
 from deploypipe.latency.estimate import CALIBRATED, ESTIMATED
-from deploypipe.latency.table import LatencyTable
-from deploypipe.latency.widths import Steps
+from deploypipe.latency.table import LatencyTable, Shape
+from deploypipe.latency.widths import AllSteps, Steps
 from deploypipe.measurement import Latency
 from deploypipe.models.load import load_model
 from deploypipe.pipeline.absent import device_of
 from deploypipe.pipeline.request import Request
 from deploypipe.pipeline.stages import Device
-from deploypipe.profiler.measure import profile
+from deploypipe.profiler.measure import ACCEPTED, profile
 from deploypipe.progress import Reporter, Silent
 from deploypipe.types import Graph
 
@@ -36,6 +36,7 @@ def profile_model(
     *,
     fresh: bool = False,
     save: str | Path | None = None,
+    allow_noise: bool | None = None,
 ) -> dict[str, Any]:
     """Measure (or find, unless `fresh`) the latency table of a model and return what was learned, in plain values.
 
@@ -49,8 +50,10 @@ def profile_model(
     chosen = Request(target=target, threads=threads).resolved_target()
     loaded = load_model(model, weights)
     graph = trace(loaded.model, loaded.example)
-    known = device_of(chosen).known_table(graph, None)
-    table = known or profile(loaded.model, loaded.example, chosen, graph=graph, reporter=reporter, fresh=fresh)
+    known, example = device_of(chosen).known_table(graph, None), loaded.example
+    table = known or profile(
+        loaded.model, example, chosen, graph=graph, reporter=reporter, fresh=fresh, allow_noise=allow_noise
+    )
     if save:
         with explained(Path(save)):
             table.only(graph).save(save)
@@ -102,7 +105,7 @@ def _summary(target: str, table: LatencyTable, graph: Graph) -> dict[str, Any]:
         "table": table.source,
         "runtime": f"{table.facts.get('runtime')} {table.facts.get('version')}, {table.facts.get('threads')} threads",
         f"kernels_{'estimated' if table.source == CALIBRATED else 'measured'}": len(table.kernels),
-        "steps": "; ".join(f"{kind}: {_steps_text(steps)}" for kind, steps in sorted(table.steps.items())),
+        "steps": _all_steps(table.steps, graph),
         "dense_measured_us": round(context.whole_us, 1),
         "dense_predicted_us": round(predicted, 1),
         "sum_of_kernels_over_whole": round(context.additivity, 3),
@@ -111,11 +114,21 @@ def _summary(target: str, table: LatencyTable, graph: Graph) -> dict[str, Any]:
         "error_on_them": None if context.error is None else round(context.error, 4),
         "worst_error": round(max(map(abs, context.errors)), 4) if context.errors else None,
         "foreign_load": context.foreign_load,
+        "accepted_foreign_load": table.facts.get(ACCEPTED, 0.0),
     }
+
+
+def _all_steps(steps: AllSteps, graph: Graph) -> str:
+    """Return what holds for kinds of kernels, and for shapes of this model that were looked at themselves."""
+    mine = {Shape.of(layer).title for layer in graph.layers}
+    shown = {name: item for name, item in steps.items() if not item.edge or name in mine}
+    return "; ".join(
+        f"{name}: {_steps_text(item)}" for name, item in sorted(shown.items(), key=lambda row: (row[1].edge > 0, row[0]))
+    )
 
 
 def _steps_text(steps: Steps) -> str:
     text = f"steps of {steps.step}"
     if steps.align > 1:
-        text += f", counts not divisible by {steps.align} cost up to {steps.penalty:.1f}x"
-    return text
+        text += f", widths not divisible by {steps.align} cost up to {steps.penalty:.1f}x"
+    return text + (f" (around {steps.edge})" if steps.edge else "")

@@ -13,6 +13,7 @@ from deploypipe.algorithms import make
 from deploypipe.allocation.budget import parse_budget
 from deploypipe.backends import load_backend
 from deploypipe.backends.base import SUFFIX
+from deploypipe.branch import branches
 from deploypipe.cost import CostTable
 from deploypipe.count import macs, params
 from deploypipe.data.load import Data
@@ -90,8 +91,14 @@ def assemble(request: Request, data: Data, target: Target, found: Findings) -> R
         sparsity=sparse_layers(found.sparse[1], found.graph) if found.sparse else (),
         arms=found.arms,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        notes=(*found.notes, *_drift(found), *_unproven(target)),
+        notes=(*found.notes, *_gone(found), *_drift(found), *_unproven(target)),
     )
+
+
+def _gone(found: Findings) -> list[str]:
+    """Say which layers are not there any more."""
+    gone = branches(found.graph, found.plan)
+    return [f"no channel is left of {name}, so {', '.join(branch.layers)} are gone" for name, branch in gone.items()]
 
 
 def _judged(request: Request, found: Findings) -> tuple[float, float]:
@@ -149,7 +156,7 @@ def _side(name: str, plan: KeepPlan | None, found: Findings, factor: float) -> S
         n_parameters=params(found.graph, plan),
         n_macs=macs(found.graph, plan),
         artifact_bytes=found.files[name].stat().st_size,
-        latency=Latency(**found.latencies[name]) if found.latencies else None,
+        latency=Latency(**found.latencies[name]) if found.latencies.get(name) else None,
         predicted_us=factor * found.table.predict(found.graph, plan) if found.table else None,
     )
 

@@ -8,7 +8,8 @@ from typing import Any, Self
 
 from deploypipe.algorithms import make
 from deploypipe.allocation.budget import parse_budget
-from deploypipe.errors import UsageError, nearest
+from deploypipe.backends import load_backend
+from deploypipe.errors import TargetError, UsageError, nearest
 from deploypipe.targets import Target, load_target
 from deploypipe.training.settings import TrainSettings
 
@@ -25,7 +26,7 @@ class Request:
         model: What `models.load_model` takes.
         weights: File of trained weights.
         data: What `data.load_data` takes.
-        target: Name or file of a target.
+        target: Name or file of a target; several with commas between them: planned for the first, built for all.
         algo: Name of a pruning algorithm.
         budget: "50%", "3ms", "1.2M", ...
         metric: What the budget counts: latency, macs or params.
@@ -43,6 +44,7 @@ class Request:
         value: What a width is worth: what the algorithm's "scores" say, or the "measured" rise of the loss on held-out images.
         value_rounds: How often widths are measured again around the solution, at most.
         sparsity: "2:4" gives the pruned model 2:4 weights before it is fine-tuned; "" leaves them dense.
+        value_finalists: How many of the plans tried are trained for one epoch each before one is taken; 1: none.
         command: For the report.
     """
 
@@ -67,6 +69,7 @@ class Request:
     value: str = "scores"
     value_rounds: int = 2
     sparsity: str = ""
+    value_finalists: int = 1
     command: str = ""
 
     @property
@@ -89,9 +92,16 @@ class Request:
         return replace(settings, **{name: value for name, value in given.items() if value is not None})
 
     def resolved_target(self) -> Target:
-        """Return the target with the threads that were asked for."""
-        target = load_target(self.target)
-        return target.replace(threads=self.threads) if self.threads else target
+        """Return the first target with the threads that were asked for: the plan is made for it."""
+        return self.resolved_targets()[0]
+
+    def resolved_targets(self) -> tuple[Target, ...]:
+        """Return all targets that were named, with commas between them."""
+        names = [name.strip() for name in str(self.target).split(",")]
+        if len(set(names)) < len(names):
+            raise UsageError("a target is named twice", at=f"--target {self.target}", fix="leave one of them out")
+        found = tuple(load_target(name) for name in names)
+        return tuple(target.replace(threads=self.threads) for target in found) if self.threads else found
 
     @classmethod
     def of(cls, **values: Any) -> Self:
@@ -120,6 +130,8 @@ class Request:
             raise UsageError(f"unknown value '{self.value}'", at="--value", fix=nearest(self.value, VALUES))
         if self.value_rounds < 0:
             raise UsageError(f"value_rounds is {self.value_rounds}", at="--value-rounds", fix="use 0 or more")
+        if self.value_finalists < 1:
+            raise UsageError(f"value_finalists is {self.value_finalists}", at="--value-finalists", fix="use 1 or more")
         parse_budget(self.budget, self.metric, float("inf"))
         if getattr(make(self.algo, self.options), "sparse", False) and self.metric == "latency":
             raise UsageError(
@@ -127,5 +139,10 @@ class Request:
                 at="--metric latency",
                 fix="use --metric macs or --metric params, which count weights that are not zero",
             )
-        self.resolved_target()
+        target = self.resolved_target()
+        if self.metric == "latency" and load_backend(target).pricing == "never":
+            message = f"what is built for target {target.name} cannot be run here: there is no latency to plan by"
+            raise TargetError(
+                message, at=f"--target {target.name}", fix="use --metric macs or params, or name a target to plan by first"
+            )
         _ = self.training

@@ -22,15 +22,13 @@ from deploypipe.models.load import load_model
 from deploypipe.pipeline.absent import RETURNED
 from deploypipe.pipeline.bundle import ANSWER, MANIFEST, SCHEMA
 from deploypipe.plan import KeepPlan
-from deploypipe.profiler.bench import Bench
-from deploypipe.profiler.context import combined
+from deploypipe.profiler.fit import DENSE, Form, learned
 from deploypipe.profiler.measure import device_key
 from deploypipe.report import Report
-from deploypipe.runners import load_runner
 from deploypipe.targets import NOT_RUN, Target, cache_folder, load_target
 from deploypipe.types import Graph
 
-_SIDES = {"dense": "dense", "pruned": "narrow"}  # of a bundle -> forms of the model, as a latency table calls them
+_FORMS = {"dense": DENSE, "pruned": "pruned"}  # sides of a bundle -> forms of the model
 
 
 def import_results(path: str | Path) -> dict[str, Any]:
@@ -120,11 +118,9 @@ def _calibrated(
     loaded = load_model(origin["spec"])
     graph: Graph = trace(loaded.model, loaded.example)
     table = LatencyTable.load(run / "table")
-    plans = {"dense": KeepPlan({}), "narrow": KeepPlan.load(run / saved.PLAN)}
-    forms = {_SIDES[side]: timing for side, timing in whole.items()}
-    parts = {_SIDES[side]: profile for side, profile in profiles.items()}
-    bench = Bench(load_backend(target), load_runner(target), target, run)
-    context = combined(bench, table, graph, plans, forms, parts)
+    plans = {"dense": None, "pruned": KeepPlan.load(run / saved.PLAN)}
+    forms = [Form(_FORMS[side], graph.kept(plans[side]), whole[side], profiles[side]) for side in plans]
+    context = learned(graph, table, forms, 0.0)
     constants = {name: table.facts[name] for name in ("timer_us", "node_us", "session_us")}
     about = {"source": CALIBRATED, "target": target.name, "precision": target.build.precision}
     known = {**facts, **constants, **about, "date": datetime.now(UTC).isoformat(timespec="seconds")}

@@ -34,6 +34,7 @@ from deploypipe.pipeline.outcome import Findings, assemble
 from deploypipe.pipeline.planning import Planner, read_rounds
 from deploypipe.pipeline.record import recorded
 from deploypipe.pipeline.request import KEPT_BY_USER, Request
+from deploypipe.pipeline.several import Elsewhere, with_outcomes
 from deploypipe.pipeline.sparsify import sparse_hooks, sparse_notes, two_four_stage
 from deploypipe.pipeline.training import arms_stage, epochs_before, schedule, train_stage, tuned, tuning_hooks
 from deploypipe.pipeline.valuing import held_back, held_out, value_notes
@@ -41,6 +42,7 @@ from deploypipe.plan import KeepPlan
 from deploypipe.profiler.measure import profile
 from deploypipe.progress import Reporter
 from deploypipe.report import Arm, Check, Report
+from deploypipe.runtimes import RuntimeOutcome
 from deploypipe.store import Kept, Store
 from deploypipe.training.settings import TrainSettings
 from deploypipe.types import Graph
@@ -52,7 +54,7 @@ class Run:
     def __init__(self, request: Request, store: Store, reporter: Reporter) -> None:
         self.request, self.store, self.reporter = request, store, reporter
         self.target = request.resolved_target()
-        self.device = device_of(self.target, request.folder, sparse=bool(request.sparsity))
+        self.device, self.elsewhere = device_of(self.target, request.folder, sparse=bool(request.sparsity)), Elsewhere(request)
         self.algorithm = make(request.algo, request.options)
         self.loaded: Loaded = load_model(str(request.model), request.weights)
         self.data: Data = load_data(
@@ -142,7 +144,7 @@ class Run:
         """Which channels stay."""
         request, key = self.request, [*self.asked, self.trained]
         if self.meter:
-            key += [request.value_rounds, self.meter.effort]
+            key += [request.value_rounds, request.value_finalists, self.meter.effort]
         planner = Planner(request, self.store, self.device, self.basis, key, lambda: self.artifact("dense"), self.meter)
         timed = request.metric == "latency" and self.device.present
         return planner.measured(self.table.value) if timed else planner.once()
@@ -225,13 +227,19 @@ class Run:
     def accuracies(self) -> Kept[dict[str, Any]]:
         """The one time that the test set is read."""
         models = {"dense": self.loaded.model, "compacted": self.compacted.value, "pruned": self.tuned.value}
-        return accuracy_stage(self.store, models, self.data, [self.tuned, self.dense_key], self.reporter)
+        return accuracy_stage(self.store, models, self.data, [self.tuned, self.dense_key, self.data.key], self.reporter)
 
     @cached_property
     def bundle(self) -> Kept[Path] | None:
         """What the owner of a device needs to measure the run; None if the device was there."""
         table = self.table if self.request.metric == "latency" else None
         return bundle_stage(self.store, self.device, self.artifacts, self.plan, table, self.graph)
+
+    @cached_property
+    def outcomes(self) -> list[Kept[RuntimeOutcome]]:
+        """The same model on the other targets that were asked for."""
+        key, models = [self.dense_key, self.data.key], (self.loaded.model, self.tuned)
+        return self.elsewhere.outcomes(self.store, *models, self.loaded.example, self.inputs, key)
 
     # ---- what the stages share -------------------------------------------------------------------------------------
 
@@ -247,16 +255,9 @@ class Run:
 
     def _stages(self) -> list[Kept[Any]]:
         first = [self.table] if self.request.metric == "latency" else []
-        order: list[Kept[Any] | None] = [
-            *first,
-            self.trained,
-            self.plan,
-            self.compacted,
-            self.started,
-            self.tuned,
-            *self.artifacts.values(),
-        ]
-        order += [self.checks, self.latencies, self.accuracies, self.arms, self.bundle]
+        order: list[Kept[Any] | None] = [*first, self.trained, self.plan, self.compacted, self.started, self.tuned]
+        order += [*self.artifacts.values(), self.checks, self.latencies, self.accuracies, self.arms, self.bundle]
+        order += self.outcomes
         return [stage for stage in order if stage]
 
     def _assembled(self, order: Sequence[Kept[Any]]) -> Report:
@@ -283,6 +284,6 @@ class Run:
             arms=tuple(self.arms.value) if self.arms else (),
             notes=tuple(note for note in (*self.loaded.notes, *self.graph.notes, *valued, *notes, *self.device.notes) if note),
         )
-        report = assemble(self.request, self.data, self.target, found)
+        report = with_outcomes(assemble(self.request, self.data, self.target, found), self.outcomes)
         # The first plan, on the table as it was measured, beside the measurement that followed: nothing corrected since.
         return recorded(report, self.store.root, found.table, self.graph)

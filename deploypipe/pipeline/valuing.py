@@ -25,6 +25,7 @@ from deploypipe.pipeline.stages import real_inputs
 from deploypipe.plan import Certificate, KeepPlan
 from deploypipe.profiler.measure import profile
 from deploypipe.progress import Reporter, Silent
+from deploypipe.removal import removable
 from deploypipe.sensitivity import Curve, Found, Sensitivity, Trial
 from deploypipe.targets import cache_folder
 from deploypipe.types import Graph
@@ -68,7 +69,9 @@ def choose(request: Request, problem: Problem, meter: Meter | None, folder: Path
 
     def measured(problem: Problem, orders: Orders, values: Values) -> tuple[dict[str, int], Certificate]:
         scored = by_values(problem, orders, values)
-        searches.append(_sensitivity(problem, orders, meter).search(problem.budget, request.value_rounds, scored))
+        sensitivity = _sensitivity(problem, orders, meter)
+        found = sensitivity.search(problem.budget, request.value_rounds, scored)
+        searches.append(sensitivity.finals(found, request.value_finalists) if request.value_finalists > 1 else found)
         best = searches[-1].best
         return dict(best.kept), best.certificate
 
@@ -86,11 +89,17 @@ def value_notes(folder: Path) -> list[str]:
     state = json.loads((folder / VALUES_FILE).read_text())
     dense, trials = state["dense"], state["trials"]
     loss = {trial["origin"]: trial["loss"] for trial in trials} | {"taken": trials[state["chosen"]]["loss"]}
-    return [
+    taken = trials[state["chosen"]]
+    notes = [
         f"widths were chosen by their loss on {dense['n']} held-out training images, before training: {dense['loss']:.3f} "
         f"dense, {loss['scores']:.3f} by the algorithm's scores, {loss['curves']:.3f} by the curves of the dense model, "
-        f"{loss['taken']:.3f} for the plan taken ({trials[state['chosen']]['origin']}), the best of {len(trials)} tried"
+        f"{loss['taken']:.3f} for the plan taken ({taken['origin']}), {'one' if 'trained' in taken else 'the best'} of "
+        f"{len(trials)} tried"
     ]
+    finals = [f"{trial['trained']:.3f} ({trial['origin']})" for trial in trials if "trained" in trial]
+    if finals:
+        notes.append(f"finalists were trained for one epoch; their losses on all held-out images then: {', '.join(finals)}")
+    return notes
 
 
 def sensitivity(request: Request, reporter: Reporter | None = None) -> Curves:
@@ -132,7 +141,7 @@ def _sensitivity(problem: Problem, orders: Orders, meter: Meter) -> Sensitivity:
         ModelError: `forward` does not follow smaller channels; the message names where.
     """
     graph, offered = problem.graph, problem.table.candidates(problem.graph)
-    measured = Sensitivity(graph, problem.table, orders, meter, problem.reporter)
+    measured = Sensitivity(graph, problem.table, orders, meter, problem.reporter, removable(problem.model, graph))
     compact(problem.model, graph, measured.plan({name: offered[name][0] for name in orders}))
     return measured
 
@@ -151,4 +160,5 @@ def _ordered(request: Request, problem: Problem, allocator: Allocator, asked: li
 
 def _trial_json(trial: Trial) -> Mapping[str, Any]:
     found = {"origin": trial.origin, "loss": trial.found.loss, "accuracy": trial.found.top1}
-    return found | {"value": trial.certificate.value, "kept": dict(trial.kept)}
+    after = {"trained": trial.trained.loss} if trial.trained else {}
+    return found | after | {"value": trial.certificate.value, "kept": dict(trial.kept)}

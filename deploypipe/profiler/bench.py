@@ -3,33 +3,38 @@
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
 from deploypipe.backends.base import Backend, Facts, Profile, Timing
 from deploypipe.errors import BackendError
 from deploypipe.latency.files import Entry
-from deploypipe.profiler.probe import IDLE_OPS, Probe, chain
+from deploypipe.profiler.export import Export, exported
+from deploypipe.profiler.noise import Noise
+from deploypipe.profiler.probe import IDLE_OPS, Probe, chain, small_layers
 from deploypipe.runners.base import Runner
 from deploypipe.targets import Target
 
 _RUNS, _FEW_RUNS, _WARMUP = 18, 6, 3  # of one kernel in one round; few if it is long
 HEAVY_MACS = 5_000_000  # multiply-adds of a long kernel
 _AGAIN, _CLEARLY = 3, 1.06  # how often a doubtful time is taken again, and what counts as a difference
+_SCATTER = 0.15  # of a single round: 10th to 90th percentile, as a share of the time
 _LEAST_US = 0.05  # a kernel is never free, whatever noise says
 _SHORT, _LONG = 10, 110  # lengths of the chains of empty kernels
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Carries out a backend's jobs; `timer_us` is what profiling adds to a kernel, taken off every one."""
+    """Carries out a backend's jobs, repeats or refuses disturbed ones; `timer_us` is what profiling adds to a kernel."""
 
     backend: Backend
     runner: Runner
     target: Target
     folder: Path
     timer_us: float = 0.0
+    noise: Noise = field(default_factory=Noise)
+    export: Export = exported
 
     def facts(self) -> Facts:
         """Return what identifies the runtime and the device."""
@@ -38,12 +43,20 @@ class Bench:
 
     def whole(self, models: Mapping[str, Path | bytes], target: Target | None = None) -> dict[str, Timing]:
         """Time whole models in turns, without profiling."""
-        return self.backend.read_bench(self.runner.run(self.backend.bench_job(models, target or self.target), self.folder))
+        chosen = target or self.target
+
+        def take() -> dict[str, Timing]:
+            return self.backend.read_bench(self.runner.run(self.backend.bench_job(models, chosen), self.folder))
+
+        return self.noise.bounded(take, lambda found: next(iter(found.values())).foreign_load, chosen.measure.threads)
 
     def profiles(self, models: Mapping[str, Path | bytes], target: Target) -> dict[str, Profile]:
         """Time the kernels of models."""
-        result = self.runner.run(self.backend.profile_job(models, target), self.folder)
-        return self.backend.read_profile(result, models)
+
+        def take() -> dict[str, Profile]:
+            return self.backend.read_profile(self.runner.run(self.backend.profile_job(models, target), self.folder), models)
+
+        return self.noise.bounded(take, lambda found: next(iter(found.values())).foreign_load, target.measure.threads)
 
     def cost_of_measuring(self) -> tuple[float, float, float]:
         """Return what profiling adds to a kernel, what a kernel without work costs, what a run costs besides (microseconds).
@@ -51,19 +64,23 @@ class Bench:
         Raises:
             BackendError: The runtime joins all idle operations, so that one kernel cannot be told from another.
         """
-        op, profiled = self._idle()
-        whole = self.whole({str(length): chain(length, op) for length in (_SHORT, _LONG)})
+        op = self._idle()
+        models = {str(length): chain(length, op) for length in (_SHORT, _LONG)} | {"layers": small_layers(_LONG)}
+        whole = self.whole(models)
         short, long = whole[str(_SHORT)].quiet_us, whole[str(_LONG)].quiet_us
         node = max(0.0, (long - short) / (_LONG - _SHORT))
-        timer = max(0.0, profiled.sum_us / len(profiled.kernels) - node)
-        return timer, node, max(0.0, short - node * _SHORT)
+        session = max(0.0, short - node * _SHORT)
+        # With operands as layers have them: the more of them, the more the runtime writes down.
+        profiled = self.profiles({"layers": models["layers"]}, self.target)["layers"]
+        timer = max(0.0, (profiled.sum_us + session - whole["layers"].quiet_us) / len(profiled.kernels))
+        return timer, node, session
 
-    def _idle(self) -> tuple[str, Profile]:
-        """Return an operation that this runtime runs as a kernel of its own each time, and the profile of a long chain."""
+    def _idle(self) -> str:
+        """Return an operation that this runtime runs as a kernel of its own each time."""
         for op in IDLE_OPS:
             profiled = self.profiles({op: chain(_LONG, op)}, self.target)[op]
             if len(profiled.kernels) >= _LONG:
-                return op, profiled
+                return op
         raise BackendError(
             f"the runtime fuses chains of {' and of '.join(IDLE_OPS)}: what a kernel without work costs cannot be measured",
             at=f"backend {self.backend.name}",
@@ -71,19 +88,18 @@ class Bench:
         )
 
     def kernels(self, probes: Sequence[Probe], again: int = _AGAIN) -> dict[Probe, Entry]:
-        """Time kernels in two rounds, and those that are still in doubt up to `again` times more; the middle time counts.
+        """Time kernels, and those that are in doubt up to `again` times more, until two rounds agree; the middle time counts.
 
-        In doubt is a time that differs between rounds, as when the machine was slower for a while, or that contradicts another.
+        In doubt is a time that scatters, as when the machine was slower for a while, or that contradicts another.
         """
         rounds = {probe: [entry] for probe, entry in self._round(probes).items()}
-        doubtful: Sequence[Probe] = probes
-        for _ in range(again + 1):
-            for probe, entry in self._round(doubtful).items():
-                rounds[probe].append(entry)
+        for _ in range(again):
             against = contradictions({probe: _middle(entries).median_us for probe, entries in rounds.items()})
             doubtful = [probe for probe, entries in rounds.items() if probe in against or not settled(entries)]
             if not doubtful:
                 break
+            for probe, entry in self._round(doubtful).items():
+                rounds[probe].append(entry)
         return {probe: _middle(entries) for probe, entries in rounds.items()}
 
     def _round(self, probes: Sequence[Probe]) -> dict[Probe, Entry]:
@@ -93,10 +109,6 @@ class Bench:
         target = self.target.replace(runs=_FEW_RUNS if heavy else _RUNS, warmup=_WARMUP)
         found = self.whole({names[key]: model for key, model in models.items()}, target)
         return {probe: entry(probe, [found[names[probe, index]] for index in range(len(probe.models()))]) for probe in probes}
-
-    def net(self, us: float) -> float:
-        """Take off what profiling adds to a kernel."""
-        return max(us - self.timer_us, _LEAST_US)
 
 
 def entry(probe: Probe, found: Sequence[Timing]) -> Entry:
@@ -122,8 +134,10 @@ def contradictions(us: Mapping[Probe, float]) -> list[Probe]:
 
 
 def settled(entries: Sequence[Entry]) -> bool:
-    """Return whether two rounds agree."""
+    """Return whether two rounds agree, or the only one scatters little."""
     times = sorted(entry.median_us for entry in entries)
+    if len(times) == 1:
+        return entries[0].p90_us - entries[0].p10_us <= _SCATTER * times[0] + _LEAST_US
     return any(high <= _CLEARLY * low + _LEAST_US for low, high in pairwise(times))
 
 
@@ -132,7 +146,9 @@ def _middle(entries: Sequence[Entry]) -> Entry:
 
 
 @contextmanager
-def opened(backend: Backend, runner: Runner, target: Target) -> Iterator[Bench]:
+def opened(
+    backend: Backend, runner: Runner, target: Target, noise: Noise | None = None, export: Export = exported
+) -> Iterator[Bench]:
     """Give a bench with a temporary folder.
 
     Raises:
@@ -142,4 +158,4 @@ def opened(backend: Backend, runner: Runner, target: Target) -> Iterator[Bench]:
     if not ready:
         raise BackendError(f"backend {backend.name} is not installed", at=f"target {target.name}", fix=missing)
     with tempfile.TemporaryDirectory(prefix="deploypipe-profile-") as folder:
-        yield Bench(backend, runner, target, Path(folder))
+        yield Bench(backend, runner, target, Path(folder), noise=noise or Noise(), export=export)

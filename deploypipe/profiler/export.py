@@ -1,5 +1,6 @@
 """A model as the file that the runtime is given: what its backend compiles from."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ from torch import nn
 from deploypipe.backends import load_backend
 from deploypipe.export import export_onnx, export_program, simplify_onnx
 from deploypipe.targets import Target
+
+Export = Callable[[nn.Module, Any, Target, Path], Path]
 
 
 def exported(model: nn.Module, example: Any, target: Target, folder: Path) -> Path:

@@ -14,7 +14,7 @@ _DOWN = (1, 2, 4, 8, 16, 32)  # channels fewer
 _ROUNDS = 3  # of learning
 _OFF = (1, 2, 4, 8)  # channels fewer, to see which of them leave the fast path
 _GAIN = 0.5  # a step is real if it gains at least half of what its share of the channels promises
-_SLOWER = 1.08  # off alignment if it costs more than the larger whole step, by more than noise
+SLOWER = 1.08  # off alignment if it costs more than the larger whole step, by more than noise
 _SMALLER = 0.9  # a width below one step is worth having if it saves a tenth
 
 
@@ -68,14 +68,19 @@ def _steps(shape: Shape, us: Mapping[Probe, float]) -> Steps:
 def step_of(by_width: Mapping[int, float]) -> int:
     """Return the smallest decrease of the width that saves time at every base width."""
     for down in _DOWN:
-        if all(by_width[base - down] <= by_width[base] * (1 - _GAIN * down / base) for base in _BASES):
+        if all(saves(by_width[base - down], by_width[base], down, base) for base in _BASES):
             return down
     return _DOWN[-1]
 
 
+def saves(fewer_us: float, us: float, down: int, base: int) -> bool:
+    """Return whether `down` of `base` channels fewer save at least half of their share of the time."""
+    return fewer_us <= us * (1 - _GAIN * down / base)
+
+
 def alignment(whole: float, fewer: Mapping[int, float], step: int) -> tuple[int, float]:
     """Return the alignment and what missing it costs, from the time at a whole step and at some channels fewer."""
-    slow = [down for down in sorted(fewer) if down < step and fewer[down] > _SLOWER * whole]
+    slow = [down for down in sorted(fewer) if down < step and fewer[down] > SLOWER * whole]
     if not slow:
         return 1, 1.0
     return min(2 * slow[-1], step), max(fewer[down] for down in slow) / whole

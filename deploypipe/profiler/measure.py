@@ -17,20 +17,24 @@ from deploypipe.latency import files as latency_file
 from deploypipe.latency.table import Context, LatencyTable, Shape, structure_of
 from deploypipe.latency.widths import AllSteps, legal_widths, reachable, steps_of
 from deploypipe.profiler.bench import HEAVY_MACS, Bench, opened
-from deploypipe.profiler.check import checked
 from deploypipe.profiler.context import in_context
+from deploypipe.profiler.edges import confirm, unconfirmed
+from deploypipe.profiler.export import Export, exported
 from deploypipe.profiler.learn import flat, learn_steps
+from deploypipe.profiler.noise import Noise
 from deploypipe.profiler.probe import Probe
+from deploypipe.profiler.whole import fitted_table
 from deploypipe.progress import Reporter, Silent
 from deploypipe.runners import load_runner
 from deploypipe.targets import Target, cache_folder, load_target
 from deploypipe.types import Graph, Layer
 
 _OUT, _IN = 14, 4  # most output and input widths measured per kernel shape: time is near linear in the inputs only
+ACCEPTED = "accepted_foreign_load"  # fact: the most that others took in a measurement that stands all the same
 _PER_JOB = 48  # kernels timed in turns by one process
 
 
-def profile(
+def profile(  # noqa: PLR0913 - the public surface, named arguments in practice
     model: nn.Module,
     example_inputs: Any,
     target: "str | Target" = "cpu",
@@ -39,12 +43,15 @@ def profile(
     graph: Graph | None = None,
     reporter: Reporter | None = None,
     fresh: bool = False,
+    allow_noise: bool | None = None,
+    export: Export = exported,
 ) -> LatencyTable:
     """Measure what `model` costs on `target` at all widths that an allocator may choose.
 
     Each kernel shape is timed alone at a grid of widths, in the target's own runtime; the dense model is timed as a whole and
-    kernel by kernel. Results are kept per runtime, version, threads, precision and processor, after every job: a second call
-    measures what is missing, an interrupted one goes on where it was.
+    kernel by kernel. (A runtime that is timed by whole models only gets a table that is fitted to such times.) Results are
+    kept per runtime, version, threads, precision and processor, after every job: a second call measures what is missing, an
+    interrupted one goes on where it was.
 
     Args:
         model: In any mode; it is exported in evaluation mode.
@@ -54,9 +61,12 @@ def profile(
         graph: Of the model, if it has been traced already.
         reporter: Told about progress.
         fresh: Forget first what has been measured for this runtime, version, threads, precision and processor.
+        allow_noise: Accept measurements that other programs disturbed, and record that; by default what the environment
+            variable DEPLOYPIPE_ALLOW_NOISE says.
+        export: Writes a form of the model into a folder; for callers that profile one model several times.
 
     Raises:
-        TargetError: The target is unknown or its precision is not supported.
+        TargetError: The target is unknown, its precision is not supported, or other programs kept its cores too busy.
         ModelError: The model cannot be traced or exported.
         BackendError: The runtime is missing or failed.
     """
@@ -65,9 +75,14 @@ def profile(
     example = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
     graph = graph or trace(model, example)
     backend, runner = load_backend(chosen), load_runner(chosen)
-    with opened(backend, runner, chosen) as bench:
-        store = _Store(Path(cache_dir) if cache_dir else cache_folder() / "profiles", bench, tell, fresh)
-        table = store.table
+    noise = Noise() if allow_noise is None else Noise(allow_noise)
+    root = Path(cache_dir) if cache_dir else cache_folder() / "profiles"
+    with opened(backend, runner, chosen, noise, export) as bench:
+        if backend.pricing == "models":
+            facts = bench.facts()
+            return fitted_table(bench, model, example, graph, facts, root / f"{device_key(facts)}-fitted", tell, fresh)
+        store = _Store(root, bench, tell, fresh)
+        table = store.confirmed(graph)
         missing = _missing(table, graph)
         if missing:
             tell.stage("profile kernels", len(missing))
@@ -78,11 +93,7 @@ def profile(
         if any(context.structure == structure for context in table.contexts):
             tell.reused("profile model")
             return table
-        tell.stage("profile model", 3)
-        found = in_context(store.bench, model, example, graph, table, tell)
-        if found.narrow_us is not None:
-            found = checked(store.bench, model, example, graph, table.with_context(found), tell)
-        return store.keep(found)
+        return store.keep(in_context(store.bench, model, example, graph, table, tell))
 
 
 def needed(graph: Graph, steps: AllSteps) -> list[Probe]:
@@ -128,6 +139,15 @@ class _Store:
         self.table = LatencyTable.load(self.folder)
         self.bench = replace(bench, timer_us=float(self.table.facts["timer_us"]))
 
+    def confirmed(self, graph: Graph) -> LatencyTable:
+        """Look at an edge of the model's most expensive layers, unless that has been done."""
+        steps = self.table.steps
+        if unconfirmed(graph, steps):
+            self.reporter.stage("profile edges")
+            own = confirm(graph, steps, partial(self.bench.kernels, again=1))
+            latency_file.write_device(self.folder, self.table.facts, {**self.table.steps, **own})
+        return self._reread()
+
     def measure(self, probes: Sequence[Probe]) -> LatencyTable:
         """Measure kernels job by job; each job's are on disk before the next begins."""
         done = 0
@@ -139,12 +159,19 @@ class _Store:
             latency_file.write_kernels(self.folder, stored.values())
             done += len(part)
             self.reporter.advance(done, part[-1].shape.title)
-        self.table = LatencyTable.load(self.folder)
-        return self.table
+        return self._reread()
 
     def keep(self, context: Context) -> LatencyTable:
         latency_file.write_context(self.folder, context)
+        return self._reread()
+
+    def _reread(self) -> LatencyTable:
+        """Read the files again, and note in them what noise was accepted."""
         self.table = LatencyTable.load(self.folder)
+        before, worst = float(self.table.facts.get(ACCEPTED, 0.0)), self.bench.noise.worst
+        if worst > before:
+            latency_file.write_device(self.folder, {**self.table.facts, ACCEPTED: worst}, self.table.steps)
+            self.table = LatencyTable.load(self.folder)
         return self.table
 
 

@@ -20,6 +20,7 @@ _OPSET, _IR = 20, 10
 _IN = 3  # channels of a probe's input; the tensor that the kernel reads is computed from it
 _WORTH = 3_000_000  # multiply-adds that the copies should add up to: enough to stand out of the clock's noise ...
 _MOST = 8  # ... with no more copies than this
+_TINY = 16  # channels of a convolution without work
 IDLE_OPS = ("Neg", "Softmax")  # next to no work on eight numbers; the second where a runtime fuses the first with itself
 
 
@@ -63,6 +64,15 @@ def chain(length: int, op: str) -> bytes:
     """Return a model of `length` operations that do next to nothing: it shows what a kernel costs without work."""
     nodes = [helper.make_node(op, [f"t{i}"], [f"t{i + 1}"], name=f"{op}_{i}") for i in range(length)]
     return _Model(nodes).serialised(("t0", [1, 8]), f"t{length}")
+
+
+def small_layers(length: int) -> bytes:
+    """Return a model of `length` tiny convolutions: kernels with as many operands as real ones, and next to no work."""
+    model, tensor = _Model(), "x"
+    for i in range(length):
+        operands = [tensor, model.weight(f"w{i}", [_TINY, _TINY, 1, 1]), model.weight(f"b{i}", [_TINY])]
+        tensor = model.add("Relu", [model.add("Conv", operands, f"c{i}")], f"y{i}")
+    return model.serialised(("x", [1, _TINY, 1, 1]), tensor)
 
 
 class _Model:

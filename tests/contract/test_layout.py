@@ -67,7 +67,7 @@ def test_a_command_is_short_and_only_the_command_line_exits(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_the_environment_decides_nothing_in_the_library(path: Path) -> None:
-    """But for the cache folder, and what a runner hands on to the process that it starts."""
+    """But for the cache folder, noise that the user accepts, and what a runner hands on to the process that it starts."""
     if path.parent.name not in {"cli", "runners"} and path.name != "targets.py":
         assert not re.findall(r"os\.environ\b|os\.getenv\b", path.read_text())
 

@@ -20,6 +20,7 @@ _FORKSERVER.set_forkserver_preload(
 def _child(argv: list[str], home: Path, log: Path) -> None:
     """Be `deploypipe argv`: started from a server that has the heavy imports done, as many starts are needed."""
     os.environ |= {"HOME": str(home), "DEPLOYPIPE_CACHE": str(home / "cache"), "DEPLOYPIPE_DATA": str(home / "data"), "CI": "1"}
+    os.environ["DEPLOYPIPE_ALLOW_NOISE"] = "1"  # tests run beside each other
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(log / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     import torch  # noqa: PLC0415 - after the environment is set

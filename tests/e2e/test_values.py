@@ -64,6 +64,20 @@ def test_a_build_by_measured_values_is_cut_off_resumes_and_says_what_it_did(
     assert len(calls) == before
 
 
+def test_finalists_are_trained_and_the_best_of_them_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert run(arguments(out, **MEASURED | {"value_finalists": 2})) == 0
+    report, values = (json.loads((out / name).read_text()) for name in ("report.json", "values.json"))
+    trained = {i: trial["trained"] for i, trial in enumerate(values["trials"]) if "trained" in trial}
+    assert 1 <= len(trained) <= 2
+    assert values["chosen"] == min(trained, key=lambda i: trained[i])
+    assert any("finalists were trained for one epoch" in note for note in report["notes"])
+    capsys.readouterr()
+    assert run(arguments(tmp_path / "again", **MEASURED | {"value_finalists": 2})) == 0
+    assert "finetune" not in capsys.readouterr().err.partition("finetune")[0], "what was trained once is known"
+    assert json.loads((tmp_path / "again" / "values.json").read_text()) == values
+
+
 def test_sensitivity_shows_loss_accuracy_and_saving_of_every_width(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["sensitivity", "--model", f"{FACTORY}:net", "--data", f"{FACTORY}:data", "--algo", "l2"]
     assert run([*line, "--out", str(tmp_path / "curves.csv")]) == 0
@@ -74,7 +88,9 @@ def test_sensitivity_shows_loss_accuracy_and_saving_of_every_width(tmp_path: Pat
     with (tmp_path / "curves.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["group", "size", "width", "loss", "rise", "accuracy", "saves_macs"]
-    assert [row["group"] for row in rows] == sorted((row["group"] for row in rows), key=["stem.0", "block.a"].index)
+    assert [row["group"] for row in rows] == sorted(
+        (row["group"] for row in rows), key=["block.a", "stem.0"].index
+    )  # the block can go
     assert measured == len({(row["group"], row["width"]) for row in rows if row["width"] != row["size"]}) + 1
     assert run([*line, "--json"]) == 0
     again = capsys.readouterr()
@@ -86,7 +102,12 @@ def test_sensitivity_shows_loss_accuracy_and_saving_of_every_width(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"), [({"value": "measurd"}, "did you mean 'measured'"), ({"value_rounds": -1}, "--value-rounds")]
+    ("changes", "words"),
+    [
+        ({"value": "measurd"}, "did you mean 'measured'"),
+        ({"value_rounds": -1}, "--value-rounds"),
+        ({"value_finalists": 0}, "--value-finalists"),
+    ],
 )
 def test_mistakes_have_three_parts(
     changes: dict[str, object], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

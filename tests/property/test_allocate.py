@@ -117,7 +117,8 @@ def instance(net: str, price: str, seed: int) -> tuple[Graph, Table, dict[str, n
     widths = {}
     for name, size in sizes.items():
         some = rng.choice(np.arange(1, size + 1), size=min(size, int(rng.integers(2, 5))), replace=False)
-        widths[name] = tuple(sorted({*some.tolist(), size}))
+        none = (0,) if rng.random() < 0.3 else ()  # a branch that may vanish
+        widths[name] = tuple(sorted({*none, *some.tolist(), size}))
     costs = tuple(CostTerm(f"t{i}", a, b, PRICES[price](rng)) for i, (a, b) in enumerate(NETS[net](names)))
     scores = {name: rng.gamma(1.0, 1.0, size) for name, size in sizes.items()}
     return graph_of(sizes), Table(costs, widths), scores

@@ -176,8 +176,10 @@ def test_unknown_groups_and_widths_are_refused() -> None:
     graph, table = graph_of(SIZES), chain(SIZES)
     with pytest.raises(ModelError, match="unknown group 'z'"):
         allocate(graph, {"z": np.ones(8)}, table, 50.0)
-    for widths in ((0, 4), (4, 9)):
+    for widths in ((-1, 4), (4, 9)):
         with pytest.raises(UsageError, match="candidate widths"):
             allocate(graph, scores(), table, 50.0, candidates={"a": widths})
+    with pytest.raises(UsageError, match="which may vanish, are not all finite"):
+        allocate_widths(graph, {"a": [-np.inf, *range(8)]}, table, 50.0, candidates={"a": (0, 4)})
     with pytest.raises(UsageError, match="more than zero"):
         allocate(graph, scores(), table, 0.0)

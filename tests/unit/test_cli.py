@@ -74,6 +74,7 @@ class Request:
     keep: tuple[str, ...] = ()
     value: str = "scores"
     value_rounds: int = 2
+    value_finalists: int = 1
     command: str = ""
     table: Path | None = None
 
@@ -140,12 +141,12 @@ def test_build_passes_every_option_on(pipeline: FakePipeline) -> None:
         "build --model net.py:make --weights w.safetensors --data imagefolder:d --target jetson --algo l1 --budget 3ms "
         "--metric latency --epochs 7 --out runs/x "
         "--seed 5 --set images=64 --set ridge=1e-4 --no-distill --lr 0.01 --batch-size 32 --threads 2 "
-        "--accuracy-floor 0.9 --keep stem --keep head --table tables/x --value measured --value-rounds 3"
+        "--accuracy-floor 0.9 --keep stem --keep head --table tables/x --value measured --value-rounds 3 --value-finalists 4"
     )
     assert run(line.split()) == 0
     expected = Request(
         "net.py:make", Path("w.safetensors"), "imagefolder:d", "jetson", "l1", "3ms", "latency", 7, Path("runs/x"), 5,
-        {"images": "64", "ridge": "1e-4"}, False, 0.01, 32, 2, 0.9, ("stem", "head"), "measured", 3,
+        {"images": "64", "ridge": "1e-4"}, False, 0.01, 32, 2, 0.9, ("stem", "head"), "measured", 3, 4,
         f"deploypipe {line}", Path("tables/x"),
     )  # fmt: skip
     assert pipeline.got == [expected]
@@ -187,8 +188,9 @@ def test_inspect_shows_layers_groups_and_reasons(
 @pytest.mark.parametrize(
     ("line", "passed"),
     [
-        ("profile --model m --target t --threads 2", ["m", None, "t", 2, False, None]),
-        ("profile --fresh --save x", ["demo", None, "cpu", None, True, Path("x")]),
+        ("profile --model m --target t --threads 2", ["m", None, "t", 2, False, None, None]),
+        ("profile --fresh --save x", ["demo", None, "cpu", None, True, Path("x"), None]),
+        ("profile --allow-noise", ["demo", None, "cpu", None, False, None, True]),
     ],
 )
 def test_profile_shows_what_was_learned(
@@ -507,6 +509,9 @@ def test_starting_imports_nothing_heavy_and_is_fast() -> None:
         "onnx",
         "onnxruntime",
         "openvino",
+        "executorch",
+        "ncnn",
+        "coremltools",
         "onnxscript",
         "scipy",
         "numpy",

@@ -103,6 +103,7 @@ def test_silent_dependence_on_a_width_is_found_and_blamed() -> None:
         ({"0.9": (0,)}, "unknown group '0.9'"),
         ({"0.0": (0, 8)}, "out of range"),
         ({"4.2": (0,)}, "cannot be pruned: output of the model"),
+        ({"0.0": ()}, "cannot be left without channels: it carries all of '4.2', which is fixed"),
     ],
 )
 def test_plans_that_do_not_fit_are_refused(keep: dict[str, tuple[int, ...]], words: str) -> None:
@@ -111,7 +112,7 @@ def test_plans_that_do_not_fit_are_refused(keep: dict[str, tuple[int, ...]], wor
         compact(model, trace(model, example), KeepPlan(keep))
 
 
-@pytest.mark.parametrize("channels", [(), (1, 0), (0, 0), (-1, 2)])
+@pytest.mark.parametrize("channels", [(1, 0), (0, 0), (-1, 2)])
 def test_impossible_plans_cannot_be_made(channels: tuple[int, ...]) -> None:
     with pytest.raises(ModelError):
         KeepPlan({"g": channels})

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from deploypipe.errors import TargetError
-from deploypipe.latency.files import Overhead
+from deploypipe.latency.context import Overhead
 from deploypipe.latency.table import Context, Entry, LatencyTable, Shape, structure_of
 from deploypipe.latency.widths import Steps
 from deploypipe.plan import KeepPlan
@@ -44,7 +44,7 @@ def entries(layer, ins, outs):
 
 def context(net, *overhead, scale=None, factor=1.0):
     anchors = {name: ((1, ratio),) if isinstance(ratio, float) else ratio for name, ratio in (scale or {}).items()}
-    return Context(structure_of(net), anchors, overhead, 100.0, None, factor, 1.0, 0.0, 100)
+    return Context(structure_of(net), anchors, overhead, 100.0, factor, 1.0, 0.0, 100)
 
 
 @pytest.fixture
@@ -72,8 +72,8 @@ def test_a_model_costs_the_sum_of_its_layers(net, kernels):
 
 
 def test_terms_add_up_to_the_prediction(net, kernels):
-    relu = Overhead("relu", "Relu", 6.0, ("a", "b"), 48)
-    table = LatencyTable({"node_us": 0.5}, STEPS, kernels, (context(net, relu, scale={"b": 1.5}, factor=1.1),))
+    relu = Overhead("Relu", ("a", "b"), 0.5, 5.5 / 48)
+    table = LatencyTable({}, STEPS, kernels, (context(net, relu, scale={"b": 1.5}, factor=1.1),))
     for chosen in (plan(), plan(a=8), plan(a=16, b=4)):
         kept = net.kept(chosen)
         total = sum(term.price(term.n_in.at(kept), term.n_out.at(kept)) for term in table.terms(net))
@@ -81,14 +81,21 @@ def test_terms_add_up_to_the_prediction(net, kernels):
 
 
 def test_other_kernels_follow_the_widths_that_feed_them(net, kernels):
-    relu, session = Overhead("relu", "Relu", 6.5, ("a", "b"), 48), Overhead("session", "run", 3.0, (), 0)
+    relu, session = Overhead("Relu", ("a", "b"), 0.5, 6.0 / 48), Overhead("session", (), 3.0)
     bare = LatencyTable({}, STEPS, kernels, (context(net),))
-    full = LatencyTable({"node_us": 0.5}, STEPS, kernels, (context(net, relu, session),))
+    full = LatencyTable({}, STEPS, kernels, (context(net, relu, session),))
     assert full.predict(net) - bare.predict(net) == pytest.approx(9.5)
     half = plan(a=16, b=8)
     assert full.predict(net, half) - bare.predict(net, half) == pytest.approx(3.0 + 0.5 + 6.0 / 2)
     only_a = plan(a=8)
     assert full.predict(net, only_a) - bare.predict(net, only_a) == pytest.approx(3.0 + 0.5 + 6.0 * 24 / 48)
+
+
+def test_what_one_group_feeds_is_gone_with_it(net, kernels):
+    own, shared = Overhead("Pool", ("b",), 4.0, 0.5), Overhead("Relu", ("a", "b"), 2.0, 0.25)
+    bare, full = (LatencyTable({}, STEPS, kernels, (context(net, *extra),)) for extra in ((), (own, shared)))
+    gone = KeepPlan({"b": ()})
+    assert full.predict(net, gone) - bare.predict(net, gone) == pytest.approx(2.0 + 0.25 * 32)
 
 
 def test_context_scales_layers_and_the_factor_everything(net, kernels):
@@ -108,7 +115,7 @@ def test_between_its_anchors_a_layers_ratio_is_interpolated_and_kept_outside(net
     assert ratio(32, 16) == pytest.approx(2.0)
     assert ratio(16, 8) == pytest.approx(1.2)
     assert ratio(8, 8) == pytest.approx(1.2)
-    assert ratio(32, 8) == pytest.approx(1.2 + 0.8 * (256 - 128) / (512 - 128))
+    assert ratio(32, 8) == pytest.approx(1.2 + 0.8 / 2), "an octave of two"
 
 
 @pytest.mark.parametrize(("n_in", "n_out", "same"), [(20, 16, (24, 16)), (8, 12, (8, 16)), (1, 8, None), (30, 16, None)])
@@ -149,7 +156,7 @@ def test_a_missing_kernel_or_model_is_an_error_with_the_command(net, kernels):
 
 
 def test_a_pruned_model_is_still_the_profiled_one(net, kernels):
-    relu = Overhead("relu", "Relu", 6.0, ("a",), 32)
+    relu = Overhead("Relu", ("a",), 0.0, 6.0 / 32)
     table = LatencyTable({}, STEPS, kernels, (context(net, relu),))
     small = replace_widths(net, a=16, b=8)
     assert structure_of(small) == structure_of(net)
@@ -172,7 +179,7 @@ def test_concatenated_inputs_are_priced_by_their_sum():
 
 
 def test_saving_and_loading_is_the_identity(net, kernels, tmp_path):
-    relu = Overhead("relu", "Relu", 6.0, ("a",), 32)
+    relu = Overhead("Relu", ("a",), 0.0, 6.0 / 32)
     table = LatencyTable({"runtime": "r", "threads": 1}, STEPS, kernels, (context(net, relu, scale={"a": 1.25}),))
     table.save(tmp_path)
     loaded = LatencyTable.load(tmp_path)
@@ -202,7 +209,7 @@ def test_a_table_of_other_measurements_has_another_id(net, kernels):
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
-        ("device.json", '"schema": 3', '"schema": 9', "schema 9, this version reads 3"),
+        ("device.json", '"schema": 4', '"schema": 9', "schema 9, this version reads 4"),
         ("device.json", "{", "", "damaged"),
         ("device.json", '"steps"', '"stops"', "malformed"),
         ("kernels.csv", "n_in", "inputs", "other columns"),

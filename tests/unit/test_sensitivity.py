@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from deploypipe.errors import ModelError
 from deploypipe.graph import trace
 from deploypipe.heldout import Effort, HeldOut, Memo
 from deploypipe.plan import KeepPlan
-from deploypipe.progress import Recorder, Silent
-from deploypipe.sensitivity import Curve, Found, Sensitivity
+from deploypipe.progress import Recorder, Reporter, Silent
+from deploypipe.removal import removable
+from deploypipe.sensitivity import Curve, Found, Sensitivity, Trial
 from deploypipe.training.evaluate import Accuracy
 
 CLASSES = 4
@@ -219,6 +221,52 @@ def test_a_plan_by_scores_that_is_better_than_the_curves_is_taken() -> None:
     found = work.search(budget, 0, (kept, additive.best.certificate))
     assert [trial.origin for trial in found.trials] == ["scores", "curves"]
     assert (found.best.origin, found.best.kept, found.best.found.loss) == ("scores", kept, loss)
+
+
+def test_of_two_branches_that_do_the_same_one_goes_entirely() -> None:
+    work, budget, _ = searched(0)
+    gone = removable(Copies().eval(), work.graph)
+    assert gone == ("a", "b"), "all three together are needed"
+    may_go = replace(work, removable=gone)
+    assert {curve.group: curve.widths[0] for curve in may_go.curves({}, "curves")} == {"a": 0, "b": 0, "c": 1}
+    best = min(
+        work.meter.measure(work.plan(kept)).loss
+        for choice in itertools.product(range(CLASSES + 1), range(CLASSES + 1), range(1, CLASSES + 1))
+        if work.table.predict(work.graph, work.plan(kept := dict(zip("abc", choice, strict=True)))) <= budget
+    )
+    found = may_go.search(budget, 6)
+    assert found.best.found.loss == pytest.approx(best)
+    assert 0 in found.best.kept.values()
+
+
+class Trains:
+    """A meter by which training turns the order of plans around."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def known(self, plan: KeepPlan) -> bool:
+        return True
+
+    def measure(self, plan: KeepPlan) -> Accuracy:
+        return Accuracy(0.5, float(len(plan.keep["a"])), 10)
+
+    def trained(self, plan: KeepPlan, reporter: Reporter) -> Accuracy:
+        self.asked.append(len(plan.keep["a"]))
+        return Accuracy(0.5, -float(len(plan.keep["a"])), 10)
+
+
+def test_of_the_best_few_the_one_that_trains_best_is_taken() -> None:
+    work, meter = task(Copies()), Trains()
+    work = replace(work, meter=meter)
+    trials = tuple(
+        Trial(f"{i}", {"a": width}, searched(0)[2].best.certificate, meter.measure(work.plan({"a": width})))
+        for i, width in enumerate((4, 1, 3, 1, 2))
+    )
+    found = work.finals(Found(trials, 1), 3)
+    assert sorted(meter.asked) == [1, 2, 3], "each plan once, and of five tried only the best three different ones"
+    assert (found.best.origin, found.best.kept) == ("2", {"a": 3})
+    assert [trial.trained is not None for trial in found.trials] == [False, True, True, False, True]
 
 
 # --- resuming --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,58 @@
+"""One pruned model on several targets, with the real command line."""
+
+import json
+
+import pytest
+from command_line import arguments
+
+from deploypipe.backends import load_backend
+from deploypipe.targets import load_target
+
+pytestmark = pytest.mark.e2e
+OTHERS = [name for name in ("cpu-ort-mobile", "ncnn") if load_backend(load_target(name)).available()[0]]
+CHEAP = {"metric": "macs", "epochs": 0, "algo": "l1"}
+
+
+@pytest.fixture(scope="module")
+def run(start, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "several"
+    line = arguments(out, target=",".join(["cpu", *OTHERS]), **CHEAP)
+    finished = start(*line).wait()
+    assert finished.code == 0, finished.err
+    return out, finished, line
+
+
+def test_each_target_has_a_file_a_check_and_two_latencies(run):
+    out, _, _ = run
+    report = json.loads((out / "report.json").read_text())
+    assert [runtime["target"] for runtime in report["runtimes"]] == ["cpu", *OTHERS]
+    for runtime in report["runtimes"]:
+        assert (out / runtime["artifact"]).stat().st_size == runtime["artifact_bytes"] > 0
+        assert runtime["error"] <= runtime["tolerance"]
+        assert runtime["dense"]["median_us"] > 0
+        assert runtime["pruned"]["median_us"] > 0
+
+
+def test_the_answer_says_which_is_fastest(run):
+    out, finished, _ = run
+    runtimes = json.loads((out / "report.json").read_text())["runtimes"]
+    best = min(runtimes, key=lambda runtime: runtime["pruned"]["median_us"])
+    assert f"{best['target']} is fastest here" in finished.out
+    assert f"{best['target']} is fastest here" in (out / "report.md").read_text()
+
+
+def test_the_same_command_again_measures_nothing(run, start):
+    out, _, line = run
+
+    def written():
+        return {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
+
+    before = written()
+    assert start(*line).wait().code == 0
+    assert written() == before
+
+
+def test_a_target_that_runs_nothing_cannot_be_planned_by(start, tmp_path):
+    finished = start(*arguments(tmp_path / "x", target="ios")).wait()
+    assert finished.code == 4
+    assert "--metric macs" in finished.err

@@ -1,0 +1,55 @@
+from dataclasses import replace
+
+import pytest
+from sample_report import REPORT
+
+from deploypipe.errors import UsageError
+from deploypipe.measurement import Latency
+from deploypipe.pipeline.request import Request
+from deploypipe.render import markdown
+from deploypipe.report import Report
+from deploypipe.runtimes import RuntimeOutcome, by_speed, rows, section, verdict
+
+
+def took(us):
+    return Latency(us, 0.9 * us, 1.1 * us, 100)
+
+
+SLOW = RuntimeOutcome("cpu", "onnxruntime 1.32.0", took(200), took(100), "a.onnx", 4000, 2e-7, 1e-3)
+FAST = RuntimeOutcome("quick", "quick 2", took(120), took(80), "on-quick/a.q", 4100, 1e-6, 1e-4)
+BLIND = RuntimeOutcome("phone", "phone 3", None, None, "on-phone/a.p", 2000, None, 1e-3, ("UNVERIFIED: not run",))
+ALL = (SLOW, BLIND, FAST)
+
+
+def test_the_fastest_stands_first_and_what_was_not_measured_last():
+    assert [row[0] for row in rows(ALL)] == ["quick", "cpu", "phone"]
+    assert [outcome.target for outcome in by_speed(ALL)] == ["quick", "cpu"]
+
+
+def test_the_verdict_compares_pruned_models():
+    assert verdict(ALL) == "quick is fastest here: 80.0 us, 25 % ahead of cpu"
+    assert "nothing to compare" in verdict((SLOW, BLIND))
+
+
+def test_what_was_not_run_is_said_to_be_unverified():
+    row = next(row for row in rows(ALL) if row[0] == "phone")
+    assert row[2:] == ("not measured", "not measured", "", "2.00 kB", "not verified")
+    assert "- phone: UNVERIFIED: not run" in section(ALL)
+
+
+def test_a_report_keeps_them_and_shows_them():
+    report = replace(REPORT, runtimes=ALL)
+    assert Report.from_json(report.to_json()) == report
+    assert "## Runtimes" in markdown(report)
+    assert "## Runtimes" not in markdown(REPORT)
+
+
+def test_the_first_target_is_planned_for():
+    request = Request(target="cpu-openvino, cpu", threads=2)
+    assert request.resolved_target().name == "cpu-openvino"
+    assert [(target.name, target.measure.threads) for target in request.resolved_targets()] == [("cpu-openvino", 2), ("cpu", 2)]
+
+
+def test_a_target_cannot_be_named_twice():
+    with pytest.raises(UsageError, match="twice"):
+        Request(target="cpu,cpu").check()
