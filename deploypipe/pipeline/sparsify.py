@@ -118,6 +118,8 @@ def sparse_notes(root: Path, target: Target, pattern: str) -> list[str]:
     )
     notes = [f"2:4 weights in {len(holding)} of {len(state['layers'])} layers ({', '.join(holding)}); {shares}"]
     notes += [f"no 2:4 weights in {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    if target.rates.known:
+        notes.append("estimated latencies, of the dense model too, count on 2:4 weights wherever these are quicker")
     if not target.device.accelerator.startswith("nvidia"):
         notes.append(f"target {target.name} has no sparse tensor cores: 2:4 weights save nothing on it")
     return notes
