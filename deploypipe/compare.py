@@ -63,13 +63,18 @@ def _outcome_row(name: str, report: Report) -> Row:
         "yes" if report.budget.met else "no",
         accuracy_text(pruned.accuracy, report.n_test),
         "" if lost is None else f"{100 * lost:.2f}",
-        "none" if pruned.predicted_us is None else microseconds(pruned.predicted_us),
+        "none" if pruned.predicted_us is None else microseconds(pruned.predicted_us) + _origin(report),
         latency_text(pruned.latency),
         faster_text(report.speedup),
         size(pruned.artifact_bytes),
         count(pruned.n_parameters),
         count(pruned.n_macs),
     )
+
+
+def _origin(report: Report) -> str:
+    """Say so if the latency table was not measured."""
+    return "" if report.table in ("", "measured", "fitted") else f" ({report.table}, not measured)"
 
 
 def _width(group: GroupOutcome) -> str:

@@ -97,7 +97,7 @@ def standings(entries: Iterable[Entry]) -> tuple[Standing, ...]:
     """Sum up entries by what decides a latency table, sorted."""
     groups: dict[tuple[Any, ...], list[Entry]] = {}
     for entry in entries:
-        key = (entry.target, entry.threads, entry.runtime, entry.runtime_version, entry.processor)
+        key = (entry.target, entry.threads, entry.runtime, entry.runtime_version, entry.processor, entry.source)
         groups.setdefault(key, []).append(entry)
     return tuple(_standing(groups[key]) for key in sorted(groups))
 
@@ -106,7 +106,7 @@ def _standing(entries: Sequence[Entry]) -> Standing:
     ratios, pruned = [entry.ratio_error for entry in entries], [entry.pruned_error for entry in entries]
     first, last = entries[0], entries[-1]
     return Standing(
-        target=last.target,
+        target=_target(last),
         threads=last.threads,
         runtime=last.runtime,
         runtime_version=last.runtime_version,
@@ -118,8 +118,13 @@ def _standing(entries: Sequence[Entry]) -> Standing:
         recent_ratio=Errors.of(ratios[-RECENT:]),
         pruned=Errors.of(pruned),
         recent_pruned=Errors.of(pruned[-RECENT:]),
-        warning=_warning(last.target, last.threads, ratios),
+        warning="" if last.source else _warning(last.target, last.threads, ratios),  # of estimates, nothing is promised
     )
+
+
+def _target(entry: Entry) -> str:
+    """Return the target, and that the predictions are none of a measured table, if so."""
+    return f"{entry.target} ({entry.source}, not measured)" if entry.source else entry.target
 
 
 def _warning(target: str, threads: int, ratios: Sequence[float]) -> str:
@@ -169,8 +174,17 @@ def _entry_row(entry: Entry) -> Row:
     times = (f"{microseconds(dense)} -> {microseconds(pruned)}" for dense, pruned in sides)
     errors = (f"{100 * error:+.1f} %" for error in (entry.ratio_error, entry.pruned_error))
     load = "unknown" if entry.foreign_load is None else f"{100 * entry.foreign_load:.0f} %"
-    what = (entry.target, entry.model, entry.algorithm, entry.budget)
-    return (_day(entry.date), *what, *times, *errors, load, str(entry.n_corrections), entry.table[:8], entry.run)
+    what = (_target(entry), entry.model, entry.algorithm, entry.budget)
+    return (
+        _day(entry.date),
+        *what,
+        *times,
+        *errors,
+        load,
+        str(entry.n_corrections),
+        entry.table.rpartition("-")[2][:8],
+        entry.run,
+    )
 
 
 def _day(date: str) -> str:

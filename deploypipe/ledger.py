@@ -74,6 +74,12 @@ class Entry:
     table: str
 
     @property
+    def source(self) -> str:
+        """Where the predicting table came from: "" if it was measured, else "estimated" or "calibrated"."""
+        word, dash, _ = self.table.partition("-")
+        return word if dash else ""
+
+    @property
     def ratio_error(self) -> float:
         """Relative error of the predicted ratio of pruned to dense: 0.03 = predicted 3 % too high."""
         return self.predicted_pruned_us / self.predicted_dense_us / (self.pruned_us / self.dense_us) - 1

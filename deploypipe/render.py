@@ -47,9 +47,9 @@ def summary_rows(report: Report) -> tuple[Row, ...]:
         ),
         (
             f"latency, {_threads(report)}",
-            latency_text(dense.latency),
-            latency_text(pruned.latency),
-            faster_text(report.speedup),
+            latency_text(dense.latency, dense.predicted_us, report.latency_source),
+            latency_text(pruned.latency, pruned.predicted_us, report.latency_source),
+            change_text(report),
         ),
         ("parameters", count(dense.n_parameters), count(pruned.n_parameters), _change(dense.n_parameters, pruned.n_parameters)),
         ("MACs", count(dense.n_macs), count(pruned.n_macs), _change(dense.n_macs, pruned.n_macs)),
@@ -60,7 +60,7 @@ def summary_rows(report: Report) -> tuple[Row, ...]:
 def verdict(report: Report) -> tuple[Row, ...]:
     """Return (word, sentence) pairs: was the budget met, is the model proven equal, what to do next."""
     return (
-        ("budget", _budget_sentence(report.budget)),
+        ("budget", _budget_sentence(report)),
         ("checks", _checks_sentence(report)),
         *(("warning", note) for note in report.notes if note.startswith(UNVERIFIED)),
         ("next", next_step(report)),
@@ -72,6 +72,8 @@ def next_step(report: Report) -> str:
     lost = points_lost(report.dense, report.pruned)
     if not all(check.passed for check in report.checks):
         return "do not ship this model: a numeric check failed, see report.md"
+    if report.pruned.latency is None and report.table:
+        return "measure it: carry the run's bundle to the device, and import what comes back (README.md in the bundle)"
     if not report.budget.met:
         return (
             f"the budget was missed; ask for a little less than --budget {report.budget.asked}, or profile on an idle machine"
@@ -108,9 +110,19 @@ def points_lost(dense: Side, pruned: Side) -> float | None:
     return None if dense.accuracy is None or pruned.accuracy is None else dense.accuracy - pruned.accuracy
 
 
-def latency_text(latency: Latency | None) -> str:
-    """Return the median of a measured latency."""
-    return microseconds(latency.median_us) if latency else UNKNOWN
+def latency_text(latency: Latency | None, predicted_us: float | None = None, source: str = "") -> str:
+    """Return the median of a measured latency, else what was predicted with the words that say it is no measurement."""
+    if latency:
+        return microseconds(latency.median_us)
+    return UNKNOWN if predicted_us is None else f"{microseconds(predicted_us)} ({source})"
+
+
+def change_text(report: Report) -> str:
+    """Return by how much the pruned model is faster: as measured, else as predicted, called so."""
+    before, after = report.dense.predicted_us, report.pruned.predicted_us
+    if report.speedup is not None or report.latency_source == "measured" or not before or not after:
+        return faster_text(report.speedup)
+    return f"{faster_text(before / after)} ({report.latency_source})"
 
 
 def faster_text(speedup: float | None) -> str:
@@ -137,9 +149,12 @@ def _accuracy_section(report: Report) -> str:
 
 
 def _latency_section(report: Report) -> str:
-    rows = [_latency_row("dense", report.dense), _latency_row("pruned", report.pruned)]
+    rows = [
+        _latency_row(name, side, report.latency_source) for name, side in (("dense", report.dense), ("pruned", report.pruned))
+    ]
     columns = ("model", "predicted", "median", "p10", "p90", "runs", "foreign load", "prediction error")
-    origin = f"The latency table is **{report.table}**." if report.table else "No latency table was needed."
+    table = report.table if report.table in ("measured", "fitted") else f"{report.table}, not measured"
+    origin = f"The latency table is **{table}**." if report.table else "No latency table was needed."
     if report.table_error is not None:
         origin += f" Its mean error on random plans of this model is {100 * report.table_error:.1f} %."
     parts = (
@@ -169,10 +184,11 @@ def _rounds(budget: BudgetOutcome) -> str:
     return f"{text}\n\n" + markdown_table(columns, rows)
 
 
-def _latency_row(name: str, side: Side) -> Row:
+def _latency_row(name: str, side: Side, source: str) -> Row:
     predicted = microseconds(side.predicted_us) if side.predicted_us is not None else "none"
     if side.latency is None:
-        return (name, predicted, UNKNOWN, "", "", "", "", "")
+        words = f"{predicted} ({source})" if side.predicted_us is not None else predicted
+        return (name, words, UNKNOWN, "", "", "", "", "")
     times = tuple(microseconds(us) for us in (side.latency.median_us, side.latency.p10_us, side.latency.p90_us))
     error = "" if side.predicted_us is None else f"{100 * (side.predicted_us / side.latency.median_us - 1):+.1f} %"
     load = "unknown" if side.latency.foreign_load is None else f"{100 * side.latency.foreign_load:.0f} %"
@@ -183,7 +199,8 @@ def _certificate(report: Report) -> str:
     proof = report.certificate
     if proof is None:
         return "The algorithm chose the widths itself; no solver proved a bound."
-    cost = f"{amount(proof.predicted, proof.unit)} predicted of {amount(proof.budget, proof.unit)}"
+    unsure = f" ({report.latency_source})" if proof.unit == "us" and not report.pruned.latency else ""
+    cost = f"{amount(proof.predicted, proof.unit)} predicted of {amount(proof.budget, proof.unit)}{unsure}"
     if proof.bound is None or proof.gap is None:
         found = f"{proof.status}, value {proof.value:.6g}, {cost}, {proof.n_variables} groups"
         return f"The algorithm chose the widths itself ({found}); no solver proved a bound."
@@ -231,8 +248,9 @@ def _origin_section(report: Report) -> str:
     return "## Where this comes from\n\n" + markdown_table(("what", "value"), rows) if rows else ""
 
 
-def _budget_sentence(budget: BudgetOutcome) -> str:
-    how = "measured" if budget.unit == "us" else "counted"
+def _budget_sentence(report: Report) -> str:
+    budget = report.budget
+    how = report.latency_source if budget.unit == "us" else "counted"
     limit, reached, predicted = (amount(value, budget.unit) for value in (budget.limit, budget.reached, budget.predicted))
     outcome = "met" if budget.met else "MISSED"
     return f"{outcome}: {reached} {how} ({predicted} predicted), at most {limit} allowed ({budget.asked})"

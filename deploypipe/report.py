@@ -12,6 +12,7 @@ from deploypipe.plan import Certificate
 from deploypipe.runtimes import RuntimeOutcome
 
 REPORT_SCHEMA = 3
+_AGAIN = "run the same build command again"
 JSON_NAME, MARKDOWN_NAME = "report.json", "report.md"
 
 
@@ -207,19 +208,23 @@ class Report:
     @property
     def speedup(self) -> float | None:
         """Measured latency before over after; None unless both were measured."""
-        if self.dense.latency is None or self.pruned.latency is None:
-            return None
-        return self.dense.latency.median_us / self.pruned.latency.median_us
+        dense, pruned = self.dense.latency, self.pruned.latency
+        return dense.median_us / pruned.median_us if dense and pruned else None
+
+    @property
+    def latency_source(self) -> str:
+        """What the latencies of the run are: "measured", or "estimated, not measured" where no device was at hand."""
+        return "measured" if self.pruned.latency else f"{self.table}, not measured" if self.table else "not measured"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, with the schema and the derived figures that scripts ask for first."""
         derived = {
-            "speedup": self.speedup,
+            **{"speedup": self.speedup, "latency_source": self.latency_source},
             "budget_met": self.budget.met,
             "n_corrections": self.budget.n_corrections,
             "checks_passed": all(c.passed for c in self.checks),
         }
-        return {"schema": REPORT_SCHEMA, **derived, **_plain(self)}
+        return {"schema": REPORT_SCHEMA, **derived, **json.loads(json.dumps(self, default=_state))}
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any], at: str = "report") -> "Report":
@@ -229,13 +234,13 @@ class Report:
             UsageError: The schema is unknown, or a field is missing or malformed.
         """
         if state.get("schema") != REPORT_SCHEMA:
-            message = f"report has schema {state.get('schema')!r}, this version reads {REPORT_SCHEMA}"
-            raise UsageError(message, at=at, fix="run the same build command again")
+            found = f"report has schema {state.get('schema')!r}, this version reads {REPORT_SCHEMA}"
+            raise UsageError(found, at=at, fix=_AGAIN)
         try:
             values = {part.name: state[part.name] for part in fields(cls)}
             return cls(**values | _nested(values))
         except (KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"report is malformed: {error}", at=at, fix="run the same build command again") from error
+            raise UsageError(f"report is malformed: {error}", at=at, fix=_AGAIN) from error
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
@@ -256,9 +261,9 @@ class Report:
         except OSError as error:
             raise UsageError(f"cannot read the report: {error.strerror}", at=str(path), fix="check the path") from error
         except ValueError as error:
-            raise UsageError("the report is not JSON", at=str(path), fix="run the same build command again") from error
+            raise UsageError("the report is not JSON", at=str(path), fix=_AGAIN) from error
         if not isinstance(state, dict):
-            raise UsageError("the report is not a JSON object", at=str(path), fix="run the same build command again")
+            raise UsageError("the report is not a JSON object", at=str(path), fix=_AGAIN)
         return cls.from_json(state, at=str(path))
 
 
@@ -270,14 +275,9 @@ def _no_report(run: Path) -> UsageError:
     return UsageError("no run lies in this folder", at=str(run), fix="give the --out folder of a finished `deploypipe build`")
 
 
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return {part.name: _plain(getattr(value, part.name)) for part in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(name): _plain(part) for name, part in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(part) for part in value]
-    return value
+def _state(value: Any) -> dict[str, Any]:
+    """Return a value that JSON does not know as one that it does."""
+    return {part.name: getattr(value, part.name) for part in fields(value)} if is_dataclass(value) else dict(value)
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from platformdirs import user_cache_dir, user_data_dir
 
 from deploypipe.errors import TargetError, nearest
 
+NOT_RUN = "not run on hardware"
 _PACKAGE = Path(__file__).parent
 ALLOW_NOISE = "DEPLOYPIPE_ALLOW_NOISE"  # environment variable
 
@@ -43,12 +44,16 @@ class Reach:
 
 @dataclass(frozen=True)
 class BuildSpec:
-    """What compiles the model, at which precision, from which ONNX operator set."""
+    """What compiles the model, at which precision, from which ONNX operator set.
+
+    `tool` is the runtime's program on the device, where the runtime is one and does not lie on PATH.
+    """
 
     backend: str
     precision: str = "fp32"
     opset: int = 20
     simplify: bool = True
+    tool: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,22 +73,57 @@ class MeasureSpec:
 
 
 @dataclass(frozen=True)
+class Rates:
+    """What an estimate computes with where no device is at hand; beside each figure stands the document that it comes from.
+
+    Attributes:
+        precision: That the figures hold for.
+        tflops: Dense arithmetic, in 10^12 operations a second; a multiply-add is two.
+        bandwidth_gb_s: Of the memory, in 10^9 bytes a second.
+        quantum: Channels are computed in whole multiples of this.
+        launch_us: What each kernel costs besides its work.
+        sparse: Rate of arithmetic with 2:4 weights over the dense rate; 1 where there is no such unit.
+    """
+
+    precision: str = ""
+    tflops: float = 0.0
+    tflops_source: str = ""
+    bandwidth_gb_s: float = 0.0
+    bandwidth_source: str = ""
+    quantum: int = 1
+    quantum_source: str = ""
+    launch_us: float = 0.0
+    launch_source: str = ""
+    sparse: float = 1.0
+    sparse_source: str = ""
+
+    @property
+    def known(self) -> bool:
+        """Whether there is anything to compute with."""
+        return self.tflops > 0 and self.bandwidth_gb_s > 0
+
+
+@dataclass(frozen=True)
 class Target:
     """What a model is deployed to. Facts only; `path` is the file they were read from.
 
     Attributes:
+        like: Another target, whose facts hold here too where this one's file is silent.
         note: What the user should know before choosing it.
         run_on_hardware: Whether anything has ever been built and measured there with this program.
+        rates: For an estimate where no device is at hand.
     """
 
     name: str
     build: BuildSpec
     title: str = ""
+    like: str = ""
     note: str = ""
     run_on_hardware: bool = True
     device: Device = field(default_factory=Device)
     reach: Reach = field(default_factory=Reach)
     measure: MeasureSpec = field(default_factory=MeasureSpec)
+    rates: Rates = field(default_factory=Rates)
     path: str = field(default="", metadata={"file": False})
 
     @property
@@ -122,18 +162,24 @@ def load_target(name: str | Path) -> Target:
         TargetError: No such target or file, or the file is no valid target; names the key.
     """
     path = _find(str(name))
-    try:
-        state = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise TargetError(f"cannot read target: {error}", at=str(path), fix="check the path and its permissions") from error
-    except tomllib.TOMLDecodeError as error:
-        raise TargetError(f"target is not TOML: {error}", at=str(path), fix="correct that line") from error
+    state = _state(path)
+    if isinstance(state.get("like"), str) and state["like"]:
+        state = {**_state(_find(state["like"])), **state}
     target: Target = _read(Target, state, str(path), "")
     if target.name != path.stem:
         raise TargetError(
             f"target calls itself '{target.name}'", at=f"{path}: name", fix=f'write name = "{path.stem}" or rename the file'
         )
     return dataclasses.replace(target, path=str(path))
+
+
+def _state(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise TargetError(f"cannot read target: {error}", at=str(path), fix="check the path and its permissions") from error
+    except tomllib.TOMLDecodeError as error:
+        raise TargetError(f"target is not TOML: {error}", at=str(path), fix="correct that line") from error
 
 
 def list_targets() -> dict[str, Path]:
@@ -179,7 +225,9 @@ def _read(cls: Any, state: dict[str, Any], path: str, prefix: str) -> Any:
             if not isinstance(value, dict):
                 raise TargetError(f"'{prefix}{key}' must be a table", at=at, fix=f"write [{prefix}{key}]")
             values[key] = _read(wanted, value, path, f"{prefix}{key}.")
-        elif type(value) is not wanted:  # not isinstance: TOML's true is no number
+        elif type(value) is not wanted and not (
+            wanted is float and type(value) is int
+        ):  # not isinstance: TOML's true is no number
             raise TargetError(f"'{prefix}{key}' is {value!r}", at=at, fix=f"write a value of type {wanted.__name__}")
         else:
             values[key] = value

@@ -12,6 +12,7 @@ BACKENDS: dict[str, str] = {
     "onnxruntime": "deploypipe.backends.onnxruntime:OnnxRuntime",
     "openvino": "deploypipe.backends.openvino:OpenVino",
     "ort-mobile": "deploypipe.backends.ort_mobile:OrtMobile",
+    "tensorrt": "deploypipe.backends.tensorrt:TensorRt",
 }
 ENTRY_POINTS = "deploypipe.backends"
 

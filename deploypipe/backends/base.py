@@ -1,7 +1,7 @@
 """What a backend is: it describes jobs and reads what they answered; a runner carries them out."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -67,13 +67,22 @@ class KernelTime:
     p90_us: float
     runs: int
 
+    def times(self, factor: float) -> "KernelTime":
+        """Return the kernel with all times multiplied."""
+        return replace(self, median_us=factor * self.median_us, p10_us=factor * self.p10_us, p90_us=factor * self.p90_us)
+
 
 @dataclass(frozen=True)
 class Profile:
-    """Kernel times of one model, in the order of execution."""
+    """Kernel times of one model, in the order of execution.
+
+    `ratio` is given where profiling slows the model down as a whole, so that the backend scaled the kernels to the model's
+    plain latency: their sum over it before that.
+    """
 
     kernels: tuple[KernelTime, ...]
     foreign_load: float | None = None
+    ratio: float | None = None
 
     @property
     def sum_us(self) -> float:
@@ -113,12 +122,32 @@ class Backend(Protocol):
         """Read the answer of `describe_job`."""
         ...
 
+    def stated(self, model: Path, target: Target) -> bytes:
+        """Return `model` as the runtime is given it, with the target's precision written into it if need be."""
+        ...
+
+    def owner_job(self, models: Mapping[str, Path], target: Target) -> Job:
+        """Ask for everything at once, where a person carries files that `stated` made to the device and the answer back.
+
+        Raises:
+            TargetError: The backend has no such job.
+        """
+        ...
+
+    def by_hand(self, models: Mapping[str, str], target: Target) -> str:
+        """Return in Markdown how to measure files (name -> file) without the job of `owner_job`; "" if there is no such way."""
+        ...
+
     def channel_multiple(self, facts: Facts) -> int:
         """Return what widths worth choosing from are multiples of, by the facts of the device; asked if pricing is `models`."""
         ...
 
     def build_job(self, model: Path, target: Target) -> Job:
         """Compile `model`; the built file is pulled as `artifact` + suffix."""
+        ...
+
+    def verdict(self, built: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return what the user should know about a built file, in sentences, from what the script found out about it."""
         ...
 
     def read_build(self, result: JobResult) -> tuple[str, ...]:

@@ -15,7 +15,6 @@ from deploypipe.job import PYTHON, Job, JobResult
 from deploypipe.targets import Target
 
 _FOLDER = Path(__file__).parent
-_SHARED = "stopwatch.py"
 _ATTEMPTS = 3
 _LANES = {"avx512f": 16, "avx": 8}  # else 4, as SSE and NEON have
 
@@ -25,6 +24,7 @@ class Scripted:
 
     Attributes:
         script: The measuring script's file, in this folder.
+        beside: Files that are pushed beside it.
         precisions: Those that a target may ask for.
         options: Sent to the script with every request.
         packages: What must be importable; the backend's own name if none are listed.
@@ -33,6 +33,7 @@ class Scripted:
     name: ClassVar[str]
     suffix: ClassVar[str]
     script: ClassVar[str]
+    beside: ClassVar[tuple[str, ...]] = ("stopwatch.py",)
     source: ClassVar[Source] = "onnx"
     pricing: ClassVar[Pricing] = "kernels"
     times_layers: ClassVar[bool] = True
@@ -54,6 +55,19 @@ class Scripted:
         """Return the facts: runtime, version, processor, threads."""
         return answer(result)
 
+    def stated(self, model: Path, target: Target) -> bytes:
+        """Return the model as it is: these runtimes are told the precision when they load it."""
+        return model.read_bytes()
+
+    def owner_job(self, models: Mapping[str, Path], target: Target) -> Job:
+        """Refuse: the script has no such task."""
+        fix = "name a device with --host, or measure on this machine"
+        raise TargetError(f"backend {self.name} has no bundle to carry to a device", at=f"target {target.name}", fix=fix)
+
+    def by_hand(self, models: Mapping[str, str], target: Target) -> str:
+        """Return nothing: the runtime has no program of its own."""
+        return ""
+
     def channel_multiple(self, facts: Facts) -> int:
         """Return how many fp32 values one vector register of the device holds: what kernels compute together."""
         return next((n for flag, n in _LANES.items() if any(known.startswith(flag) for known in facts["cpu_flags"])), 4)
@@ -63,9 +77,13 @@ class Scripted:
         artifact = "artifact" + self.suffix
         return self.job("build", target, {"model": "model.onnx", "artifact": artifact}, {"model.onnx": model}, (artifact,))
 
+    def verdict(self, built: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return what the script found worth saying."""
+        return tuple(built.get("notes", ()))
+
     def read_build(self, result: JobResult) -> tuple[str, ...]:
         """Return what the script found worth saying."""
-        return tuple(answer(result).get("notes", ()))
+        return self.verdict(answer(result))
 
     def bench_job(self, models: Mapping[str, Path | bytes], target: Target) -> Job:
         """Time whole models in turns; a built artefact is a model like another."""
@@ -107,21 +125,25 @@ class Scripted:
         Raises:
             TargetError: The backend does not have the target's precision.
         """
-        if target.build.precision not in self.precisions:
-            raise TargetError(
-                f"backend {self.name} has no precision '{target.build.precision}'",
-                at=f"{target.path or target.name}: build.precision",
-                fix=nearest(target.build.precision, self.precisions),
-            )
+        self.check_precision(target)
         measure = target.measure
         request = {
             "task": task, "threads": measure.threads, "warmup": measure.warmup, "runs": measure.runs,
             "max_foreign": MAX_FOREIGN, "attempts": _ATTEMPTS, **self.options, **details,
         }  # fmt: skip
         # As content: a linked script would find this package's modules beside it, some of which are called like a runtime.
-        scripts = {file: (_FOLDER / file).read_bytes() for file in (self.script, _SHARED)}
+        scripts = {file: (_FOLDER / file).read_bytes() for file in (self.script, *self.beside)}
         files = {**scripts, "request.json": json.dumps(request).encode(), **(push or {})}
         return Job((PYTHON, self.script, "request.json"), files, ("answer.json", *pull), timeout_s=timeout_s)
+
+    def check_precision(self, target: Target) -> None:
+        """Raise TargetError if the backend does not have the target's precision."""
+        if target.build.precision not in self.precisions:
+            raise TargetError(
+                f"backend {self.name} has no precision '{target.build.precision}'",
+                at=f"{target.path or target.name}: build.precision",
+                fix=nearest(target.build.precision, self.precisions),
+            )
 
 
 def answer(result: JobResult) -> dict[str, Any]:

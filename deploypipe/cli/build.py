@@ -54,6 +54,7 @@ def build(
     table: Annotated[Path | None, typer.Option(help="Use this latency table (from `profile --save`).")] = None,
     value: Value = "scores",
     value_rounds: ValueRounds = 2,
+    sparsity: Annotated[str, typer.Option(metavar="2:4", help="2:4 weights, for NVIDIA's tensor cores since Ampere.")] = "",
     value_finalists: ValueFinalists = 1,
     host: HostName = None,
     as_json: Json = False,
@@ -65,7 +66,7 @@ def build(
         model, weights, data, target, algo, budget, metric, epochs, out, seed, parse_settings(settings or ()),
         distill=distill, lr=lr, batch_size=batch_size, threads=threads, accuracy_floor=accuracy_floor,
         keep=tuple(keep or ()), table=table, value=value, value_rounds=value_rounds, value_finalists=value_finalists,
-        host=host,
+        host=host, sparsity=sparsity,
         command=shlex.join(["deploypipe", *(context.obj or ())]),
     )  # fmt: skip
     with console.progress() as reporter:

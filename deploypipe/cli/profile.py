@@ -16,6 +16,9 @@ def profile(
     threads: Threads = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what was measured on this target before.")] = False,
     save: Annotated[Path | None, typer.Option(help="Write this model's part of the table into a new folder.")] = None,
+    results: Annotated[
+        Path | None, typer.Option("--import", help="Take in what the owner of a device measured with a run's bundle.")
+    ] = None,
     allow_noise: Annotated[
         bool, typer.Option("--allow-noise", help="Accept what other programs disturbed; the table says so.")
     ] = False,
@@ -25,6 +28,10 @@ def profile(
     """Measure a model's layers at many widths, on the target."""
     from deploypipe import pipeline
 
+    if results:
+        found = pipeline.import_results(results)
+        console.answer_json(found) if as_json else console.pairs((k.replace("_", " "), str(v)) for k, v in found.items())
+        return
     with console.progress() as reporter:
         request = pipeline.Request(model, weights, target=target, threads=threads, host=host)
         summary = pipeline.profile_model(request, reporter, fresh=fresh, save=save, allow_noise=allow_noise or None)

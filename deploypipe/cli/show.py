@@ -179,11 +179,13 @@ def report(
 
 def _target_record(target: Any) -> dict[str, Any]:
     facts = {"name": target.name, "title": target.title, "backend": target.build.backend, "reached_by": target.reach.via}
-    return facts | {"run_on_hardware": target.run_on_hardware, "note": target.note, "file": target.path}
+    return facts | {"like": target.like, "run_on_hardware": target.run_on_hardware, "note": target.note, "file": target.path}
 
 
 def _target_row(target: Any) -> tuple[str, ...]:
-    state = "" if target.run_on_hardware else "not run on hardware"
+    from deploypipe.targets import NOT_RUN
+
+    state = "" if target.run_on_hardware else NOT_RUN
     return (target.name, target.title, target.build.backend, target.reach.via, str(target.measure.threads), state)
 
 

@@ -5,7 +5,9 @@ from typing import Any
 
 from deploypipe.errors import TargetError
 
-CONDITIONS = ("runtime", "version", "precision", "threads", "arch", "cpu", "cpu_flags", "model", "governor", "power_mode")
+CONDITIONS = (
+    "runtime", "version", "precision", "threads", "arch", "cpu", "cpu_flags", "gpu", "model", "governor", "power_mode",
+)  # fmt: skip
 
 
 def refuse_stale(measured: Mapping[str, Any], now: Mapping[str, Any], at: str) -> None:

@@ -4,6 +4,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from math import lcm
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -54,7 +55,13 @@ class LatencyTable:
     @cached_property
     def id(self) -> str:
         """A short key of all measurements that the table predicts from; saving and loading keep it."""
-        return latency_file.identity(self.facts, self.steps, self.kernels, self.contexts)
+        key = latency_file.identity(self.facts, self.steps, self.kernels, self.contexts)
+        return f"{self.facts['source']}-{key}" if "source" in self.facts else key
+
+    @property
+    def source(self) -> str:
+        """Where the figures come from: "measured", "fitted" to whole models, "calibrated", or "estimated"."""
+        return str(self.facts.get("source") or self.facts.get("method") or "measured")
 
     def terms(self, graph: Graph) -> tuple[CostTerm, ...]:
         """Return one term per layer, one per group for the other kernels, and a constant one. Prices are in microseconds.
@@ -103,6 +110,10 @@ class LatencyTable:
         """
         mine = self.context(graph)
         return self.with_context(replace(mine, factor=mine.factor * factor))
+
+    def aligned(self, multiple: int) -> "LatencyTable":
+        """Return the table with only such channel counts to choose from as are multiples of `multiple`, too."""
+        return replace(self, steps={kind: replace(one, step=lcm(one.step, multiple)) for kind, one in self.steps.items()})
 
     def with_context(self, context: Context) -> "LatencyTable":
         """Return the table with this context, in the place of the one that it had for the same model."""

@@ -31,7 +31,7 @@ def artifact_stage(
         origin: What the model was made from: part of the key.
     """
     spec, backend = device.target.build, device.backend
-    name, simpler, built = exported_name(device, side), f"{side}-simplified.onnx", f"{side}-built{backend.suffix}"
+    name, simpler, built = exported_name(device, side), f"{side}-simplified.onnx", f"{side}-built{device.suffix}"
 
     def export(folder: Path) -> None:
         if backend.source == "program":

@@ -8,10 +8,12 @@ from deploypipe.errors import UsageError
 from deploypipe.folder import explained
 from deploypipe.graph import trace
 from deploypipe.inspection import Inspection, inspect_graph
+from deploypipe.latency.estimate import CALIBRATED, ESTIMATED
 from deploypipe.latency.table import LatencyTable, Shape
 from deploypipe.latency.widths import AllSteps, Steps
 from deploypipe.measurement import Latency
 from deploypipe.models.load import load_model
+from deploypipe.pipeline.absent import device_of
 from deploypipe.pipeline.request import Request
 from deploypipe.pipeline.stages import Device
 from deploypipe.profiler.measure import ACCEPTED, profile
@@ -46,8 +48,10 @@ def profile_model(
     chosen = request.resolved_target()
     loaded = load_model(request.model, request.weights)
     graph = trace(loaded.model, loaded.example)
-    example = loaded.example
-    table = profile(loaded.model, example, chosen, graph=graph, reporter=reporter, fresh=fresh, allow_noise=allow_noise)
+    known, example = device_of(chosen).known_table(graph, None), loaded.example
+    table = known or profile(
+        loaded.model, example, chosen, graph=graph, reporter=reporter, fresh=fresh, allow_noise=allow_noise
+    )
     if save:
         with explained(Path(save)):
             table.only(graph).save(save)
@@ -87,11 +91,20 @@ def _summary(target: str, table: LatencyTable, graph: Graph) -> dict[str, Any]:
     """Return what profiling taught, in plain values."""
     context = table.context(graph)
     predicted = table.predict(graph)
+    if table.source == ESTIMATED:
+        return {
+            "target": target,
+            "latencies": f"{ESTIMATED}, not measured: there is no device at hand",
+            "kernels_estimated": len(table.kernels),
+            "dense_estimated_us": round(predicted, 1),
+            "rests_on": dict(table.facts["rates"]),
+        }
     return {
         "target": target,
+        "table": table.source,
         "runtime": f"{table.facts.get('runtime')} {table.facts.get('version')}, {table.facts.get('threads')} threads",
-        "table": _origin(table),
-        "kernels_measured": sum(entry.runs > 0 for entry in table.kernels),
+        "layers": _origin(table),
+        f"kernels_{'estimated' if table.source == CALIBRATED else 'measured'}": _n_known(table),
         "steps": _all_steps(table.steps, graph),
         "dense_measured_us": round(context.whole_us, 1),
         "dense_predicted_us": round(predicted, 1),
@@ -112,6 +125,11 @@ def _all_steps(steps: AllSteps, graph: Graph) -> str:
     return "; ".join(
         f"{name}: {_steps_text(item)}" for name, item in sorted(shown.items(), key=lambda row: (row[1].edge > 0, row[0]))
     )
+
+
+def _n_known(table: LatencyTable) -> int:
+    """Return how many kernels were measured, or calibrated by whole models."""
+    return len(table.kernels) if table.source == CALIBRATED else sum(entry.runs > 0 for entry in table.kernels)
 
 
 def _origin(table: LatencyTable) -> str:

@@ -21,11 +21,12 @@ from deploypipe.doctor import versions
 from deploypipe.inspection import member_text
 from deploypipe.latency.table import LatencyTable
 from deploypipe.measurement import Latency, Round
+from deploypipe.pipeline.bundle import BUNDLE
 from deploypipe.pipeline.request import Request
 from deploypipe.plan import KeepPlan
 from deploypipe.report import Arm, BudgetOutcome, Check, GroupOutcome, Report, Side
 from deploypipe.sparsity import NONZERO, sparse_layers
-from deploypipe.targets import Target
+from deploypipe.targets import NOT_RUN, Target
 from deploypipe.types import Graph
 
 DRIFT = 0.05  # change of the dense latency since profiling that the user should hear of
@@ -79,17 +80,18 @@ def assemble(request: Request, data: Data, target: Target, found: Findings) -> R
         checks=tuple(found.checks),
         certificate=found.plan.certificate,
         threads=target.measure.threads,
-        table=str(found.table.facts.get("method", "measured")) if found.table else "",
+        table=found.table.source if found.table else "",
         table_error=found.table.context(found.graph).error if found.table else None,
         seconds=found.seconds,
-        artifacts={"artifact": found.files["pruned"].name, **_exported(target), "weights": saved.WEIGHTS, "plan": saved.PLAN},
+        artifacts={"artifact": found.files["pruned"].name, **_exported(target), "weights": saved.WEIGHTS, "plan": saved.PLAN}
+        | ({} if found.latencies else {"bundle": BUNDLE}),
         versions=versions(),
         machine=dict(found.facts),
         command=request.command,
         sparsity=sparse_layers(found.sparse[1], found.graph) if found.sparse else (),
         arms=found.arms,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        notes=(*found.notes, *_gone(found), *_drift(found)),
+        notes=(*found.notes, *_gone(found), *_drift(found), *_unproven(target)),
     )
 
 
@@ -110,7 +112,10 @@ def _judged(request: Request, found: Findings) -> tuple[float, float]:
     counted = {"macs": macs, "params": params}
     if request.metric in counted:
         return found.budget, counted[request.metric](found.graph, found.plan)
-    dense, pruned = (found.latencies[side]["median_us"] for side in ("dense", "pruned"))
+    if found.latencies:
+        dense, pruned = (found.latencies[side]["median_us"] for side in ("dense", "pruned"))
+    else:  # no device at hand: what the table predicts stands in, and is called so wherever it shows
+        dense, pruned = found.cost.predict(found.graph), found.cost.predict(found.graph, found.plan)
     return parse_budget(request.budget, request.metric, dense), pruned
 
 
@@ -127,7 +132,7 @@ def _left(found: Findings, when: int) -> float:
 
 def _drift(found: Findings) -> tuple[str, ...]:
     """Say so if the dense model's latency is not what it was when the table was measured."""
-    if found.table is None:
+    if found.table is None or not found.latencies:
         return ()
     then, now = found.table.predict(found.graph), found.latencies["dense"]["median_us"]
     if abs(then / now - 1) <= DRIFT:
@@ -138,13 +143,20 @@ def _drift(found: Findings) -> tuple[str, ...]:
     )
 
 
+def _unproven(target: Target) -> tuple[str, ...]:
+    """Say so if this version has never met such hardware."""
+    if target.run_on_hardware:
+        return ()
+    return (f"{NOT_RUN}: nothing has been built or measured on a device of target {target.name} with this version",)
+
+
 def _side(name: str, plan: KeepPlan | None, found: Findings, factor: float) -> Side:
     return Side(
         accuracy=found.accuracies[name],
         n_parameters=params(found.graph, plan),
         n_macs=macs(found.graph, plan),
         artifact_bytes=found.files[name].stat().st_size,
-        latency=Latency(**found.latencies[name]) if found.latencies[name] else None,
+        latency=Latency(**found.latencies[name]) if found.latencies.get(name) else None,
         predicted_us=factor * found.table.predict(found.graph, plan) if found.table else None,
     )
 

@@ -44,6 +44,7 @@ class Request:
         table: Folder of a latency table to use instead of measuring one; refused if it does not hold on this device.
         value: What a width is worth: what the algorithm's "scores" say, or the "measured" rise of the loss on held-out images.
         value_rounds: How often widths are measured again around the solution, at most.
+        sparsity: "2:4" gives the pruned model 2:4 weights before it is fine-tuned; "" leaves them dense.
         value_finalists: How many of the plans tried are trained for one epoch each before one is taken; 1: none.
         host: Which device, instead of the one that the target names.
         command: For the report.
@@ -69,6 +70,7 @@ class Request:
     table: str | Path | None = None
     value: str = "scores"
     value_rounds: int = 2
+    sparsity: str = ""
     value_finalists: int = 1
     host: str | None = None
     command: str = ""
@@ -126,6 +128,8 @@ class Request:
         """
         if self.metric not in METRICS:
             raise UsageError(f"unknown metric '{self.metric}'", at="--metric", fix=nearest(self.metric, METRICS))
+        if self.sparsity not in ("", "2:4"):
+            raise UsageError(f"unknown sparsity '{self.sparsity}'", at="--sparsity", fix="use 2:4, or leave it out")
         if self.value not in VALUES:
             raise UsageError(f"unknown value '{self.value}'", at="--value", fix=nearest(self.value, VALUES))
         if self.value_rounds < 0:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deploypipe import render, saved
+from deploypipe import render, saved, two_four
 from deploypipe.algorithms import make
 from deploypipe.algorithms.base import Problem
 from deploypipe.allocation.budget import parse_budget
@@ -22,23 +22,25 @@ from deploypipe.compact import compact
 from deploypipe.cost import CostTable
 from deploypipe.count import MacTable, ParamTable, params
 from deploypipe.data.load import Data, load_data
-from deploypipe.errors import BudgetError
 from deploypipe.graph import trace
 from deploypipe.heldout import HeldOut
 from deploypipe.latency.table import LatencyTable
 from deploypipe.models.load import Loaded, load_model
 from deploypipe.pipeline import stages
+from deploypipe.pipeline.absent import device_of
 from deploypipe.pipeline.artifacts import accuracy_stage, artifact_stage, bench_stage, checks_stage, file_notes
+from deploypipe.pipeline.bundle import bundle_stage
 from deploypipe.pipeline.outcome import Findings, assemble
 from deploypipe.pipeline.planning import Planner, read_rounds
 from deploypipe.pipeline.record import recorded
 from deploypipe.pipeline.request import KEPT_BY_USER, Request
 from deploypipe.pipeline.several import Elsewhere, with_outcomes
+from deploypipe.pipeline.sparsify import sparse_hooks, sparse_notes, two_four_stage
 from deploypipe.pipeline.training import arms_stage, epochs_before, schedule, train_stage, tuned, tuning_hooks
 from deploypipe.pipeline.valuing import held_back, held_out, value_notes
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler.measure import profile
-from deploypipe.progress import Reporter, Silent
+from deploypipe.progress import Reporter
 from deploypipe.report import Arm, Check, Report
 from deploypipe.runtimes import RuntimeOutcome
 from deploypipe.store import Kept, Store
@@ -46,43 +48,13 @@ from deploypipe.training.settings import TrainSettings
 from deploypipe.types import Graph
 
 
-def build(request: Request | None = None, reporter: Reporter | None = None, **changes: Any) -> Report:
-    """Run the whole pipeline and return its report, which also lies in the run folder.
-
-    Args:
-        request: What to do; or give its fields by name.
-        reporter: Hears how far it is.
-        changes: Fields of `Request`.
-
-    Raises:
-        DeployPipeError: By class: see `errors`.
-
-    Example:
-        >>> build(model="demo", budget="60%", epochs=0, out="runs/x").budget.met  # doctest: +SKIP
-        True
-    """
-    request = request or Request.of(**changes)
-    reporter = reporter or Silent()
-    request.check()
-    with Store(request.folder, reporter) as store:
-        report = _Run(request, store, reporter).report()
-    floor, reached = request.accuracy_floor, report.pruned.accuracy
-    if floor is not None and reached is not None and reached < floor:
-        raise BudgetError(
-            f"the pruned model's accuracy is {reached:.4f}, below the floor of {floor:.4f}",
-            at=f"run {request.folder}",
-            fix="allow a larger --budget, fine-tune longer (--epochs), or lower --accuracy-floor",
-        )
-    return report
-
-
-class _Run:
+class Run:
     """One run: its inputs, and its stages in order."""
 
     def __init__(self, request: Request, store: Store, reporter: Reporter) -> None:
         self.request, self.store, self.reporter = request, store, reporter
         self.target = request.resolved_target()
-        self.device, self.elsewhere = stages.Device(self.target), Elsewhere(request)
+        self.device, self.elsewhere = device_of(self.target, request.folder, sparse=bool(request.sparsity)), Elsewhere(request)
         self.algorithm = make(request.algo, request.options)
         self.loaded: Loaded = load_model(str(request.model), request.weights)
         self.data: Data = load_data(
@@ -101,7 +73,11 @@ class _Run:
     @cached_property
     def table(self) -> Kept[LatencyTable]:
         """Latency of every kernel at every width that may be chosen."""
-        given = self.request.table and stages.given_table(Path(self.request.table), self.graph, self.device)
+        given = self.device.known_table(self.graph, self.request.table)
+
+        def load(root: Path) -> LatencyTable:
+            table = LatencyTable.load(root / "table")
+            return table.aligned(two_four.IN) if self.request.sparsity else table
 
         def measure(folder: Path) -> None:
             model, example = self.loaded.model, self.loaded.example
@@ -109,7 +85,7 @@ class _Run:
             found.save(folder / "table")
 
         key = [1, self.dense_key, asdict(self.target), self.device.facts, *([given.id] if given else [])]
-        return self.store.keep("profile", key, measure, lambda root: LatencyTable.load(root / "table"))
+        return self.store.keep("profile", key, measure, load)
 
     @cached_property
     def cost(self) -> CostTable:
@@ -120,7 +96,8 @@ class _Run:
     @cached_property
     def budget(self) -> float:
         """The budget in the cost's unit."""
-        return parse_budget(self.request.budget, self.request.metric, self.cost.predict(self.graph))
+        limit = parse_budget(self.request.budget, self.request.metric, self.cost.predict(self.graph))
+        return self.device.within_reach(limit, self.cost, self.graph)
 
     @cached_property
     def problem(self) -> Problem:
@@ -169,7 +146,8 @@ class _Run:
         if self.meter:
             key += [request.value_rounds, request.value_finalists, self.meter.effort]
         planner = Planner(request, self.store, self.device, self.basis, key, lambda: self.artifact("dense"), self.meter)
-        return planner.measured(self.table.value) if request.metric == "latency" else planner.once()
+        timed = request.metric == "latency" and self.device.present
+        return planner.measured(self.table.value) if timed else planner.once()
 
     @cached_property
     def compacted(self) -> Kept[nn.Module]:
@@ -193,16 +171,22 @@ class _Run:
         return schedule(self.algorithm, self.request.training, self.basis, self.plan.value)
 
     @cached_property
+    def started(self) -> Kept[nn.Module]:
+        """The model that fine-tuning starts from: the compacted one, with 2:4 weights if they are asked for."""
+        return two_four_stage(self.store, self.compacted, self.inputs, self.target, self._small, self.request.sparsity)
+
+    @cached_property
     def tuned(self) -> Kept[nn.Module]:
         """The model after fine-tuning."""
-        settings, start = self.tuning, self.compacted.value
+        settings, start = self.tuning, self.started.value
 
         def tune(folder: Path) -> None:
             hooks = tuning_hooks(self.algorithm, self.basis, start, self.plan.value)
+            hooks += sparse_hooks(self.request.sparsity, start)
             small = tuned(start, self.data, settings, self.loaded.model, folder, self.reporter, hooks)
             saved.save_weights(small, folder / saved.WEIGHTS)
 
-        key = [1, self.compacted, settings, torch.get_num_threads()]
+        key = [1, self.started, settings, torch.get_num_threads()]
         return self.store.keep("finetune", key, tune, lambda root: self._small(root / saved.WEIGHTS))
 
     @cached_property
@@ -246,6 +230,12 @@ class _Run:
         return accuracy_stage(self.store, models, self.data, [self.tuned, self.dense_key, self.data.key], self.reporter)
 
     @cached_property
+    def bundle(self) -> Kept[Path] | None:
+        """What the owner of a device needs to measure the run; None if the device was there."""
+        table = self.table if self.request.metric == "latency" else None
+        return bundle_stage(self.store, self.device, self.artifacts, self.plan, table, self.graph)
+
+    @cached_property
     def outcomes(self) -> list[Kept[RuntimeOutcome]]:
         """The same model on the other targets that were asked for."""
         key, models = [self.dense_key, self.data.key], (self.loaded.model, self.tuned)
@@ -259,20 +249,20 @@ class _Run:
     def report(self) -> Report:
         """Run every stage and put the findings together."""
         order = self._stages()
-        request = self.request
-        asked = [str(request.model), str(request.target), request.budget, request.metric, request.command]
+        asked = [str(getattr(self.request, name)) for name in ("model", "target", "budget", "metric", "command")]
         key = [2, *order, asked, self.data.description]
         return self.store.keep("report", key, lambda folder: render.write(self._assembled(order), folder), Report.load).value
 
     def _stages(self) -> list[Kept[Any]]:
         first = [self.table] if self.request.metric == "latency" else []
-        order: list[Kept[Any] | None] = [*first, self.trained, self.plan, self.compacted, self.tuned, *self.artifacts.values()]
-        order += [self.checks, self.latencies, self.accuracies, self.arms, *self.outcomes]
+        order: list[Kept[Any] | None] = [*first, self.trained, self.plan, self.compacted, self.started, self.tuned]
+        order += [*self.artifacts.values(), self.checks, self.latencies, self.accuracies, self.arms, self.bundle]
+        order += self.outcomes
         return [stage for stage in order if stage]
 
     def _assembled(self, order: Sequence[Kept[Any]]) -> Report:
         chosen, rounds = read_rounds(self.store.root)
-        notes = file_notes(self.store.root)
+        notes = [*file_notes(self.store.root), *sparse_notes(self.store.root, self.target, self.request.sparsity)]
         valued = value_notes(self.store.root / f"plan-{chosen + 1}" if rounds else self.store.root)
         sparse = getattr(self.algorithm, "sparse", False)
         found = Findings(
@@ -292,7 +282,7 @@ class _Run:
             epochs=(epochs_before(self.store.root) if self.trained else 0, self.tuning.epochs),
             sparse=(self.compacted.value, self.tuned.value) if sparse else None,
             arms=tuple(self.arms.value) if self.arms else (),
-            notes=tuple(note for note in (*self.loaded.notes, *self.graph.notes, *valued, *notes) if note),
+            notes=tuple(note for note in (*self.loaded.notes, *self.graph.notes, *valued, *notes, *self.device.notes) if note),
         )
         report = with_outcomes(assemble(self.request, self.data, self.target, found), self.outcomes)
         # The first plan, on the table as it was measured, beside the measurement that followed: nothing corrected since.

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from deploypipe.backends import load_backend
 from deploypipe.backends.base import Arrays, Facts, Profile
 from deploypipe.compact import mask
+from deploypipe.cost import CostTable
 from deploypipe.data.batches import count, take
 from deploypipe.data.load import Data
 from deploypipe.device import facts_of
@@ -35,11 +36,24 @@ COMPACT_TOLERANCE = 1e-4  # float32 sums in another order
 
 
 class Device:
-    """A target's backend and runner together: build, run and measure there."""
+    """A target's backend and runner together: build, run and measure there.
+
+    Attributes:
+        present: Whether there is a device; else see `absent`.
+        notes: What the report should say about it.
+    """
+
+    present: ClassVar[bool] = True
 
     def __init__(self, target: Target) -> None:
         self.target = target
+        self.notes: tuple[str, ...] = ()
         self.backend, self.runner = load_backend(target), load_runner(target)
+
+    @property
+    def suffix(self) -> str:
+        """Of the built file."""
+        return self.backend.suffix
 
     @cached_property
     def facts(self) -> Facts:
@@ -79,6 +93,18 @@ class Device:
             for name, t in timings.items()
         }
 
+    def tolerance(self, stage: str) -> float:
+        """Return by how much the outputs of a stage's file may differ, as a share of the largest one."""
+        return self.backend.tolerance
+
+    def known_table(self, graph: Graph, given: str | Path | None) -> LatencyTable | None:
+        """Return the latency table in the folder `given`; None if there is none, since the device can be measured."""
+        return given_table(Path(given), graph, self) if given else None
+
+    def within_reach(self, limit: float, cost: CostTable, graph: Graph) -> float:
+        """Return the budget to plan for: what was asked for, since measuring shows what can be reached."""
+        return limit
+
     def profile(self, model: Path) -> Profile:
         """Measure the kernels of a model."""
         with tempfile.TemporaryDirectory(prefix="deploypipe-") as folder:
@@ -93,7 +119,8 @@ def given_table(folder: Path, graph: Graph, device: Device) -> LatencyTable:
         TargetError: It is no table, does not hold on this device, or does not price this model.
     """
     table = LatencyTable.load(folder)
-    refuse_stale(table.facts, {**device.facts, "precision": device.target.build.precision}, str(folder))
+    if device.present:
+        refuse_stale(table.facts, {**device.facts, "precision": device.target.build.precision}, str(folder))
     table = table.only(graph)
     table.predict(graph)
     return table
@@ -150,7 +177,7 @@ def check_files(
         outputs = device.run(path, arrays)
         found.append(
             require(
-                check(stage, before, reference, outputs, device.backend.tolerance),
+                check(stage, before, reference, outputs, device.tolerance(stage)),
                 f"look at {path.name}; another --target or opset may avoid the operation that differs",
             )
         )

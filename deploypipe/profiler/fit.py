@@ -127,7 +127,8 @@ class _Seen:
         scale = {name: _anchors(row, speed * (row.us - timer), use) for name, row in layers.items()}
         overhead = [_overhead(*key, row, speed * (row.us - timer * row.count), use) for key, row in others.items()]
         dense = self.forms[0]
-        additivity = (dense.profile.sum_us - self.timer_us * len(dense.profile.kernels) + session) / dense.whole.quiet_us
+        spent = dense.profile.sum_us - self.timer_us * len(dense.profile.kernels) + session
+        additivity = dense.profile.ratio or spent / dense.whole.quiet_us
         context = Context(
             structure_of(self.graph), scale, (*overhead, Overhead("session", (), session)), dense.whole.quiet_us, 1.0,
             additivity, dense.whole.foreign_load, dense.whole.runs,

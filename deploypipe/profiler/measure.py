@@ -187,6 +187,7 @@ def _parts(probes: Sequence[Probe]) -> list[list[Probe]]:
 def device_key(facts: Facts) -> str:
     """Return a folder name that differs whenever two measurements must not be mixed, or are written differently."""
     condition = [facts["cpu"], facts["cpu_flags"], facts["governor"]]
-    flags = latency_file.hashed(condition + [facts[name] for name in ("model", "power_mode") if name in facts])[:8]
+    more = [facts[name] for name in ("model", "power_mode", "gpu") if facts.get(name)]
+    flags = latency_file.hashed(condition + more)[:8]
     runtime = f"{facts['runtime']}-{facts['version']}"
     return f"{runtime}-{facts['arch']}-{facts['threads']}t-{facts['precision']}-{flags}-v{latency_file.SCHEMA}"

@@ -7,13 +7,13 @@ up their results, which runtimes fuse into the kernel, so that nothing else diff
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from deploypipe.latency.estimate import macs
 from deploypipe.latency.files import Shape
 
 _OPSET, _IR = 20, 10
@@ -40,12 +40,7 @@ class Probe:
     @property
     def macs(self) -> int:
         """Multiply-adds of the kernel."""
-        shape = self.shape
-        if shape.rows:
-            return shape.rows * self.n_in * self.n_out
-        positions = prod(shape.in_size if shape.kind == "transposed" else shape.out_size)
-        reads = shape.per_group[0] if shape.tied else self.n_in
-        return shape.batch * positions * prod(shape.kernel) * reads * self.n_out
+        return macs(self.shape, self.n_in, self.n_out)
 
     @property
     def repeats(self) -> int:

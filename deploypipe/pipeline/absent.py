@@ -1,0 +1,151 @@
+"""No device at hand: a stored profile or an estimate instead of measuring, ONNX files instead of engines, no latencies.
+
+Everything else of a run is the same: channels are chosen, trained and exported, and each file is checked on this machine. What
+the owner of a device has measured with the run's bundle (see `bundle`) counts as soon as it has been imported.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploypipe.backends import load_backend
+from deploypipe.backends.base import Arrays, Facts
+from deploypipe.cost import CostTable
+from deploypipe.errors import TargetError
+from deploypipe.figures import microseconds
+from deploypipe.latency.estimate import estimated
+from deploypipe.latency.table import LatencyTable
+from deploypipe.pipeline.stages import Device
+from deploypipe.plan import KeepPlan
+from deploypipe.runners import load_runner
+from deploypipe.targets import Target, cache_folder, load_target
+from deploypipe.types import Graph
+
+REFERENCE = "cpu"  # the target that runs exported files here, as a check
+RETURNED = "returned.json"  # in the run folder: what came back from the owner of a device
+
+
+def device_of(target: Target, run: Path | None = None, *, sparse: bool = False) -> Device:
+    """Return the device of `target`, or a stand-in if there is none at hand and the target file allows an estimate.
+
+    At hand is this machine if the runtime is installed, and any device that a host is named for; whether that host answers is
+    no question here: a device that was named and cannot be reached is an error, not a reason to estimate.
+
+    Args:
+        target: With the host that was asked for.
+        run: The run folder, in which measurements by the owner may lie.
+        sparse: Whether an estimate may count on 2:4 weights.
+    """
+    at_hand = load_backend(target).available()[0] if load_runner(target).here else bool(target.reach.host)
+    return Device(target) if at_hand or not target.rates.known else Absent(target, run, sparse=sparse)
+
+
+class Absent(Device):
+    """Stands in for a device that is not at hand."""
+
+    present: ClassVar[bool] = False
+
+    def __init__(self, target: Target, run: Path | None = None, *, sparse: bool = False) -> None:
+        super().__init__(target)
+        self.sparse = sparse
+        self._returned = read_returned(run)
+
+    @property
+    def suffix(self) -> str:
+        """Of what stands in for the built file: the exported model, with the precision written into it."""
+        return ".onnx"
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What is known: those of the owner's device once it has been measured."""
+        known = {
+            "runtime": self.backend.name,
+            "version": "",
+            "device": "none at hand",
+            "precision": self.target.build.precision,
+        }
+        return known | (self._returned["facts"] if self._returned else {})
+
+    def build(self, model: Path, artifact: Path) -> tuple[str, ...]:
+        """Write the model as the runtime will be given it."""
+        artifact.write_bytes(self.backend.stated(model, self.target))
+        return ()
+
+    def run(self, model: Path, inputs: Arrays) -> list[NDArray[np.generic]]:
+        """Return the outputs of an exported model, computed on this machine."""
+        return Device(load_target(REFERENCE)).run(model, inputs)
+
+    def tolerance(self, stage: str) -> float:
+        """Return the backend's for what stands in for the built file; exported ones are run in full precision."""
+        return self.backend.tolerance if stage == "built" else load_backend(load_target(REFERENCE)).tolerance
+
+    def bench(self, models: Mapping[str, Path]) -> dict[str, Any]:
+        """Return what the owner measured of these very files; nothing of any other."""
+        if not self._returned:
+            return {}
+        hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in models.items()}
+        if any(self._returned["sha256"].get(name) != found for name, found in hashes.items()):
+            return {}
+        found: dict[str, Any] = self._returned["latencies"]
+        return found
+
+    def known_table(self, graph: Graph, given: str | Path | None) -> LatencyTable | None:
+        """Return the table in the folder `given`, or a stored profile of such a device, or an estimate.
+
+        Raises:
+            TargetError: The given one cannot be used, or the target states no rates of its precision.
+        """
+        return (
+            super().known_table(graph, given)
+            or stored_table(self.target, graph)
+            or estimated(graph, self.target, sparse=self.sparse)
+        )
+
+    def within_reach(self, limit: float, cost: CostTable, graph: Graph) -> float:
+        """Return the budget to plan for: an estimate is no proof that a latency is out of reach.
+
+        Where the smallest widths already exceed the limit by the table (mostly by launches, the least certain figure in it),
+        the same share is taken of what widths can change, and the report says that the budget is missed.
+        """
+        candidates = cost.candidates(graph)
+        least = cost.predict(graph, KeepPlan.of_widths({name: widths[0] for name, widths in candidates.items()}))
+        dense = cost.predict(graph)
+        if cost.unit != "us" or limit >= least:
+            return limit
+        taken = least + limit / dense * (dense - least)
+        self.notes = (
+            f"{microseconds(limit)} is out of reach by the latency table, whose figures are not measured: the narrowest "
+            f"widths take {microseconds(least)} of {microseconds(dense)}, mostly launches. The plan was made for "
+            f"{microseconds(taken)}: the budget's share of what widths can change",
+        )
+        return taken
+
+
+def stored_table(target: Target, graph: Graph) -> LatencyTable | None:
+    """Return the profile of the model that was kept for this kind of device; a measured one before one that was calibrated."""
+    found = []
+    for path in sorted((cache_folder() / "profiles").glob("*/device.json")):
+        try:
+            table = LatencyTable.load(path.parent)
+            facts = table.facts
+            if facts.get("target") in {target.name, target.like} and facts.get("precision") == target.build.precision:
+                table.predict(graph)
+                found.append(table.only(graph))
+        except TargetError:  # of an older version, or of other models
+            continue
+    return max(found, key=lambda table: (table.source == "measured", str(table.facts.get("date"))), default=None)
+
+
+def read_returned(run: Path | None) -> dict[str, Any] | None:
+    """Return what an import left in the run folder."""
+    path = run / RETURNED if run else None
+    if path is None or not path.is_file():
+        return None
+    state: dict[str, Any] = json.loads(path.read_text())
+    return state

@@ -1,0 +1,182 @@
+"""Take in what the owner of a device measured with a run's bundle: the report's figures, a row in the ledger, a profile."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from deploypipe import __version__, ledger, render, saved
+from deploypipe.allocation.budget import parse_budget
+from deploypipe.backends import load_backend
+from deploypipe.backends.base import Profile, Timing
+from deploypipe.errors import UsageError
+from deploypipe.graph import trace
+from deploypipe.job import JobResult
+from deploypipe.latency.estimate import CALIBRATED
+from deploypipe.latency.table import LatencyTable
+from deploypipe.measurement import Latency
+from deploypipe.models.load import load_model
+from deploypipe.pipeline.absent import RETURNED
+from deploypipe.pipeline.bundle import ANSWER, MANIFEST, SCHEMA
+from deploypipe.plan import KeepPlan
+from deploypipe.profiler.fit import DENSE, Form, learned
+from deploypipe.profiler.measure import device_key
+from deploypipe.report import Report
+from deploypipe.targets import NOT_RUN, Target, cache_folder, load_target
+from deploypipe.types import Graph
+
+_FORMS = {"dense": DENSE, "pruned": "pruned"}  # sides of a bundle -> forms of the model
+
+
+def import_results(path: str | Path) -> dict[str, Any]:
+    """Take in a bundle's results and return what came of it, in plain values.
+
+    The report of the run then shows measured latencies beside the predicted ones, the ledger gets its row, and the run's
+    latency table becomes a calibrated profile: what the estimate says of every kernel, times what the same kernel took on the
+    device over that, at the widths of the dense and of the pruned model. Later builds for the target use it where no device is
+    at hand.
+
+    Args:
+        path: The bundle's folder with `results.json` in it, or that file.
+
+    Raises:
+        UsageError: There is no bundle or no result, or the result is of other files than the bundle's.
+        ModelError: The run's model cannot be made again.
+    """
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    manifest, answer = _read(folder / MANIFEST, "bundle"), _read(folder / ANSWER, "results")
+    if manifest.get("schema") != SCHEMA or answer.get("sha256") != manifest["sha256"]:
+        raise UsageError(
+            "the results are not those of this bundle's models",
+            at=str(folder / ANSWER),
+            fix="run the bundle's own command on the device, and copy its results.json back into the same bundle",
+        )
+    run = Path(manifest["run"]) if (Path(manifest["run"]) / saved.PLAN).is_file() else folder.parent
+    target = load_target(manifest["target"])
+    whole, profiles = _parsed(target, answer, {side: folder / f"{side}.onnx" for side in manifest["sha256"]})
+    latencies = {side: _latency(timing) for side, timing in whole.items()}
+    state = {"facts": answer["facts"], "sha256": answer["sha256"], "latencies": {s: asdict(v) for s, v in latencies.items()}}
+    (run / RETURNED).write_text(json.dumps(state, indent=1) + "\n")
+    report = _reported(run, target, latencies, answer)
+    kept = _calibrated(run, target, answer["facts"], whole, profiles) if (run / "table").is_dir() else None
+    row = _ledger_row(report, run, manifest, latencies, answer["facts"])
+    note = ledger.append(row) if row else ""
+    return _summary(manifest, latencies, report, kept, profiles, note)
+
+
+def _parsed(
+    target: Target, answer: Mapping[str, Any], models: Mapping[str, Path]
+) -> tuple[dict[str, Timing], dict[str, Profile]]:
+    """Let the backend read its own answers."""
+    backend = load_backend(target)
+    with tempfile.TemporaryDirectory(prefix="deploypipe-") as name:
+        found = []
+        for part in ("bench", "profile"):
+            file = Path(name) / f"{part}.json"
+            file.write_text(json.dumps(answer[part]))
+            found.append(JobResult(0, "", "", {"answer.json": file}, 0.0))
+        return backend.read_bench(found[0]), backend.read_profile(found[1], dict(models))
+
+
+def _latency(timing: Timing) -> Latency:
+    return Latency(timing.median_us, timing.p10_us, timing.p90_us, timing.runs, timing.foreign_load)
+
+
+def _reported(run: Path, target: Target, latencies: Mapping[str, Latency], answer: Mapping[str, Any]) -> Report:
+    """Put the measured figures into the run's report."""
+    report = Report.load(run)
+    facts, budget = answer["facts"], report.budget
+    if budget.unit == "us":
+        limit = parse_budget(budget.asked, budget.metric, latencies["dense"].median_us)
+        budget = replace(budget, limit=limit, reached=latencies["pruned"].median_us)
+    built = load_backend(target).verdict(answer["bench"]["built"]["pruned"])
+    where = f"measured on {facts.get('gpu') or facts.get('cpu')} by its owner, {facts['runtime']} {facts['version']}"
+    report = replace(
+        report,
+        dense=replace(report.dense, latency=latencies["dense"]),
+        pruned=replace(report.pruned, latency=latencies["pruned"]),
+        budget=budget,
+        machine=dict(facts),
+        notes=(
+            *(note for note in report.notes if not note.startswith((NOT_RUN, "latencies: "))),
+            f"latencies: {where}; the plan was made before that, by a table that was {report.table}",
+            *built,
+        ),
+    )
+    render.write(report, run)
+    return report
+
+
+def _calibrated(
+    run: Path, target: Target, facts: Mapping[str, Any], whole: Mapping[str, Timing], profiles: Mapping[str, Profile]
+) -> Path:
+    """Keep the run's table, corrected in context by what was measured, as a profile; return its folder."""
+    origin = json.loads((run / saved.MODEL).read_text())
+    loaded = load_model(origin["spec"])
+    graph: Graph = trace(loaded.model, loaded.example)
+    table = LatencyTable.load(run / "table")
+    plans = {"dense": None, "pruned": KeepPlan.load(run / saved.PLAN)}
+    forms = [Form(_FORMS[side], graph.kept(plans[side]), whole[side], profiles[side]) for side in plans]
+    context = learned(graph, table, forms, 0.0)
+    constants = {name: table.facts[name] for name in ("timer_us", "node_us", "session_us")}
+    about = {"source": CALIBRATED, "target": target.name, "precision": target.build.precision}
+    known = {**facts, **constants, **about, "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    folder = cache_folder() / "profiles" / f"{device_key(known)}-{CALIBRATED}"
+    kernels = {(entry.shape, entry.key): entry for entry in table.kernels}
+    contexts = {context.structure: context}
+    if (folder / "device.json").is_file():
+        before = LatencyTable.load(folder)
+        kernels = {(entry.shape, entry.key): entry for entry in before.kernels} | kernels
+        contexts = {known.structure: known for known in before.contexts} | contexts
+    LatencyTable(known, table.steps, tuple(kernels.values()), tuple(contexts.values())).save(folder)
+    return folder
+
+
+def _ledger_row(
+    report: Report, run: Path, manifest: Mapping[str, Any], latencies: Mapping[str, Latency], facts: Mapping[str, Any]
+) -> ledger.Entry | None:
+    predicted, dense, pruned = manifest["predicted_us"], latencies["dense"], latencies["pruned"]
+    if not predicted:
+        return None
+    return ledger.Entry(
+        datetime.now(UTC).isoformat(timespec="seconds"), report.target, report.threads, str(facts["runtime"]),
+        str(facts["version"]), str(facts.get("gpu") or facts.get("cpu")), report.model, report.algorithm, report.budget.asked,
+        report.budget.limit, predicted["dense"], predicted["pruned"], dense.median_us, dense.p10_us, dense.p90_us,
+        pruned.median_us, pruned.p10_us, pruned.p90_us, pruned.n_runs, pruned.foreign_load, 0, __version__, str(run),
+        manifest["table"],
+    )  # fmt: skip
+
+
+def _summary(
+    manifest: Mapping[str, Any],
+    latencies: Mapping[str, Latency],
+    report: Report,
+    kept: Path | None,
+    profiles: Mapping[str, Profile],
+    note: str,
+) -> dict[str, Any]:
+    found: dict[str, Any] = {"target": report.target, "run": manifest["run"]}
+    for side, latency in latencies.items():
+        found[f"{side}_measured_us"] = round(latency.median_us, 1)
+        if side in manifest["predicted_us"]:
+            found[f"{side}_predicted_us"] = round(manifest["predicted_us"][side], 1)
+        found[f"{side}_sum_of_layers_over_whole"] = profiles[side].ratio
+    found |= {"predictions_were": manifest["latency_source"], "budget_met": report.budget.met}
+    found["profile"] = (
+        f"{kept} ({CALIBRATED}: exact for both models, estimated in between)" if kept else "none: no latency table"
+    )
+    return found | ({"note": note} if note else {})
+
+
+def _read(path: Path, what: str) -> dict[str, Any]:
+    try:
+        state = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "damaged"
+        fix = f"give the folder of a run's bundle, with the {ANSWER} that its measuring script wrote on the device"
+        raise UsageError(f"cannot read the {what}: {why}", at=str(path), fix=fix) from error
+    assert isinstance(state, dict)
+    return state

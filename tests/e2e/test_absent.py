@@ -1,0 +1,104 @@
+"""No device at hand: an estimate, a bundle, its owner's answer and what becomes of it, by the real command line.
+
+The owner is played by a plain Python and by the stand-in for trtexec; nothing here has met hardware.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trtexec_standin
+from command_line import FACTORY, Start, arguments
+
+import deploypipe as dp
+from deploypipe.report import Report
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+WORDS = "estimated, not measured"
+
+
+@pytest.fixture(scope="module")
+def run(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("absent") / "run"
+    done = start(*arguments(out, target="jetson", algo="thinet", budget="80%", epochs=0)).wait()
+    assert done.code == 0, done.err
+    assert done.out.count(WORDS) == 4, "dense, pruned, change, budget"
+    return out
+
+
+@pytest.fixture(scope="module")
+def owner(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle, carried to a 'device' and measured there by the command that its README names."""
+    device = tmp_path_factory.mktemp("device")
+    trtexec_standin.install(device / "bin", (10, 3, 0))
+    bundle = device / "bundle"
+    bundle.mkdir()
+    for file in (run / "bundle").iterdir():
+        (bundle / file.name).write_bytes(file.read_bytes())
+    assert "cd bundle && python3 trt_measure.py request.json" in (bundle / "README.md").read_text()
+    path = f"{device / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    argv = [sys.executable, "trt_measure.py", "request.json"]
+    subprocess.run(argv, cwd=bundle, env={"PATH": path, "HOME": str(device)}, check=True, timeout=120)
+    (run / "bundle" / "results.json").write_bytes((bundle / "results.json").read_bytes())
+    return bundle
+
+
+def test_every_latency_is_called_an_estimate(run: Path, start: Start) -> None:
+    report = json.loads((run / "report.json").read_text())
+    assert report["latency_source"] == WORDS
+    assert report["table"] == "estimated"
+    assert report["dense"]["latency"] is report["pruned"]["latency"] is None
+    assert (run / "report.md").read_text().count(WORDS) >= 7
+    table = dp.LatencyTable.load(run / "table")
+    assert table.facts["source"] == "estimated"
+    assert table.id.startswith("estimated-")
+    assert f"({WORDS})" in start("compare", str(run), str(run)).wait().out
+    assert any("not run on hardware" in note for note in report["notes"])
+
+
+def test_files_are_checked_here_and_hold_the_target_s_precision(run: Path) -> None:
+    checks = {check["stage"]: check for check in json.loads((run / "report.json").read_text())["checks"]}
+    assert checks["onnx"]["tolerance"] == 1e-3
+    assert 0 < checks["built"]["error"] < checks["built"]["tolerance"] == 1e-2
+
+
+def test_what_comes_back_becomes_the_report_a_ledger_row_and_a_profile(run: Path, owner: Path, start: Start) -> None:
+    done = start("profile", "--import", str(run / "bundle"), "--json").wait()
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    answer = json.loads((owner / "results.json").read_text())
+    report = Report.load(run)
+    assert report.pruned.latency.median_us == answer["bench"]["models"]["pruned"][0]
+    assert found["dense_measured_us"] == pytest.approx(answer["bench"]["models"]["dense"][0], abs=0.1)
+    assert report.machine["gpu"] == trtexec_standin.GPU
+    assert report.latency_source == "measured"
+    assert report.table == "estimated", "what chose the plan stays said"
+    entry = json.loads(start("ledger", "--json").wait().out)["entries"][-1]
+    assert entry["table"].startswith("estimated-")
+    assert entry["pruned_us"] == report.pruned.latency.median_us
+    again = start("profile", "--import", str(run / "bundle")).wait()
+    assert again.code == 0
+    assert (run / "report.md").read_text().count("by its owner") == 1
+
+
+def test_later_builds_find_the_calibrated_profile(run: Path, owner: Path, start: Start) -> None:
+    assert start("profile", "--import", str(run / "bundle")).wait().code == 0
+    summary = json.loads(start("profile", "--model", f"{FACTORY}:net", "--target", "jetson", "--json").wait().out)
+    assert summary["table"] == "calibrated"
+    measured = json.loads((owner / "results.json").read_text())["bench"]["models"]["dense"][0]
+    assert summary["dense_predicted_us"] == pytest.approx(measured, abs=0.1)
+
+
+def test_the_answer_of_another_bundle_is_refused(run: Path, owner: Path, start: Start, tmp_path: Path) -> None:
+    for name in ("bundle.json", "results.json"):
+        (tmp_path / name).write_bytes((owner / name).read_bytes())
+    state = json.loads((tmp_path / "results.json").read_text())
+    state["sha256"]["pruned"] = "0" * 64
+    (tmp_path / "results.json").write_text(json.dumps(state))
+    done = start("profile", "--import", str(tmp_path)).wait()
+    assert done.code == 2
+    assert "not those of this bundle" in done.err
+    assert start("profile", "--import", str(tmp_path / "nothing")).wait().code == 2

@@ -1,0 +1,159 @@
+"""The estimate against closed forms computed by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from deploypipe.allocation.allocate import allocate
+from deploypipe.errors import TargetError
+from deploypipe.graph import trace
+from deploypipe.latency.estimate import estimated, kernel_us
+from deploypipe.latency.files import Shape
+from deploypipe.latency.table import LatencyTable
+from deploypipe.pipeline.absent import Absent, device_of, stored_table
+from deploypipe.pipeline.stages import Device
+from deploypipe.plan import KeepPlan
+from deploypipe.targets import Rates, load_target
+
+ONE, PADDED = (1, 1), (1, 1)
+CONV = Shape("conv", (3, 3), ONE, PADDED, ONE, (0, 0), (56, 56), (56, 56), 1, 0)
+LINEAR = Shape("linear", (), (), (), (), (0, 0), (), (), 0, 1)
+DEPTHWISE = Shape("depthwise", (3, 3), ONE, PADDED, ONE, (1, 1), (56, 56), (56, 56), 1, 0)
+RATES = Rates("fp16", 10.0, "", 100.0, "", 8, "", 0.5, "", 2.0)
+
+
+def test_a_wide_convolution_is_bound_by_arithmetic():
+    operations = 2 * 56 * 56 * 9 * 256 * 256
+    assert kernel_us(CONV, 256, 256, RATES) == pytest.approx(operations / 10e12 * 1e6 + 0.5)
+
+
+def test_a_linear_layer_on_one_row_is_bound_by_its_weights():
+    bytes_moved = 2 * (1000 * 512 + 1000 + 512)
+    assert kernel_us(LINEAR, 512, 1000, RATES) == pytest.approx(bytes_moved / 100e9 * 1e6 + 0.5)
+
+
+def test_a_depthwise_convolution_reads_one_input_for_each_output():
+    bytes_moved = 2 * (9 * 64 + 2 * 56 * 56 * 64)
+    assert kernel_us(DEPTHWISE, 64, 64, RATES) == pytest.approx(bytes_moved / 100e9 * 1e6 + 0.5)
+
+
+def test_arithmetic_comes_in_quanta():
+    slow = Rates("fp16", 0.1, "", 100.0, "", 8, "", 0.0)
+    assert kernel_us(CONV, 57, 57, slow) == kernel_us(CONV, 64, 64, slow)
+    assert kernel_us(CONV, 56, 56, slow) == pytest.approx((56 / 64) ** 2 * kernel_us(CONV, 64, 64, slow))
+
+
+def test_two_of_four_halve_arithmetic_but_not_traffic():
+    assert kernel_us(CONV, 256, 256, RATES, sparse=True) - 0.5 == pytest.approx((kernel_us(CONV, 256, 256, RATES) - 0.5) / 2)
+    dense, sparse = (kernel_us(LINEAR, 512, 1000, RATES, sparse=flag) - 0.5 for flag in (False, True))
+    assert 0.5 < sparse / dense < 0.6, "half of the values, and two bits for the place of each"
+
+
+@pytest.fixture(scope="module")
+def graph():
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(2304, 10)
+    )
+    return trace(model.eval(), torch.randn(1, 3, 16, 16))
+
+
+def test_the_whole_model_is_the_sum_of_its_kernels_and_launches(graph):
+    target = load_target("jetson-orin")
+    table = estimated(graph, target)
+    kept = graph.kept()
+    layers = sum(kernel_us(Shape.of(y), y.n_in.at(kept), y.n_out.at(kept), target.rates) for y in graph.layers)
+    assert graph.ops["max_pool2d"] == 1
+    assert table.predict(graph) == pytest.approx(layers + target.rates.launch_us)
+    assert table.context(graph).whole_us == pytest.approx(table.predict(graph))
+
+
+def test_every_legal_width_has_an_entry_and_fewer_channels_never_cost_more(graph):
+    table = estimated(graph, load_target("jetson-orin"))
+    (name, widths), *_ = table.candidates(graph).items()
+    times = [table.predict(graph, KeepPlan.of_widths({name: width})) for width in widths]
+    assert widths == tuple(range(8, 65, 8))
+    assert times == sorted(times)
+    assert times[0] < times[-1]
+
+
+def test_it_is_called_an_estimate_wherever_it_goes(graph, tmp_path):
+    table = estimated(graph, load_target("jetson"))
+    table.save(tmp_path)
+    read = LatencyTable.load(tmp_path)
+    assert read.facts["source"] == read.source == "estimated"
+    assert read.id == table.id
+    assert read.id.startswith("estimated-")
+    assert all(entry.runs == 0 for entry in read.kernels), "nothing was ever run"
+
+
+def test_every_rate_of_every_target_says_where_it_comes_from():
+    for name in ("jetson", "jetson-orin", "jetson-orin-nano"):
+        rates = load_target(name).rates
+        for figure in ("tflops", "bandwidth", "quantum", "launch", "sparse"):
+            assert len(getattr(rates, f"{figure}_source")) > 20, (name, figure)
+
+
+def test_no_rates_no_estimate(graph):
+    with pytest.raises(TargetError, match=r"no rates to estimate with[\s\S]*--host"):
+        estimated(graph, load_target("nvidia-gpu"))
+    with pytest.raises(TargetError, match="rates are those of fp16, the target builds fp32"):
+        estimated(graph, load_target("jetson").replace(build=load_target("jetson").build.__class__("tensorrt", "fp32")))
+
+
+def test_the_board_that_an_alias_stands_for_is_the_same(graph):
+    one, other = load_target("jetson"), load_target("jetson-orin")
+    assert (one.rates, one.build, one.measure, one.like) == (other.rates, other.build, other.measure, other.name)
+    assert (one.name, one.title, one.note) != (other.name, other.title, other.note)
+
+
+def test_a_device_that_was_named_is_never_replaced_by_an_estimate(tmp_path):
+    target = load_target("jetson")
+    assert isinstance(device_of(target), Absent)
+    assert type(device_of(target.reached_at("nobody@192.0.2.1"))) is Device
+    assert type(device_of(load_target("cpu"))) is Device
+
+
+def test_a_budget_below_all_launches_is_aimed_at_by_its_share_and_said(graph):
+    device = device_of(load_target("jetson"))
+    table = estimated(graph, load_target("jetson"))
+    narrowest = KeepPlan.of_widths({name: widths[0] for name, widths in table.candidates(graph).items()})
+    least, dense = table.predict(graph, narrowest), table.predict(graph)
+    assert device.within_reach(0.9 * dense, table, graph) == 0.9 * dense
+    assert not device.notes
+    taken = device.within_reach(0.1 * dense, table, graph)
+    assert taken == pytest.approx(least + 0.1 * (dense - least))
+    assert "not measured" in device.notes[0]
+
+
+def test_a_profile_of_such_a_device_is_taken_before_an_estimate(graph, tmp_path, monkeypatch):
+    monkeypatch.setenv("DEPLOYPIPE_CACHE", str(tmp_path))
+    target = load_target("jetson")
+    assert stored_table(target, graph) is None
+    table = estimated(graph, target)
+    for folder, changes in (
+        ("calibrated", {"source": "calibrated"}),
+        ("measured", {"source": ""}),
+        ("other", {"target": "cpu"}),
+    ):
+        LatencyTable({**table.facts, **changes}, table.steps, table.kernels, table.contexts).save(
+            tmp_path / "profiles" / folder
+        )
+    assert stored_table(target, graph).source == "measured"
+    assert device_of(target).known_table(graph, None).source == "measured"
+
+
+def test_the_allocator_is_offered_two_four_where_it_is_cheaper_and_allowed(graph):
+    target = load_target("jetson-orin").replace(rates=Rates("fp16", 0.1, "", 200.0, "", 8, "", 0.5, "", 2.0))
+    dense, sparse = estimated(graph, target), estimated(graph, target, sparse=True)
+    (layer,) = [layer for layer in graph.layers if layer.name == "2"]
+    for n_in in (16, 24, 64):
+        before, after = (table.kernel_us(layer, n_in, 64) for table in (dense, sparse))
+        assert after == (kernel_us(Shape.of(layer), n_in, 64, target.rates, sparse=True) if n_in % 16 == 0 else before)
+    plan = KeepPlan.of_widths({"0": 64})
+    limit = sparse.predict(graph, plan)
+    assert limit < dense.predict(graph, plan)
+    assert sparse.facts["weights"] == "dense or 2:4"
+    scores = {"0": torch.arange(64.0), "2": torch.arange(64.0)}
+    wide, narrow = (allocate(graph, scores, table, 1.001 * limit) for table in (sparse, dense))
+    assert len(wide.keep.get("0", range(64))) == 64, "2:4 at full width fits the budget"
+    assert sum(map(len, narrow.keep.values())) < 128, "without it, channels have to go"

@@ -1,0 +1,90 @@
+"""2:4 weights from the compacted model to the engine: found by the stand-in for trtexec, which looks for them one by one."""
+
+import onnx
+import pytest
+import torch
+import trtexec_standin
+from torch import nn
+
+from deploypipe.backends.tensorrt import TensorRt
+from deploypipe.backends.trt_hand import sparsity_verdict
+from deploypipe.errors import ModelError
+from deploypipe.export import export_onnx
+from deploypipe.graph import trace
+from deploypipe.pipeline.sparsify import choice, sparse_hooks, sparsified
+from deploypipe.runners.local import Local
+from deploypipe.targets import Rates, Reach, load_target
+from deploypipe.two_four import holds
+
+INPUTS = [(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(i)),) for i in range(2)]
+UNKNOWN = Rates()
+
+
+def net(width=32):
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 16, 3, padding=1), nn.Conv2d(16, 8, 1)]
+    body = [layer for conv in convs for layer in (conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU())]
+    return nn.Sequential(*body, nn.Flatten(), nn.Linear(512, 8)).eval()
+
+
+def test_eligible_weights_hold_the_pattern_and_the_given_model_is_left_alone():
+    model = net()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    sparse, found = sparsified(model, INPUTS, UNKNOWN)
+    reasons = {row["layer"]: row["reason"] for row in found["layers"]}
+    assert [name for name, reason in reasons.items() if not reason] == ["3", "6", "10"]
+    assert "3 input channels" in reasons["0"]
+    for name in ("3.weight", "6.weight", "10.weight"):
+        assert holds(sparse.get_parameter(name).detach().numpy())
+    assert not holds(sparse.get_parameter("0.weight").detach().numpy())
+    assert found["kept_magnitude"] <= found["kept_magnitude_permuted"] < 1
+    assert found["permutation_error"] < 1e-5
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_zeros_stay_while_the_model_is_trained():
+    sparse, _ = sparsified(net(), INPUTS, UNKNOWN)
+    zeros = {name: p == 0 for name, p in sparse.named_parameters() if p.dim() >= 2}
+    (hook,) = sparse_hooks("2:4", sparse)
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    sparse.train()
+    for step in range(5):
+        optimizer.zero_grad()
+        sparse(INPUTS[0][0]).square().sum().backward()
+        hook.on_batch_backward(sparse, step)
+        optimizer.step()
+        hook.on_step_end(sparse, step)
+    for name, parameter in sparse.named_parameters():
+        if name in zeros:
+            assert torch.equal(parameter == 0, zeros[name])
+    assert sum(int(z.sum()) for z in zeros.values()) > 0
+    assert sparse_hooks("", sparse) == ()
+
+
+def test_with_known_rates_a_layer_stays_dense_where_the_pattern_saves_nothing():
+    graph = trace(net(), INPUTS[0])
+    slow = Rates("fp16", 0.01, "", 1000.0, "", 8, "", 0.0, "", 2.0)
+    assert [found.layer for found in choice(graph, slow) if found.eligible] == ["3", "6", "10"]
+    fast = Rates("fp16", 1000.0, "", 1.0, "", 8, "", 1e4, "", 2.0)
+    kept = {found.layer: found.reason for found in choice(graph, fast)}
+    assert kept["3"] == "estimated to save nothing"
+    with pytest.raises(ModelError, match="no layer can hold the 2:4 pattern"):
+        sparsified(net(), INPUTS, fast)
+
+
+@pytest.mark.parametrize(("width", "verdict"), [(32, "chose them for 0: 2:4 gave nothing here"), (64, "chose them for 1")])
+def test_the_builder_s_evidence_becomes_a_verdict(width, verdict, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    program = trtexec_standin.install(tmp_path / "bin", (10, 3, 0))
+    target = load_target("jetson").replace(via="local", tool=str(program))
+    sparse, _ = sparsified(nn.Sequential(*list(net(width))[:9]).eval(), INPUTS, UNKNOWN)
+    path = export_onnx(sparse, INPUTS[0], tmp_path / "model.onnx", 18).path
+    backend = TensorRt()
+    (sentence,) = backend.read_build(Local(Reach()).run(backend.build_job(path, target), tmp_path / "out"))
+    assert sentence.startswith("TensorRT found 2 layers that could use sparse kernels")
+    assert sentence.endswith(verdict)
+    assert onnx.load(str(path)).graph.initializer
+
+
+def test_without_the_pattern_there_is_nothing_to_say():
+    assert sparsity_verdict({"sparse_found": 0, "sparse_chose": 0}) == sparsity_verdict({}) == ()
