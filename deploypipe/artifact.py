@@ -29,10 +29,10 @@ class ArtifactTimes:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; what was not measured is null."""
         found: dict[str, Any] = {"artifact": self.artifact, "target": self.target, "threads": self.threads}
-        found |= asdict(self.whole) | dict.fromkeys(("kernels", "kernels_sum_us", "kernels_foreign_load"))
+        found |= asdict(self.whole) | dict.fromkeys(("kernels", "kernels_sum_us", "kernels_ratio", "kernels_foreign_load"))
         if self.profile is not None:
             found["kernels"] = [self._kernel(kernel, self.profile.sum_us) for kernel in self.profile.kernels]
-            found["kernels_sum_us"] = self.profile.sum_us
+            found |= {"kernels_sum_us": self.profile.sum_us, "kernels_ratio": self.profile.ratio}
             found["kernels_foreign_load"] = self.profile.foreign_load
         return found
 
@@ -65,6 +65,8 @@ def sum_pairs(times: ArtifactTimes, profile: Profile) -> tuple[Row, ...]:
     off = f"{microseconds(abs(total - whole))} {'more' if total >= whole else 'less'} than the whole model"
     each = f", {microseconds((total - whole) / n)} a kernel" if total > whole else ""
     load = "" if profile.foreign_load is None else f"; foreign load while profiling {100 * profile.foreign_load:.0f} %"
+    if profile.ratio:
+        each = f"; scaled: as profiled they added up to {profile.ratio:.2f} times the whole"
     return (
         ("sum", f"{microseconds(total)}, {off}{each}: profiling adds time to every kernel{load}"),
         ("layer", "the weight's name in this file; a built artifact has the runtime's names, the .onnx file the model's"),

@@ -128,7 +128,7 @@ class _Seen:
         overhead = [_overhead(*key, row, speed * (row.us - timer * row.count), use) for key, row in others.items()]
         dense = self.forms[0]
         spent = dense.profile.sum_us - self.timer_us * len(dense.profile.kernels) + session
-        additivity = dense.profile.ratio or spent / dense.whole.quiet_us
+        additivity = spent / dense.whole.quiet_us
         context = Context(
             structure_of(self.graph), scale, (*overhead, Overhead("session", (), session)), dense.whole.quiet_us, 1.0,
             additivity, dense.whole.foreign_load, dense.whole.runs,
