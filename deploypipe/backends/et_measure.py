@@ -6,6 +6,8 @@ It is pushed to the target with `stopwatch.py` beside it, so it imports nothing 
 (what `torch.export.save` wrote) or built `.pte` files.
 """
 
+from __future__ import annotations
+
 import statistics
 import zipfile
 from collections.abc import Callable, Iterator
@@ -182,7 +184,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     wanted, got = tensors(program(request["model"])(*inputs)), made.forward(inputs)
     if len(wanted) != len(got):
         raise SystemExit(f"the built file has {len(got)} outputs, the program {len(wanted)}")
-    for expected, value in zip(wanted, got, strict=True):
+    for expected, value in zip(wanted, got):
         error = float((expected - value).abs().max() / expected.abs().max().clamp(min=1e-12))
         if not error <= request["tolerance"]:
             raise SystemExit(f"the built file does not compute what the program computes: relative error {error:.1e}")

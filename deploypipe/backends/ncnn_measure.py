@@ -6,6 +6,8 @@ It is pushed to the target with `stopwatch.py` beside it, so it imports nothing 
 of `model.param` and `model.bin`. ncnn reports failures by return codes and on stderr, never by exceptions.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import subprocess  # noqa: TID251 - the converter is a program, and this script runs on the target, not in the library
 import tempfile
@@ -112,7 +114,7 @@ class Network:
         """Compute; return the outputs in the runtime's own form."""
         outputs = []
         with self.net.create_extractor() as extractor:
-            for name, mat in zip(self.net.input_names(), mats, strict=True):
+            for name, mat in zip(self.net.input_names(), mats):
                 code = extractor.input(name, mat)
                 if code != 0:
                     raise SystemExit(f"ncnn does not take input '{name}' (return code {code})")
@@ -139,7 +141,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     """Convert, then load and run the result: return codes of converters prove nothing."""
     param, weights = converted(request["model"], request["shapes"][request["model"]])
     with zipfile.ZipFile(request["artifact"], "w") as packed:
-        for name, content in zip(PARTS, (param.encode(), weights), strict=True):
+        for name, content in zip(PARTS, (param.encode(), weights)):
             # A fixed date: the same model is the same file.
             packed.writestr(zipfile.ZipInfo(name), content)
     made = Network(request["artifact"], request)

@@ -4,6 +4,8 @@ Formats: NVIDIA/TensorRT, samples/common/sampleReporting.cpp (times, profile, ou
 the builder's verbose log (sparsity). They are written by joining strings: names with quotes would break them.
 """
 
+from __future__ import annotations
+
 import json
 import re
 from pathlib import Path
@@ -69,7 +71,7 @@ def by_part(rows: list[list[Any]], nodes: dict[str, list[str]], count: int) -> l
     for name, *times, _ in rows:
         owners = {int(part) for part in PART.findall(" ".join([name, *nodes.get(name, ())]))}
         for owner in owners:
-            sums[owner] = [total + us / len(owners) for total, us in zip(sums[owner], times, strict=True)]
+            sums[owner] = [total + us / len(owners) for total, us in zip(sums[owner], times)]
     return sums
 
 

@@ -9,14 +9,17 @@ from 10 to 11. In short:
   out; `--fp16`, `--int8` and `--best` end the program with "Unknown option".
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping, Sequence
+from typing import Tuple
 
-Version = tuple[int, ...]
+Version = Tuple[int, ...]
 OLDEST = (8, 4)
 GOVERNOR = "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"
 
-Rows = Sequence[tuple[Version, tuple[str, ...]]]  # from this version on, these flags
+Rows = Tuple[Tuple[Version, Tuple[str, ...]], ...]  # from this version on, these flags
 BUILD_ONLY: Rows = (((0,), ("--buildOnly",)), ((8, 6), ("--skipInference",)))
 TYPED: Mapping[str, Rows] = {
     "fp16": (((0,), ("--fp16",)), ((10, 0), ("--stronglyTyped",)), ((11, 0), ())),

@@ -8,6 +8,8 @@ state their precision, or zips of an engine and of what it was built on: an engi
 Which flags a version of trtexec takes stands in `trt_flags.py`, what it answers in `trt_answers.py`. Not run on hardware yet.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import platform
@@ -18,7 +20,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Dict
 
 import trt_answers as answers
 import trt_flags as flags
@@ -28,7 +30,7 @@ PROFILES = 3  # profiles of each model: their medians give a spread, which one p
 FALLBACK = "/usr/src/tensorrt/bin/trtexec"  # where JetPack puts it, outside PATH
 PLAN, ABOUT = "engine.plan", "engine.json"
 
-Request = dict[str, Any]
+Request = Dict[str, Any]
 
 
 class Trtexec:
@@ -161,7 +163,7 @@ def profile(way: Any, request: Request, engines: Engines | None = None) -> dict[
         whole = answers.spread(engines.times(path, request["runs"]))[0]
         times = min(PROFILES, request["runs"])
         taken = [way.layers(engines.of(path)[0], request["runs"] // times, warmup_ms(request)) for _ in range(times)]
-        columns = zip(*(one["times"] for one in taken), strict=True)
+        columns = zip(*(one["times"] for one in taken))
         rows = [
             [column[0][0], *answers.spread([us for _, us, _ in column]), sum(n for _, _, n in column)] for column in columns
         ]
@@ -174,7 +176,7 @@ def probes(way: Any, request: Request) -> dict[str, Any]:
     found = profile(way, {**request, "models": {"all": request["model"]}})["models"]["all"]
     sums = answers.by_part(found["rows"], found["nodes"], len(request["names"]))
     runs = found["rows"][0][-1]
-    return {"models": {name: [*us, runs, None] for name, us in zip(request["names"], sums, strict=True)}, "foreign_load": None}
+    return {"models": {name: [*us, runs, None] for name, us in zip(request["names"], sums)}, "foreign_load": None}
 
 
 def build(way: Any, request: Request) -> dict[str, Any]:
@@ -223,8 +225,8 @@ def text(path: str) -> str:
 
 def cpu_name() -> str:
     """Return the processor's name."""
-    match = re.search(r"model name\s*: (.+)", text("/proc/cpuinfo"))
-    return match[1] if match else platform.machine()
+    found = re.search(r"model name\s*: (.+)", text("/proc/cpuinfo"))
+    return found[1] if found else platform.machine()
 
 
 def answer_of(command: list[str]) -> str:

@@ -4,6 +4,8 @@ For machines where `import tensorrt` works and there is no trtexec, such as thos
 which hides what differs between versions 8.6 to 11. Not run on hardware yet.
 """
 
+from __future__ import annotations
+
 import json
 import time
 from pathlib import Path

@@ -95,6 +95,10 @@ class Absent(Device):
         found: dict[str, Any] = self._returned["latencies"]
         return found
 
+    def state(self) -> Facts:
+        """Return nothing: there is no device to ask."""
+        return {}
+
     def known_table(self, graph: Graph, given: str | Path | None) -> LatencyTable | None:
         """Return the table in the folder `given`, or a stored profile of such a device, or an estimate.
 

@@ -11,7 +11,8 @@ import pytest
 import deploypipe
 
 PACKAGE = Path(deploypipe.__file__).parent
-SCRIPTS = [*sorted((PACKAGE / "backends").glob("*_measure.py")), PACKAGE / "backends" / "stopwatch.py"]
+PUSHED = ("*_measure.py", "stopwatch.py", "trt_flags.py", "trt_answers.py", "trt_python.py")
+SCRIPTS = [path for name in PUSHED for path in sorted((PACKAGE / "backends").glob(name))]
 NEWER = r"strict=True|\.removeprefix\(|\.removesuffix\(|^\s*match |itertools\.pairwise|math\.lcm"  # than Python 3.8
 
 
@@ -22,7 +23,11 @@ def test_a_measuring_script_runs_on_python_3_8(path: Path) -> None:
     assert not re.findall(NEWER, text, re.MULTILINE)
     assert "from __future__ import annotations" in text, "types are written as newer Pythons have them"
     evaluated = [node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript)]
-    assert not [ast.unparse(node) for node in evaluated if re.match(r"(dict|list|tuple|set)\[", ast.unparse(node.value))]
+    assert not [
+        ast.unparse(node)
+        for node in evaluated
+        if re.match(r"(dict|list|tuple|set|Sequence|Mapping|Callable)\[", ast.unparse(node.value))
+    ]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)

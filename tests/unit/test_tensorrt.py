@@ -400,10 +400,11 @@ def test_the_python_way_calls_what_polygraphy_has():
 @pytest.fixture(scope="module")
 def board(tmp_path_factory):
     """A 'device' with the stand-in on its PATH."""
-    made = SshServer(tmp_path_factory.mktemp("ssh"))
+    folder = tmp_path_factory.mktemp("ssh")
+    made = SshServer(folder, path=f"{folder / 'bin'}:{Path(sys.executable).parent}:/usr/bin:/bin")
     made.prepare()
     trtexec_standin.install(made.folder / "bin", (10, 3, 0))
-    made.start(f"{made.folder / 'bin'}:{Path(sys.executable).parent}:/usr/bin:/bin")
+    made.start()
     yield made
     made.stop()
 
