@@ -12,7 +12,7 @@ from 10 to 11. In short:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Tuple
 
 Version = Tuple[int, ...]
