@@ -112,9 +112,11 @@ class Network:
 
     def run(self, mats: list[Any]) -> list[Any]:
         """Compute; return the outputs in the runtime's own form."""
-        outputs = []
+        outputs, names = [], self.net.input_names()
+        if len(mats) != len(names):  # ncnn itself would read memory that nobody wrote
+            raise SystemExit(f"the model has {len(names)} inputs, {len(mats)} were given")
         with self.net.create_extractor() as extractor:
-            for name, mat in zip(self.net.input_names(), mats):
+            for name, mat in zip(names, mats):
                 code = extractor.input(name, mat)
                 if code != 0:
                     raise SystemExit(f"ncnn does not take input '{name}' (return code {code})")
