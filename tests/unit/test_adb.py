@@ -55,7 +55,7 @@ def shell(code, **options):
     return Job(("sh", "-c", code), **options)
 
 
-def soon(condition, seconds=10.0):
+def soon(condition, seconds=30.0):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
