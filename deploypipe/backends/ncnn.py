@@ -29,22 +29,13 @@ class Ncnn(Scripted):
     times_layers: ClassVar[bool] = False
     packages: ClassVar[tuple[str, ...]] = ("ncnn", "pnnx")
 
-    def job(
-        self,
-        task: str,
-        target: Target,
-        details: Mapping[str, Any],
-        push: Mapping[str, Path | bytes] | None = None,
-        pull: tuple[str, ...] = (),
-        timeout_s: float = 900.0,
-    ) -> Job:
-        """Describe one task of the script, which is also told the shapes of the models' inputs.
+    def told(self, target: Target, push: Mapping[str, Path | bytes]) -> Mapping[str, Any]:
+        """Return the shapes of the models' inputs.
 
         Raises:
             BackendError: A model takes more than one image, or has no fixed shape.
         """
-        found = shapes({name: source for name, source in (push or {}).items() if name.endswith(".onnx")})
-        return super().job(task, target, {**details, "shapes": found}, push, pull, timeout_s)
+        return {"shapes": shapes({name: source for name, source in push.items() if name.endswith(".onnx")})}
 
     def profile_job(self, models: Mapping[str, Path | bytes], target: Target) -> Job:
         """Refuse.

@@ -37,21 +37,13 @@ class OrtMobile(OnnxRuntime):
     suffix: ClassVar[str] = ".ort"
     packages: ClassVar[tuple[str, ...]] = ("onnxruntime",)
 
-    def job(
-        self,
-        task: str,
-        target: Target,
-        details: Mapping[str, Any],
-        push: Mapping[str, Path | bytes] | None = None,
-        pull: tuple[str, ...] = (),
-        timeout_s: float = 900.0,
-    ) -> Job:
-        """Describe one task of the script, which is also told the platform.
+    def told(self, target: Target, push: Mapping[str, Path | bytes]) -> Mapping[str, Any]:
+        """Return the platform.
 
         Raises:
-            TargetError: There is no such architecture, or no such precision.
+            TargetError: There is no such architecture.
         """
-        return super().job(task, target, {**details, "platform": platform_of(target)}, push, pull, timeout_s)
+        return {"platform": platform_of(target)}
 
     def profile_job(self, models: Mapping[str, Path | bytes], target: Target) -> Job:
         """Time kernels. The optimised graph cannot be asked for: it lies in the `.ort` file, which `onnx` does not read."""

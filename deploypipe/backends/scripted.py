@@ -129,12 +129,20 @@ class Scripted:
         measure = target.measure
         request = {
             "task": task, "threads": measure.threads, "warmup": measure.warmup, "runs": measure.runs,
-            "max_foreign": MAX_FOREIGN, "attempts": _ATTEMPTS, **self.options, **details,
+            "max_foreign": MAX_FOREIGN, "attempts": _ATTEMPTS, **self.options, **self.told(target, push or {}), **details,
         }  # fmt: skip
         # As content: a linked script would find this package's modules beside it, some of which are called like a runtime.
         scripts = {file: (_FOLDER / file).read_bytes() for file in (self.script, *self.beside)}
         files = {**scripts, "request.json": json.dumps(request).encode(), **(push or {})}
         return Job((PYTHON, self.script, "request.json"), files, ("answer.json", *pull), timeout_s=timeout_s)
+
+    def told(self, target: Target, push: Mapping[str, Path | bytes]) -> Mapping[str, Any]:
+        """Return what this runtime's script is told besides, of the target or of the files that go with a job.
+
+        Raises:
+            BackendError, TargetError: The runtime cannot take these files, or has not what the target asks for.
+        """
+        return {}
 
     def check_precision(self, target: Target) -> None:
         """Raise TargetError if the backend does not have the target's precision."""

@@ -49,13 +49,13 @@ class TensorRt(Scripted):
 
     def describe_job(self, target: Target) -> Job:
         """Ask for versions and device facts, by building something tiny."""
-        return self.job("describe", target, {"model": "tiny.onnx"}, {"tiny.onnx": tiny()})
+        return self.job("describe", target, {"model": "tiny.onnx"}, {"tiny.onnx": tiny()}, timeout_s=_BASE_S)
 
     def build_job(self, model: Path, target: Target) -> Job:
         """Build the engine, packed with what it was built on."""
         artifact = "artifact" + self.suffix
         details = {"model": "model.onnx", "artifact": artifact}
-        return self.job("build", target, details, {"model.onnx": self._stated(model, target)}, (artifact,))
+        return self.job("build", target, details, {"model.onnx": self._stated(model, target)}, (artifact,), _BASE_S)
 
     def bench_job(self, models: Mapping[str, Path | bytes], target: Target) -> Job:
         """Time whole models in turns; ONNX files are built first, engines are only timed.
@@ -97,7 +97,7 @@ class TensorRt(Scripted):
         for i in range(len(next(iter(inputs.values())))):
             rows.append({name: f"input-{i}-{number}.bin" for number, name in enumerate(inputs)})
             push |= {file: np.ascontiguousarray(inputs[name][i]).tobytes() for name, file in rows[-1].items()}
-        return self.job("run", target, {"model": "model.onnx", "inputs": rows}, push)
+        return self.job("run", target, {"model": "model.onnx", "inputs": rows}, push, timeout_s=_BASE_S)
 
     def read_run(self, result: JobResult) -> Arrays:
         """Return output name -> array with the same first axis, in the model's order."""
@@ -107,18 +107,9 @@ class TensorRt(Scripted):
             for name in rows[0]
         }
 
-    def job(
-        self,
-        task: str,
-        target: Target,
-        details: Mapping[str, Any],
-        push: Mapping[str, Path | bytes] | None = None,
-        pull: tuple[str, ...] = (),
-        timeout_s: float = _BASE_S,
-    ) -> Job:
-        """Describe one task of the script, with the target's precision and program."""
-        own = {"precision": target.build.precision, "tool": target.build.tool}
-        return super().job(task, target, {**own, **details}, push, pull, timeout_s)
+    def told(self, target: Target, push: Mapping[str, Path | bytes]) -> Mapping[str, Any]:
+        """Return the target's precision and program."""
+        return {"precision": target.build.precision, "tool": target.build.tool}
 
     def stated(self, model: Path | bytes, target: Target) -> bytes:
         """Return the model with the target's precision written into it."""
@@ -132,7 +123,7 @@ class TensorRt(Scripted):
         """
         files = {f"{name}.onnx": path for name, path in models.items()}
         details = {"models": dict(zip(models, files, strict=True)), "tiny": "tiny.onnx", "answer": "results.json"}
-        return self.job("report", target, details, {**files, "tiny.onnx": tiny()}, ("results.json",))
+        return self.job("report", target, details, {**files, "tiny.onnx": tiny()}, ("results.json",), _BASE_S)
 
     def by_hand(self, models: Mapping[str, str], target: Target) -> str:
         """Return the exact commands for each generation of trtexec."""

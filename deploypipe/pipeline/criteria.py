@@ -13,11 +13,8 @@ from deploypipe.algorithms.taylor import Taylor, Terms
 from deploypipe.count import MacTable
 from deploypipe.criteria import Analysis, analyse
 from deploypipe.data.batches import count
-from deploypipe.data.load import load_data
-from deploypipe.graph import trace
-from deploypipe.models.load import load_model
-from deploypipe.pipeline.request import KEPT_BY_USER, Request
-from deploypipe.pipeline.stages import real_inputs
+from deploypipe.pipeline.given import given
+from deploypipe.pipeline.request import Request
 from deploypipe.progress import Reporter, Silent
 from deploypipe.statistics import batch_size, generator, images, trained_weights
 from deploypipe.training.adapt import Adapting
@@ -39,12 +36,9 @@ def criteria(request: Request, reporter: Reporter | None = None, n_images: int =
     """
     tell = reporter or Silent()
     request.check()
-    loaded = load_model(str(request.model), request.weights)
-    data = load_data(request.data, normalise=loaded.normalise, size=loaded.input_shape, seed=request.seed, reporter=tell)
-    real_inputs(data, loaded.example)  # finds data of another shape before anything slow
-    graph = trace(loaded.model, loaded.example).keeping(request.keep, KEPT_BY_USER)
+    found = given(request, tell)
     table = MacTable()
-    problem = Problem(loaded.model, graph, table, table.predict(graph), data.train, request.seed, tell)
+    problem = Problem(found.loaded.model, found.graph, table, table.predict(found.graph), found.data.train, request.seed, tell)
     return analyse(all_scores(problem, n_images), _filters(problem))
 
 

@@ -21,19 +21,18 @@ from deploypipe.allocation.budget import parse_budget
 from deploypipe.compact import compact
 from deploypipe.cost import CostTable
 from deploypipe.count import MacTable, ParamTable, params
-from deploypipe.data.load import Data, load_data
-from deploypipe.graph import trace
+from deploypipe.data.load import Data
 from deploypipe.heldout import HeldOut
 from deploypipe.latency.table import LatencyTable
-from deploypipe.models.load import Loaded, load_model
 from deploypipe.pipeline import stages
 from deploypipe.pipeline.absent import device_of
 from deploypipe.pipeline.artifacts import accuracy_stage, artifact_stage, bench_stage, checks_stage, file_notes
 from deploypipe.pipeline.bundle import bundle_stage
+from deploypipe.pipeline.given import given
 from deploypipe.pipeline.outcome import Findings, assemble
 from deploypipe.pipeline.planning import Planner, read_rounds
 from deploypipe.pipeline.record import recorded
-from deploypipe.pipeline.request import KEPT_BY_USER, Request
+from deploypipe.pipeline.request import Request
 from deploypipe.pipeline.several import Elsewhere, with_outcomes
 from deploypipe.pipeline.sparsify import sparse_hooks, sparse_notes, two_four_stage
 from deploypipe.pipeline.training import arms_stage, epochs_before, schedule, train_stage, tuned, tuning_hooks
@@ -45,7 +44,6 @@ from deploypipe.report import Arm, Check, Report
 from deploypipe.runtimes import RuntimeOutcome
 from deploypipe.store import Kept, Store
 from deploypipe.training.settings import TrainSettings
-from deploypipe.types import Graph
 
 
 class Run:
@@ -56,16 +54,8 @@ class Run:
         self.target = request.resolved_target()
         self.device, self.elsewhere = device_of(self.target, request.folder, sparse=bool(request.sparsity)), Elsewhere(request)
         self.algorithm = make(request.algo, request.options)
-        self.loaded: Loaded = load_model(str(request.model), request.weights)
-        self.data: Data = load_data(
-            request.data,
-            normalise=self.loaded.normalise,
-            size=self.loaded.input_shape,
-            seed=request.seed,
-            reporter=reporter,
-        )
-        self.inputs = stages.real_inputs(self.data, self.loaded.example)  # finds data of another shape before anything slow
-        self.graph: Graph = trace(self.loaded.model, self.loaded.example).keeping(request.keep, KEPT_BY_USER)
+        found = given(request, reporter)
+        self.loaded, self.data, self.inputs, self.graph = found.loaded, found.data, found.inputs, found.graph
         self.dense_key = [self.loaded.key, self.graph.fingerprint]
 
     # ---- stages ----------------------------------------------------------------------------------------------------

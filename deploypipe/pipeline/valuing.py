@@ -15,13 +15,11 @@ from deploypipe.cost import CostTable
 from deploypipe.count import MacTable
 from deploypipe.curves import Curves, curves_table
 from deploypipe.data.batches import split
-from deploypipe.data.load import Data, load_data
+from deploypipe.data.load import Data
 from deploypipe.errors import BudgetError, UsageError
-from deploypipe.graph import trace
 from deploypipe.heldout import HELD_OUT, Effort, HeldOut, Meter, memo_name
-from deploypipe.models.load import load_model
-from deploypipe.pipeline.request import KEPT_BY_USER, Request
-from deploypipe.pipeline.stages import real_inputs
+from deploypipe.pipeline.given import given
+from deploypipe.pipeline.request import Request
 from deploypipe.plan import Certificate, KeepPlan
 from deploypipe.profiler.measure import profile
 from deploypipe.progress import Reporter, Silent
@@ -131,10 +129,8 @@ def sensitivity(request: Request, reporter: Reporter | None = None) -> Curves:
     """
     tell = reporter or Silent()
     request.check()
-    loaded = load_model(str(request.model), request.weights)
-    data = load_data(request.data, normalise=loaded.normalise, size=loaded.input_shape, seed=request.seed, reporter=tell)
-    real_inputs(data, loaded.example)  # finds data of another shape before anything slow
-    graph = trace(loaded.model, loaded.example).keeping(request.keep, KEPT_BY_USER)
+    opened = given(request, tell)
+    loaded, data, graph = opened.loaded, opened.data, opened.graph
     cost: CostTable = MacTable()
     if request.metric == "latency":
         cost = profile(loaded.model, loaded.example, request.resolved_target(), graph=graph, reporter=tell)

@@ -9,6 +9,7 @@ login shell is.
 
 import contextlib
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -62,7 +63,7 @@ class Link(Protocol):
         ...
 
 
-class Remote:
+class Remote(ABC):
     """A device behind a link. Each way to reach one says how a link is opened."""
 
     here: ClassVar[bool] = False
@@ -76,9 +77,9 @@ class Remote:
         self._link: Link | None = None
         self._numbers = count(1)
 
+    @abstractmethod
     def connect(self) -> Link:
         """Open a link. Raises BackendError if the device cannot be reached."""
-        raise NotImplementedError
 
     def run(self, job: Job, into: Path) -> JobResult:
         """Carry out `job`; the pulled files lie in the folder `into`. If the connection breaks, it is done again, once.

@@ -4,11 +4,11 @@ import json
 import os
 import sys
 import threading
-import time
 from pathlib import Path
 
 import psutil
 import pytest
+from jobs import shell, soon
 
 from deploypipe.errors import BackendError
 from deploypipe.job import PYTHON, Job
@@ -49,19 +49,6 @@ def adb(bench, phone):
 
 def attach(bench, **states):
     (bench / "devices.json").write_text(json.dumps(states))
-
-
-def shell(code, **options):
-    return Job(("sh", "-c", code), **options)
-
-
-def soon(condition, seconds=30.0):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def test_files_go_there_and_back_and_nothing_stays(adb, phone, tmp_path):

@@ -7,11 +7,11 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import psutil
 import pytest
+from jobs import shell, soon
 from ssh_server import small_disk
 
 import deploypipe
@@ -52,19 +52,6 @@ def ssh(ssh_server, device, monkeypatch):
     runner = Ssh(Reach("ssh", ssh_server.host, str(device)))
     yield runner
     runner.close()
-
-
-def shell(code, **options):
-    return Job(("sh", "-c", code), **options)
-
-
-def soon(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def test_files_go_there_and_back_and_nothing_stays(ssh, device, tmp_path):
