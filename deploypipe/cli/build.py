@@ -24,6 +24,9 @@ TargetNames = Annotated[
     str, typer.Option(help="As elsewhere; several with commas between them: planned for the first, built for all.")
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime, instead of the target's.")]
+TrainPrecision = Annotated[
+    str, typer.Option(metavar="fp32|bf16", help="Of training; bf16 is faster where the CPU or GPU has it.")
+]
 Value = Annotated[str, typer.Option(help="What a width is worth: the algorithm's scores, or its measured loss.")]
 ValueRounds = Annotated[int, typer.Option(min=0, help="With --value measured: measure around the solution this often.")]
 ValueFinalists = Annotated[int, typer.Option(min=1, help="With --value measured: train this many plans an epoch to choose.")]
@@ -48,6 +51,7 @@ def build(
     distill: Annotated[bool, typer.Option(help="Let the dense model teach the pruned one.")] = True,
     lr: Annotated[float | None, typer.Option(min=0, help="Learning rate of fine-tuning.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images per training step.")] = None,
+    train_precision: TrainPrecision = "fp32",
     threads: Threads = None,
     accuracy_floor: Annotated[float | None, typer.Option(min=0, max=1, help="Fail below this accuracy, 0 to 1.")] = None,
     keep: Keep = None,
@@ -66,7 +70,7 @@ def build(
         model, weights, data, target, algo, budget, metric, epochs, out, seed, parse_settings(settings or ()),
         distill=distill, lr=lr, batch_size=batch_size, threads=threads, accuracy_floor=accuracy_floor,
         keep=tuple(keep or ()), table=table, value=value, value_rounds=value_rounds, value_finalists=value_finalists,
-        host=host, sparsity=sparsity, command=shlex.join(["deploypipe", *(context.obj or ())]),
+        host=host, sparsity=sparsity, train_precision=train_precision, command=shlex.join(["deploypipe", *(context.obj or ())]),
     )  # fmt: skip
     with console.progress() as reporter:
         report = pipeline.build(request, reporter)

@@ -38,6 +38,7 @@ class Request:
         distill: Let the dense model teach the pruned one.
         lr: Learning rate of fine-tuning, if not the default.
         batch_size: Of fine-tuning, if not the default.
+        train_precision: Of all training, "fp32" or "bf16".
         threads: Of the runtime, if not the target's.
         accuracy_floor: Fail below this share of the test set.
         keep: Groups to leave whole.
@@ -73,6 +74,7 @@ class Request:
     sparsity: str = ""
     value_finalists: int = 1
     host: str | None = None
+    train_precision: str = "fp32"
     command: str = ""
 
     @property
@@ -90,7 +92,7 @@ class Request:
         Raises:
             UsageError: A value is out of range.
         """
-        settings = TrainSettings(epochs=self.epochs, seed=self.seed)
+        settings = TrainSettings(epochs=self.epochs, seed=self.seed, precision=self.train_precision)
         given: dict[str, Any] = {"lr": self.lr, "batch_size": self.batch_size, "distill": None if self.distill else 0.0}
         return replace(settings, **{name: value for name, value in given.items() if value is not None})
 

@@ -19,7 +19,7 @@ from deploypipe.errors import DeployPipeError, ModelError, UsageError
 from deploypipe.progress import Reporter, Silent
 from deploypipe.training.checkpoint import Checkpoint, run_key
 from deploypipe.training.evaluate import Accuracy, evaluate, logits, recalibrate
-from deploypipe.training.settings import TrainHook, TrainSettings
+from deploypipe.training.settings import PRECISIONS, TrainHook, TrainSettings
 
 __all__ = ["Accuracy", "TrainHook", "TrainSettings", "evaluate", "finetune", "recalibrate"]
 
@@ -48,13 +48,13 @@ def finetune(
         checkpoint: File that holds the state after the latest epoch; written here, and read if it belongs to this run.
         reporter: Is told about every step.
         hooks: Called in order.
-        fabric: Devices and strategy, already launched; default: one device, a GPU if there is one.
+        fabric: Devices, strategy and precision, already launched; default: one device, a GPU if there is one.
 
     Raises:
         ModelError: The model cannot be run or trained on this data.
         UsageError: The loss is no longer finite.
     """
-    fabric = fabric or Fabric(accelerator="auto", devices=1)
+    fabric = fabric or Fabric(accelerator="auto", devices=1, precision=PRECISIONS[settings.precision])  # type: ignore[arg-type]
     trainer = _Trainer(fabric, data, settings, reporter or Silent(), tuple(hooks))
     return trainer.train(_copied(model), None if teacher is None else _copied(teacher), checkpoint)
 
@@ -156,8 +156,8 @@ class _Trainer:
         loss = F.cross_entropy(out, labels, label_smoothing=self.settings.label_smoothing)
         if teacher is None or not self.settings.distill:
             return loss
-        with torch.no_grad():
-            wanted = logits(teacher, inputs, labels)
+        with torch.no_grad(), self.fabric.autocast():
+            wanted = logits(teacher, inputs, labels).to(out.dtype)
         return torch.lerp(loss, distillation_loss(out, wanted, self.settings.temperature), self.settings.distill)
 
     def _check(self, loss: Tensor, step: int) -> None:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from deploypipe.errors import UsageError
 
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}  # -> Lightning Fabric's name
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -24,6 +26,7 @@ class TrainSettings:
         label_smoothing: Share of the label that is spread over all classes.
         warmup: Share of all steps with a linearly rising learning rate.
         seed: Decides order, augmentation and dropout.
+        precision: "fp32", or "bf16": products in bfloat16, weights and sums in fp32; faster where the processor has it.
     """
 
     epochs: int = 3
@@ -36,6 +39,7 @@ class TrainSettings:
     label_smoothing: float = 0.0
     warmup: float = 0.05
     seed: int = 0
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         rules = {
@@ -49,6 +53,7 @@ class TrainSettings:
             "label_smoothing": (0 <= self.label_smoothing < 1, "from 0 to below 1"),
             "warmup": (0 <= self.warmup < 1, "from 0 to below 1"),
             "seed": (0 <= self.seed < 2**31, "from 0 to 2147483647"),
+            "precision": (self.precision in PRECISIONS, f"out of {', '.join(PRECISIONS)}"),
         }
         for name, (holds, allowed) in rules.items():
             if not holds:

@@ -297,6 +297,19 @@ def test_distillation_alone_follows_the_teacher_and_not_the_labels(data):
     assert agreement > 0.8
 
 
+def test_bfloat16_trains_much_like_fp32_and_leaves_fp32_weights(data):
+    teacher = make_net(9, dropout=0.0)
+    ways = {
+        how: finetune(make_net(), data, replace(SETTINGS, epochs=6, precision=how), teacher=teacher) for how in ("fp32", "bf16")
+    }
+    assert {value.dtype for value in ways["bf16"].state_dict().values()} <= {torch.float32, torch.int64}
+    moved, apart = (
+        (a - b).norm()
+        for a, b in ((ways["fp32"].head.weight, make_net().head.weight), (ways["fp32"].head.weight, ways["bf16"].head.weight))
+    )
+    assert 0 < apart < 0.3 * moved  # another rounding: neither the same bits nor another way
+
+
 def test_schedule_rises_and_falls():
     settings = TrainSettings(lr=1.0, warmup=0.1)
     rates = [settings.lr_at(step, 100) for step in range(100)]
@@ -318,6 +331,7 @@ def test_schedule_rises_and_falls():
         {"momentum": 1.0},
         {"weight_decay": -1},
         {"distill": 1.1},
+        {"precision": "fp8"},
         {"temperature": 0},
         {"label_smoothing": 1},
         {"warmup": -0.1},
