@@ -79,8 +79,8 @@ def build(
 
 def show_report(report: Any, folder: Path, as_json: bool) -> None:
     """Write what a run found out: the table, the verdict, and where everything lies."""
-    from deploypipe import render, runtimes
-    from deploypipe.report import MARKDOWN_NAME
+    from deploypipe.reports import render, runtimes
+    from deploypipe.reports.report import MARKDOWN_NAME
 
     if as_json:
         console.answer_json(report.to_json())
