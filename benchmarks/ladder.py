@@ -44,21 +44,21 @@ from deploypipe.data.batches import batches
 from deploypipe.data.load import Data, load_data
 from deploypipe.errors import BudgetError
 from deploypipe.export import export_onnx, simplify_onnx
-from deploypipe.gradients import gate_gradient
 from deploypipe.graph import trace
-from deploypipe.heldout import HeldOut, memo_name
+from deploypipe.ingredients.gradients import gate_gradient
+from deploypipe.ingredients.removal import removable
 from deploypipe.models.load import Loaded, load_model
 from deploypipe.pipeline.stages import Device
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler.measure import profile
 from deploypipe.progress import Silent
-from deploypipe.removal import removable
-from deploypipe.sensitivity import Sensitivity
 from deploypipe.targets import load_target
 from deploypipe.training.evaluate import evaluate, recalibrate
 from deploypipe.training.finetune import finetune
 from deploypipe.training.settings import TrainSettings
 from deploypipe.types import Graph
+from deploypipe.worth.heldout import HeldOut, memo_name
+from deploypipe.worth.sensitivity import Sensitivity
 
 RESULTS = Path(__file__).with_name("results") / "ladder.csv"
 MODEL = str(Path(__file__).parents[1] / "examples" / "cifar_resnet.py") + ":resnet20"

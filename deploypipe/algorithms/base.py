@@ -17,11 +17,11 @@ from deploypipe.allocation.allocate import allocate_widths, plan_of, ranking, va
 from deploypipe.allocation.threshold import threshold_widths, uniform_widths
 from deploypipe.cost import CostTable
 from deploypipe.errors import NotApplicable, UsageError
+from deploypipe.ingredients.removal import removable
+from deploypipe.ingredients.stacks import rows as rows  # noqa: PLC0414 - part of what an algorithm may import from here
+from deploypipe.ingredients.statistics import weights
 from deploypipe.plan import Certificate, KeepPlan
 from deploypipe.progress import Reporter, Silent
-from deploypipe.removal import removable
-from deploypipe.stacks import rows as rows  # noqa: PLC0414 - part of what an algorithm may import from here
-from deploypipe.statistics import weights
 from deploypipe.types import Graph, Group, Member
 
 T = TypeVar("T")

@@ -22,8 +22,8 @@ from deploypipe.algorithms.options import option
 from deploypipe.allocation.allocate import cheapest_widths
 from deploypipe.compact import kept_slots
 from deploypipe.errors import NotApplicable
+from deploypipe.ingredients.statistics import trained_weights
 from deploypipe.plan import KeepPlan
-from deploypipe.statistics import trained_weights
 from deploypipe.training.settings import TrainHook
 from deploypipe.training.trainer import Trainer
 from deploypipe.types import Graph, Group, Member

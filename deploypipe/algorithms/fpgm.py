@@ -24,8 +24,8 @@ from deploypipe.algorithms.options import option
 from deploypipe.algorithms.scores import filters_of, summed_distances
 from deploypipe.allocation.allocate import ranking
 from deploypipe.allocation.threshold import uniform_widths
+from deploypipe.ingredients.statistics import trained_weights
 from deploypipe.plan import KeepPlan
-from deploypipe.statistics import trained_weights
 from deploypipe.training.settings import TrainHook
 from deploypipe.training.trainer import Trainer
 from deploypipe.types import Graph

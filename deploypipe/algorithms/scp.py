@@ -23,9 +23,9 @@ from torch.utils.hooks import RemovableHandle
 from deploypipe.algorithms.base import SHARED_OUT, Problem, judged, shared_out
 from deploypipe.algorithms.options import option
 from deploypipe.errors import NotApplicable
-from deploypipe.gates import Norm, fold_gates, gate_forward, last_norms, norms_of
+from deploypipe.ingredients.gates import Norm, fold_gates, gate_forward, last_norms, norms_of
+from deploypipe.ingredients.statistics import evaluating
 from deploypipe.plan import KeepPlan
-from deploypipe.statistics import evaluating
 from deploypipe.training.settings import TrainHook
 from deploypipe.training.trainer import Trainer
 from deploypipe.types import Graph, Group

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from deploypipe.algorithms.base import SHARED_OUT, Problem, judged, shared_out
 from deploypipe.algorithms.options import option
-from deploypipe.gates import Norm, norms_of
+from deploypipe.ingredients.gates import Norm, norms_of
 from deploypipe.plan import KeepPlan
 from deploypipe.training.settings import TrainHook
 from deploypipe.training.trainer import Trainer

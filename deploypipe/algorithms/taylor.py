@@ -23,11 +23,11 @@ from deploypipe.algorithms.base import SHARED_OUT, Problem, by_values, judged, l
 from deploypipe.algorithms.options import option
 from deploypipe.allocation.allocate import cheapest_widths
 from deploypipe.compact import masked_slots
-from deploypipe.curvature import Unit, curvature
-from deploypipe.gates import Scaled, gated_parameters
+from deploypipe.ingredients.curvature import Unit, curvature
+from deploypipe.ingredients.gates import Scaled, gated_parameters
+from deploypipe.ingredients.statistics import batch_size, generator, trained_weights
 from deploypipe.plan import KeepPlan
 from deploypipe.progress import counted
-from deploypipe.statistics import batch_size, generator, trained_weights
 from deploypipe.training.adapt import Adapting
 from deploypipe.training.evaluate import logits
 from deploypipe.types import Graph, Group

@@ -21,8 +21,8 @@ from deploypipe.count import MacTable, ParamTable, macs, params
 from deploypipe.errors import ModelError
 from deploypipe.export import export_onnx, simplify_onnx
 from deploypipe.graph import trace
+from deploypipe.ingredients.removal import removable
 from deploypipe.plan import KeepPlan
-from deploypipe.removal import removable
 
 
 class Inverted(nn.Module):
