@@ -116,6 +116,8 @@ ROWS: Mapping[str, Row] = {
     "l2-measured": Row("l2", measured={}),
     "thinet-measured": Row("thinet", measured={}),
     "l2-measured-finalists": Row("l2", measured={"value_finalists": 3}),
+    "l2-measured-steps": Row("l2", measured={"value_steps": 50}),
+    "taylor-measured-steps": Row("taylor", measured={"value_steps": 50}),
 }
 MODELS = {"resnet20": ("cifar_resnet.py", "resnet20"), "mobilenetv2": ("cifar_mobilenet.py", "mobilenetv2")}
 
@@ -143,7 +145,15 @@ class Bench:
     def request(self, row: Row) -> Request:
         """Return what a user would ask for."""
         extra = {} if row.measured is None else {"value": "measured", **row.measured}
-        return Request(algo=row.algo, options=self.options(row), epochs=self.settings.epochs, seed=self.settings.seed, **extra)
+        settings, options = self.settings, self.options(row)
+        return Request(
+            algo=row.algo,
+            options=options,
+            epochs=settings.epochs,
+            seed=settings.seed,
+            train_precision=settings.precision,
+            **extra,
+        )
 
     def options(self, row: Row) -> dict[str, Any]:
         """Return a method's options, the epochs before pruning among them."""
