@@ -112,7 +112,7 @@ ROWS: Mapping[str, Row] = {
     "autocompress": Row("autocompress", {"rounds": 1, "retrain_epochs": 0}, learns=LEARNER),
     "torch-pruning": Row(),
     "torch-pruning-taylor": Row(),
-    "taylor-sums": Row("taylor", {"widths": "sums"}),
+    "taylor-sums": Row("taylor", {"widths": "sums", "steps": 1, "interval": 16, "batch": 128, "lr": 0.0}),
     "l2-measured": Row("l2", measured={}),
     "thinet-measured": Row("thinet", measured={}),
     "l2-measured-finalists": Row("l2", measured={"value_finalists": 3}),
