@@ -23,7 +23,7 @@ HEAD = (
     "| row | epochs before + after | before tuning | accuracy | seeds | of dense, measured | us | MACs | parameters | minutes |"
 )
 Row = Mapping[str, str]
-Part = tuple[str, str, str]  # model, epochs, distillation
+Part = tuple[str, str, str, str, str]  # model, training images (0: all), epochs, distillation, batch size
 
 
 def column(rows: Sequence[Row], name: str) -> list[float]:
@@ -60,11 +60,18 @@ def by_name(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def section(part: Part, rows: Sequence[Row]) -> str:
     """Return the table of one network and schedule."""
-    model, epochs, distill = part
+    model, images, epochs, distill, batch = part
+    which = "all" if images == "0" else images
     taught = f"distillation {float(distill):g}" if float(distill) else "no distillation"
     lines = [line(name, same) for name, same in by_name(rows).items()]
     return "\n".join(
-        [f"**{model}, {epochs} epochs in all, {taught}**", "", HEAD, "|" + " --- |" * (HEAD.count(" | ") + 1), *lines]
+        [
+            f"**{model}, {epochs} epochs in all on {which} training images, batch {batch}, {taught}**",
+            "",
+            HEAD,
+            "|" + " --- |" * (HEAD.count(" | ") + 1),
+            *lines,
+        ]
     )
 
 
@@ -76,7 +83,11 @@ def plot(parts: Mapping[Part, Sequence[Row]], file: Path) -> None:
             x, y = 100 * mean(column(same, "of_dense")), 100 * mean(column(same, "accuracy"))
             ax.plot(x, y, "s" if name.startswith("torch-pruning") else "o", color="C1" if name.startswith("torch") else "C0")
             ax.annotate(name, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
-        ax.set(xlabel="% of the dense model's latency, measured", ylabel="accuracy, %", title=f"{part[0]}, {part[1]} epochs")
+        ax.set(
+            xlabel="% of the dense model's latency, measured",
+            ylabel="accuracy, %",
+            title=f"{part[0]}, {part[2]} epochs" + (f", {part[1]} images" if part[1] != "0" else ""),
+        )
     figure.tight_layout()
     figure.savefig(file, metadata={"Date": None})
 
@@ -85,7 +96,7 @@ def main() -> None:
     rows = list(csv.DictReader(text for text in RESULTS.read_text().splitlines() if not text.startswith("#")))
     parts: dict[Part, list[Row]] = defaultdict(list)
     for row in rows:
-        parts[row["model"], row["epochs"], row["distill"]].append(row)
+        parts[row["model"], row["images"], row["epochs"], row["distill"], row["batch_size"]].append(row)
     plot(parts, DOCUMENT.with_name("algorithms.svg"))
     text = "\n\n".join(["![accuracy against latency](algorithms.svg)", *(section(part, parts[part]) for part in parts)])
     before, _, rest = DOCUMENT.read_text().partition(BEGIN)
