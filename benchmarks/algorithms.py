@@ -45,6 +45,7 @@ from deploypipe.compact import compact
 from deploypipe.count import macs, params
 from deploypipe.data.batches import batches, count, split
 from deploypipe.data.load import Data, load_data
+from deploypipe.errors import DeployPipeError
 from deploypipe.export import export_onnx, simplify_onnx
 from deploypipe.graph import trace
 from deploypipe.latency.table import LatencyTable
@@ -300,7 +301,11 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             with claimed(folder) as mine:
                 if not mine:
                     continue
-                before = planned(bench, name, row, folder)
+                try:
+                    before = planned(bench, name, row, folder)
+                except DeployPipeError as error:
+                    print(seed, name, error, flush=True)
+                    continue
                 print(seed, name, json.dumps(before), flush=True)
                 if args.until != "plan":
                     found[seed, name] = before | finished(bench, row, before, folder)
