@@ -124,7 +124,7 @@ ROWS: Mapping[str, Row] = {
     "l2-measured-steps": Row("l2", measured={"value_steps": 50}),
     "norms": Row("depgraph", {"train_epochs": 0}),
     "norms-measured": Row("depgraph", NORMS, measured={}),
-    "norms-measured-steps": Row("depgraph", NORMS, measured={"value_steps": 50}),
+    "norms-measured-steps": Row("depgraph", NORMS, measured={"value_steps": 50, "value_rounds": 1}),
     "norms-measured-finalists": Row("depgraph", NORMS, measured={"value_finalists": 3}),
 }
 MODELS = {"resnet20": ("cifar_resnet.py", "resnet20"), "mobilenetv2": ("cifar_mobilenet.py", "mobilenetv2")}
