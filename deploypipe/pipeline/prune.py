@@ -66,9 +66,9 @@ def prune(  # noqa: PLR0913, PLR0917 - the public surface, named arguments in pr
         Request(target=target, algo=algo, budget=budget, metric=metric, epochs=epochs, options=options or {}, seed=seed)
     )
     request.check()
-    if request.value == "measured" and data is None:
+    if request.value != "scores" and data is None:
         raise UsageError(
-            "widths are measured on images, and there are none", at=f"algo='{algo}'", fix="give data, or another algo"
+            "widths are judged on images, and there are none", at=f"algo='{algo}'", fix="give data, or another algo"
         )
     if getattr(make(request.algo, request.options), "sparse", False):
         raise UsageError(
