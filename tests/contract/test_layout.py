@@ -2,11 +2,13 @@
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from deploypipe.algorithms import ALGORITHMS
 from deploypipe.backends import BACKENDS
 from deploypipe.runners import RUNNERS
 
@@ -84,6 +86,16 @@ def test_no_stage_knows_a_way_to_a_device(folder: str) -> None:
     words = re.compile(rf"\b({'|'.join(set(RUNNERS) - {'local'})})\b", re.IGNORECASE)  # "local" is also an ordinary word
     for path in (PACKAGE / folder).glob("*.py"):
         assert not words.findall(path.read_text()), path.name
+
+
+def test_every_algorithm_and_runner_is_kept_apart_from_its_likes() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    apart = [set(contract["modules"]) for contract in contracts if contract["type"] == "independence"]
+    assert apart == [{place.partition(":")[0] for place in table.values()} for table in (ALGORITHMS, RUNNERS)]
+
+
+def test_the_top_level_stays_small() -> None:
+    assert len(list(PACKAGE.glob("*.py"))) <= 30, "what belongs to one question lies in the folder named after it"
 
 
 def test_the_top_level_is_as_described() -> None:
