@@ -62,7 +62,7 @@ def build(
     host: HostName = None,
     as_json: Json = False,
 ) -> None:
-    """Prune, compact, fine-tune, export, verify and measure a model."""
+    """Prune, fine-tune, export, verify and measure a model."""
     from deploypipe import pipeline
 
     request = pipeline.Request(
