@@ -1,7 +1,6 @@
 """The real command line in processes of its own, and one uninterrupted run that the tests of this folder share."""
 
 import contextlib
-import multiprocessing
 import os
 import sys
 from dataclasses import dataclass
@@ -11,10 +10,7 @@ from pathlib import Path
 import pytest
 from command_line import Finished, Start, arguments
 
-_FORKSERVER = multiprocessing.get_context("forkserver")
-_FORKSERVER.set_forkserver_preload(
-    ["torch", "torchvision", "onnx", "onnxscript", "torch.onnx._internal.exporter._core", "deploypipe.pipeline"]
-)
+from tests.ready import READY
 
 
 def _child(argv: list[str], home: Path, log: Path) -> None:
@@ -59,7 +55,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
 
     def run(*argv: str) -> _Started:
         log = tmp_path_factory.mktemp("log")
-        process = _FORKSERVER.Process(target=_child, args=(list(argv), home, log))
+        process = READY.Process(target=_child, args=(list(argv), home, log))
         process.start()
         return _Started(process, log)
 

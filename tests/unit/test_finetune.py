@@ -3,6 +3,7 @@ import math
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,8 @@ from deploypipe.progress import Silent
 from deploypipe.training.checkpoint import state_digest
 from deploypipe.training.evaluate import logits
 from deploypipe.training.finetune import TrainHook, TrainSettings, distillation_loss, evaluate, finetune, recalibrate
+from tests import two_devices
+from tests.ready import READY
 
 torch.set_num_threads(1)
 SETTINGS = TrainSettings(epochs=3, lr=0.05, batch_size=32, seed=3)
@@ -441,40 +444,19 @@ def test_models_and_data_that_do_not_fit(data):
         evaluate(nn.Sequential(nn.Flatten(), nn.Linear(256, 5)), data.test)
 
 
-DEVICES = """
-import sys
-from pathlib import Path
-import torch
-from lightning_fabric import Fabric
-from torch.utils.data import TensorDataset
-from deploypipe.data.load import Data
-from deploypipe.training.finetune import TrainSettings, finetune
-
-torch.set_num_threads(1)
-n = int(sys.argv[1])
-fabric = Fabric(accelerator="cpu", devices=n, strategy="ddp" if n > 1 else "auto")
-fabric.launch()
-g = torch.Generator().manual_seed(0)
-train = TensorDataset(torch.randn(64, 3, 8, 8, generator=g), torch.randint(0, 4, (64,), generator=g))
-torch.manual_seed(0)
-net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 4))
-settings = TrainSettings(epochs=3, lr=0.1, batch_size=32)
-data = Data(train, train, tuple("abcd"), "key", None, "")
-tuned = finetune(net, data, settings, teacher=net, fabric=fabric, checkpoint=Path(sys.argv[2] + ".checkpoint"))
-if fabric.is_global_zero:
-    torch.save(tuned.state_dict(), sys.argv[2])
-"""
-
-
 @pytest.mark.slow
 def test_two_devices_train_like_one(tmp_path):
-    """Without batch norm, whose statistics are per device, the same samples make the same steps however they are shared out."""
-    script = tmp_path / "train.py"
-    script.write_text(DEVICES)
-    states = []
-    for n in ("1", "2"):
-        path = tmp_path / f"{n}.pt"
-        subprocess.run([sys.executable, str(script), n, str(path)], capture_output=True, check=True, timeout=120)
-        states.append(torch.load(path, weights_only=True))
-    for name, tensor in states[0].items():
-        torch.testing.assert_close(states[1][name], tensor, rtol=1e-5, atol=1e-6)
+    """The same samples make the same steps however they are shared out."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    out = tmp_path / "two.pt"
+    devices = [READY.Process(target=two_devices.device, args=(rank, port, out)) for rank in (0, 1)]
+    for device in devices:
+        device.start()
+    one = finetune(two_devices.model(), two_devices.data(), two_devices.SETTINGS, teacher=two_devices.model())
+    for device in devices:
+        device.join(120)
+    assert [device.exitcode for device in devices] == [0, 0]
+    two = torch.load(out, weights_only=True)
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-6)
