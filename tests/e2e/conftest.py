@@ -8,7 +8,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from command_line import Finished, Start, arguments
+from command_line import N_PLANS, Finished, Start, arguments
 
 from tests.ready import READY
 
@@ -22,7 +22,9 @@ def _child(argv: list[str], home: Path, log: Path) -> None:
     import torch  # noqa: PLC0415 - after the environment is set
 
     from deploypipe.cli.main import run  # noqa: PLC0415
+    from deploypipe.profiler import context  # noqa: PLC0415
 
+    context.N_PLANS = N_PLANS
     torch.set_num_threads(1)
     with open(1, "w", closefd=False) as sys.stdout, open(2, "w", closefd=False) as sys.stderr:
         code = run(argv)
