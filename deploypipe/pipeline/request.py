@@ -16,6 +16,7 @@ from deploypipe.training.settings import TrainSettings
 
 METRICS = ("latency", "macs", "params")
 VALUES = ("scores", "measured")
+AUTO = "auto"
 KEPT_BY_USER = "kept whole by --keep"
 
 
@@ -28,7 +29,7 @@ class Request:
         weights: File of trained weights.
         data: What `data.load_data` takes.
         target: Name or file of a target; several with commas between them: planned for the first, built for all.
-        algo: Name of a pruning algorithm.
+        algo: Name of a pruning algorithm, or "auto" for the recipe that did best (see `recipe`).
         budget: "50%", "3ms", "1.2M", ...
         metric: What the budget counts: latency, macs or params.
         epochs: Of fine-tuning; 0 only renews the batch norms.
@@ -45,6 +46,7 @@ class Request:
         table: Folder of a latency table to use instead of measuring one; refused if it does not hold on this device.
         value: What a width is worth: what the algorithm's "scores" say, or the "measured" rise of the loss on held-out images.
         value_rounds: How often widths are measured again around the solution, at most.
+        value_steps: Optimizer steps that every plan is trained before its loss is measured.
         sparsity: "2:4" gives the pruned model 2:4 weights before it is fine-tuned; "" leaves them dense.
         value_finalists: How many of the plans tried are trained for one epoch each before one is taken; 1: none.
         host: Which device, instead of the one that the target names.
@@ -71,6 +73,7 @@ class Request:
     table: str | Path | None = None
     value: str = "scores"
     value_rounds: int = 2
+    value_steps: int = 0
     sparsity: str = ""
     value_finalists: int = 1
     host: str | None = None
@@ -136,6 +139,8 @@ class Request:
             raise UsageError(f"unknown value '{self.value}'", at="--value", fix=nearest(self.value, VALUES))
         if self.value_rounds < 0:
             raise UsageError(f"value_rounds is {self.value_rounds}", at="--value-rounds", fix="use 0 or more")
+        if self.value_steps < 0:
+            raise UsageError(f"value_steps is {self.value_steps}", at="--value-steps", fix="use 0 or more")
         if self.value_finalists < 1:
             raise UsageError(f"value_finalists is {self.value_finalists}", at="--value-finalists", fix="use 1 or more")
         parse_budget(self.budget, self.metric, float("inf"))

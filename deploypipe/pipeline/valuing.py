@@ -41,9 +41,14 @@ def held_out(request: Request, model: nn.Module, key: str, graph: Graph, data: D
         graph: Of the model.
         data: Whose training set is split.
     """
-    effort = Effort()
+    effort = Effort(steps=request.value_steps, precision=request.train_precision if trains(request) else "fp32")
     memo = cache_folder() / "sensitivity" / memo_name(key, graph.fingerprint, data.key, request.seed, effort)
     return HeldOut(model, graph, data, memo, seed=request.seed, effort=effort)
+
+
+def trains(request: Request) -> bool:
+    """Say whether plans are trained before they are judged."""
+    return request.value_steps > 0 or request.value_finalists > 1
 
 
 def held_back(request: Request, data: Data) -> Data:
