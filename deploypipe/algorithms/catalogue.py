@@ -122,7 +122,7 @@ SCORERS: dict[str, Info] = {
                 "widths",
                 "threshold",
                 "what decides widths: one threshold, equal shares, or exactly by shares or by sums",
-                choices=("threshold", "uniform", "shares"),
+                choices=("threshold", "uniform", "shares", "sums"),
             ),
         ),
     ),
