@@ -373,6 +373,13 @@ def test_without_a_command_the_help_is_the_answer(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out == f"deploypipe {deploypipe.__version__}\n"
 
 
+def test_every_command_is_summed_up_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    summary = capsys.readouterr().out.partition("Commands:\n")[2].partition("\n\n")[0]
+    assert len(summary.splitlines()) == len(app.registered_commands)
+    assert "..." not in summary, "cut off"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_and_json(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([command, "--help"]) == 0
