@@ -53,9 +53,7 @@ class LayerTimes:
         """Return (forms, 5): time alone, one, thousands of elements read and written, thousands of weights."""
         reads, writes, weights = self.elements
         pairs = self.n_out if self.shape.tied else self.n_in * self.n_out
-        return np.stack(
-            [self.alone_us, np.ones(len(self.us)), reads * self.n_in, writes * self.n_out, weights * pairs], axis=1
-        )
+        return np.stack([self.alone_us, np.ones(len(self.us)), reads * self.n_in, writes * self.n_out, weights * pairs], axis=1)
 
     def price(self, found: Floats, full: int) -> Price:
         """Return the price that fitted multiples of the parts mean; `full` is the product of the dense form's widths."""
@@ -89,7 +87,7 @@ def layer_prices(times: Mapping[str, LayerTimes], weights: Floats) -> dict[str, 
     kinds = dict[tuple[str, bool], list[str]]()
     for name, layer in times.items():
         kinds.setdefault(layer.kind, []).append(name)
-    found = {}
+    found = dict[str, Floats]()
     for names in kinds.values():
         rows = {name: _weighed(times[name], weights) for name in names}
         common = _common(np.vstack([system for system, _ in rows.values()]), np.concatenate([us for _, us in rows.values()]))
@@ -133,4 +131,5 @@ def overhead_price(op: str, layers: Sequence[str], times: OtherTimes, weights: F
     system = np.stack(columns, axis=1)[use] * weights[use, None]
     wanted = np.maximum(times.us, 0.0)[use] * weights[use]
     found = _ridge(system, wanted, _CAUTIOUS, np.zeros(len(columns)))
-    return Overhead(op, tuple(layers), *map(float, found), block=times.block)
+    fixed, slope, ragged_fixed, ragged_slope = map(float, (*found, 0.0, 0.0)[:4])
+    return Overhead(op, tuple(layers), fixed, slope, ragged_fixed, ragged_slope, times.block)
