@@ -277,7 +277,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Plan, train and measure; yield one row for each rung and seed that is complete."""
     target = load_target("cpu")
     device = Device(target)
-    settings = TrainSettings(epochs=args.epochs, distill=args.distill)
+    settings = TrainSettings(epochs=args.epochs, distill=args.distill, precision=args.precision)
     for seed in args.seeds:
         loaded = load_model(MODEL, args.weights)
         loaded.model.eval()
@@ -323,6 +323,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.5, help="of the dense model's latency")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--distill", type=float, default=0.0)
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="of training")
     parser.add_argument("--until", choices=["plan", "train"], help="stop before training, or before measuring")
     parser.add_argument("--work", type=Path, default=Path("runs/ladder"))
     args = parser.parse_args()
