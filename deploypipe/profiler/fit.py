@@ -23,7 +23,7 @@ from deploypipe.types import Graph, Kept, Layer
 DENSE, RANDOM = "dense", "random"
 _LEAST_US = 0.05  # a kernel is never free, whatever noise says
 _TRUST_TIMER = 0.05  # weight of what profiling adds to a kernel as it was measured apart
-_ALIKE = 0.5  # narrow forms whose layers are as full as that tell nothing about what only full ones take
+_ALIKE = 0.5  # narrow forms whose layers are as full as that do not tell what only full ones take; nor is that less than it
 
 Turn = tuple[Timing, Profile]  # of one model, right after each other
 
@@ -174,7 +174,8 @@ class _Seen:
             sums, full = (float(np.mean(us[narrow] / self.whole[narrow])) for us in (plain, crowded))
             if full * plain[0] < _ALIKE * sums * crowded[0]:
                 factor, price = map(float, np.linalg.solve([[plain[0], crowded[0]], [sums, full]], [dense_us, 1.0]))
-                return _crowded_by(replace(context, factor=factor), self._dense_us(context), price / factor)
+                if factor > 0 and price > -_ALIKE * factor:
+                    return _crowded_by(replace(context, factor=factor), self._dense_us(context), price / factor)
         return replace(context, factor=dense_us / float(plain[0]))
 
     def _dense_us(self, context: Context) -> dict[str, float]:

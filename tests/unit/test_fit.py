@@ -168,6 +168,16 @@ def test_a_dense_form_in_another_regime_is_exact_and_spoils_no_other(graph, tabl
     assert np.abs(errors(machine, found, narrow)).mean() < 0.025
 
 
+def test_nonsense_gives_no_negative_price(graph, table):
+    """A dense form that was measured three times too fast, as on a tiny model on a busy machine."""
+    forms, _ = Machine(graph, thrash=0.3).forms(table)
+    found = table.with_context(learned(graph, table, forms, TIMER))
+    assert found.predict(graph) == pytest.approx(forms[0].whole.median_us)
+    for plan in (KeepPlan({}), *unseen(graph, table)):
+        kept = graph.kept(plan)
+        assert all(term.price(term.n_in.at(kept), term.n_out.at(kept)) >= 0 for term in found.terms(graph))
+
+
 @pytest.mark.parametrize("thrash", [0.95, 1.0, 1.1])
 def test_budgets_up_to_the_whole_model_are_kept_and_used(graph, table, thrash):
     """Exact up to the dense form, whatever lies between it and what narrower forms tell: against all choices there are."""
