@@ -11,7 +11,8 @@ latency on ONNX Runtime, one thread. Rows:
 - `uniform`: equal shares, largest filters. `random`: one draw for each seed.
 - `torch-pruning`, `torch-pruning-taylor`: its global ranking by group norms, and by Taylor terms; widths rounded to 8, the
   ratio by bisection to the same budget; its own channels. Trained as the others are.
-- `taylor-sums`: the recipe with the exact allocator on sums, where branches may go. `...-measured`: `--value measured`.
+- `taylor-sums`: the exact allocator on sums of Taylor scores, where branches may go. `norms`: `depgraph` without training.
+- `...-measured`: `--value measured`; `-steps` with 50 steps of training for each plan, `-finalists` with three finalists.
 
 All plans are made on one latency table, then trained, then measured in turns with the dense model: the budget is a little below
 the share, so that the measured latency is at or below it. Steps lie in `--work`: the command can be stopped and run again, and
@@ -44,6 +45,7 @@ from deploypipe.compact import compact
 from deploypipe.count import macs, params
 from deploypipe.data.batches import batches, count, split
 from deploypipe.data.load import Data, load_data
+from deploypipe.errors import DeployPipeError
 from deploypipe.export import export_onnx, simplify_onnx
 from deploypipe.graph import trace
 from deploypipe.latency.table import LatencyTable
@@ -88,6 +90,7 @@ class Row:
 
 
 LEARNER = ("train_epochs",)
+NORMS = {"train_epochs": 0, "steps": 1}  # channels by the norm of all that they own, batch norms and readers included
 ROWS: Mapping[str, Row] = {
     "uniform": Row("erk", {"rule": "uniform"}),
     "random": Row("random"),
@@ -119,7 +122,10 @@ ROWS: Mapping[str, Row] = {
     "thinet-measured": Row("thinet", measured={}),
     "l2-measured-finalists": Row("l2", measured={"value_finalists": 3}),
     "l2-measured-steps": Row("l2", measured={"value_steps": 50}),
-    "taylor-measured-steps": Row("taylor", measured={"value_steps": 50}),
+    "norms": Row("depgraph", {"train_epochs": 0}),
+    "norms-measured": Row("depgraph", NORMS, measured={}),
+    "norms-measured-steps": Row("depgraph", NORMS, measured={"value_steps": 50}),
+    "norms-measured-finalists": Row("depgraph", NORMS, measured={"value_finalists": 3}),
 }
 MODELS = {"resnet20": ("cifar_resnet.py", "resnet20"), "mobilenetv2": ("cifar_mobilenet.py", "mobilenetv2")}
 
@@ -295,7 +301,11 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             with claimed(folder) as mine:
                 if not mine:
                     continue
-                before = planned(bench, name, row, folder)
+                try:
+                    before = planned(bench, name, row, folder)
+                except DeployPipeError as error:
+                    print(seed, name, error, flush=True)
+                    continue
                 print(seed, name, json.dumps(before), flush=True)
                 if args.until != "plan":
                     found[seed, name] = before | finished(bench, row, before, folder)

@@ -16,6 +16,7 @@ from deploypipe.training.settings import TrainSettings
 
 METRICS = ("latency", "macs", "params")
 VALUES = ("scores", "measured")
+AUTO = "auto"
 KEPT_BY_USER = "kept whole by --keep"
 
 
@@ -28,7 +29,7 @@ class Request:
         weights: File of trained weights.
         data: What `data.load_data` takes.
         target: Name or file of a target; several with commas between them: planned for the first, built for all.
-        algo: Name of a pruning algorithm.
+        algo: Name of a pruning algorithm, or "auto" for the recipe that did best (see `recipe`).
         budget: "50%", "3ms", "1.2M", ...
         metric: What the budget counts: latency, macs or params.
         epochs: Of fine-tuning; 0 only renews the batch norms.
