@@ -40,7 +40,7 @@ def build(
     weights: Weights = None,
     data: Annotated[str, typer.Option(help="demo, imagefolder:DIR, cifar10:DIR or file.py:factory.")] = "demo",
     target: TargetNames = "cpu",
-    algo: Annotated[str, typer.Option(help="Pruning algorithm: a name from `deploypipe algos`.")] = "thinet",
+    algo: Annotated[str, typer.Option(help="A name from `deploypipe algos`, or auto: what did best on the bench.")] = "auto",
     budget: Budget = "50%",
     metric: Annotated[str, typer.Option(help="What the budget counts: latency, macs or params.")] = "latency",
     epochs: Annotated[int, typer.Option(min=0, help="Epochs of fine-tuning; 0 only renews the batch norms.")] = 3,

@@ -57,7 +57,7 @@ class Request:
     weights: str | Path | None = None
     data: Any = "demo"
     target: str | Path = "cpu"
-    algo: str = "thinet"
+    algo: str = "auto"
     budget: str = "50%"
     metric: str = "latency"
     epochs: int = 3
@@ -141,7 +141,8 @@ class Request:
         if self.value_finalists < 1:
             raise UsageError(f"value_finalists is {self.value_finalists}", at="--value-finalists", fix="use 1 or more")
         parse_budget(self.budget, self.metric, float("inf"))
-        if getattr(make(self.algo, self.options), "sparse", False) and self.metric == "latency":
+        algorithm = None if self.algo == AUTO else make(self.algo, self.options)
+        if getattr(algorithm, "sparse", False) and self.metric == "latency":
             raise UsageError(
                 f"'{self.algo}' sets single weights to zero: no dense runtime skips them, so that no latency is saved",
                 at="--metric latency",

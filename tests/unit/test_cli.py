@@ -62,7 +62,7 @@ class Request:
     weights: Path | None = None
     data: str = "demo"
     target: str = "cpu"
-    algo: str = "thinet"
+    algo: str = "auto"
     budget: str = "50%"
     metric: str = "latency"
     epochs: int = 3
