@@ -121,8 +121,8 @@ SCORERS: dict[str, Info] = {
             Option(
                 "widths",
                 "threshold",
-                "what decides widths: one threshold, equal shares, or exactly by shares or by sums",
-                choices=("threshold", "uniform", "shares", "sums"),
+                "what decides widths: one threshold, equal shares, or the exact allocator",
+                choices=("threshold", "uniform", "shares"),
             ),
         ),
     ),

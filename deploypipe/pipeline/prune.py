@@ -90,8 +90,8 @@ def prune(  # noqa: PLR0913, PLR0917 - the public surface, named arguments in pr
 
 def _check(request: Request, algo: str, data: Any) -> None:
     """Refuse what ends in no plan of channels."""
-    if request.value == "measured" and data is None:
-        message, fix = "widths are measured on images, and there are none", "give data, or another algo"
+    if request.value != "scores" and data is None:
+        message, fix = "widths are judged on images, and there are none", "give data, or another algo"
         raise UsageError(message, at=f"algo='{algo}'", fix=fix)
     if getattr(make(request.algo, request.options), "sparse", False):
         message, fix = f"'{algo}' leaves zeros in weights and cuts no channels", "use deploypipe.build: it keeps the weights"

@@ -15,7 +15,7 @@ from deploypipe.targets import Target, load_target
 from deploypipe.training.settings import TrainSettings
 
 METRICS = ("latency", "macs", "params")
-VALUES = ("scores", "measured")
+VALUES = ("scores", "taylor", "measured")
 AUTO = "auto"
 KEPT_BY_USER = "kept whole by --keep"
 
@@ -44,9 +44,9 @@ class Request:
         accuracy_floor: Fail below this share of the test set.
         keep: Groups to leave whole.
         table: Folder of a latency table to use instead of measuring one; refused if it does not hold on this device.
-        value: What a width is worth: what the algorithm's "scores" say, or the "measured" rise of the loss on held-out images.
+        value: What a width is worth: what the algorithm's "scores" say; the change of the loss to first order ("taylor"); or
+            the "measured" rise of the loss on held-out images. With the latter two, whole branches may go.
         value_rounds: How often widths are measured again around the solution, at most.
-        value_steps: Optimizer steps that every plan is trained before its loss is measured.
         sparsity: "2:4" gives the pruned model 2:4 weights before it is fine-tuned; "" leaves them dense.
         value_finalists: How many of the plans tried are trained for one epoch each before one is taken; 1: none.
         host: Which device, instead of the one that the target names.
@@ -73,7 +73,6 @@ class Request:
     table: str | Path | None = None
     value: str = "scores"
     value_rounds: int = 2
-    value_steps: int = 0
     sparsity: str = ""
     value_finalists: int = 1
     host: str | None = None
@@ -139,8 +138,6 @@ class Request:
             raise UsageError(f"unknown value '{self.value}'", at="--value", fix=nearest(self.value, VALUES))
         if self.value_rounds < 0:
             raise UsageError(f"value_rounds is {self.value_rounds}", at="--value-rounds", fix="use 0 or more")
-        if self.value_steps < 0:
-            raise UsageError(f"value_steps is {self.value_steps}", at="--value-steps", fix="use 0 or more")
         if self.value_finalists < 1:
             raise UsageError(f"value_finalists is {self.value_finalists}", at="--value-finalists", fix="use 1 or more")
         parse_budget(self.budget, self.metric, float("inf"))

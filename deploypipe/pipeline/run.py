@@ -120,7 +120,7 @@ class Run:
         request = self.request
         source = self.table if request.metric == "latency" else request.metric
         key = [request.algo, asdict(self.algorithm), self.budget, source, self.data.key, request.seed, request.keep]
-        return [*key, self.dense_key, *([request.value] if request.value == "measured" else [])]
+        return [*key, self.dense_key, *([request.value] if request.value != "scores" else [])]
 
     @cached_property
     def meter(self) -> HeldOut | None:
