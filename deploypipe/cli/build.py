@@ -67,8 +67,8 @@ def build(
 
     request = pipeline.Request(
         model, weights, data, target, algo, budget, metric, epochs, out, seed, parse_settings(settings or ()),
-        distill=distill, lr=lr, batch_size=batch_size, threads=threads, accuracy_floor=accuracy_floor,
-        keep=tuple(keep or ()), table=table, value=value, value_rounds=value_rounds, value_finalists=value_finalists,
+        distill=distill, lr=lr, batch_size=batch_size, threads=threads, accuracy_floor=accuracy_floor, keep=tuple(keep or ()),
+        table=table, value=value, value_rounds=value_rounds, value_finalists=value_finalists,
         host=host, sparsity=sparsity, train_precision=train_precision, command=shlex.join(["deploypipe", *(context.obj or ())]),
     )  # fmt: skip
     with console.progress() as reporter:
