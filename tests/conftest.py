@@ -7,7 +7,10 @@ import pytest
 import torch
 from ssh_server import SSHD, SshServer, device_python
 
+from tests.hasty import hasten
+
 torch.set_num_threads(1)
+hasten()
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -3,7 +3,7 @@
 from deploypipe.algorithms.info import Info
 from deploypipe.algorithms.options import Option
 
-_WIDTHS = ("threshold", "uniform", "shares", "sums")
+_WIDTHS = ("threshold", "uniform", "shares")
 _TRAINING = ("data", "labels", "gradients", "training")
 
 

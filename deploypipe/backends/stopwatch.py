@@ -18,7 +18,6 @@ import numpy as np
 
 FEW, MANY = 6, 12  # the runs of each model come in so many turns, so that slow drift meets all models alike
 REWARM = 2  # runs at the start of a turn that do not count
-LEAST_US = 1500.0  # of a run: of a faster model as many are made, so that short disturbances weigh no more than for slow ones
 
 Request = Dict[str, Any]
 
@@ -99,12 +98,12 @@ def quiet_turns(turn: Callable[[], Any], cores: Cores, request: Request, wanted:
 
 
 def bench(runs: Mapping[str, Callable[[], Any]], cores: Cores, request: Request) -> dict[str, Any]:
-    """Time whole models, each run by a call, in turns."""
+    """Time whole models in turns, each run by a call, or by as many as take `least_us` together."""
     wanted, per_block = turns_of(request)
     often = {}
     for name, once in runs.items():
         takes = [timed(once)[0] for _ in range(max(1, request["warmup"]))]
-        often[name] = per_block * max(1, int(LEAST_US / min(takes)))
+        often[name] = per_block * max(1, int(request["least_us"] / min(takes)))
 
     times: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in runs}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from command_line import N_PLANS, Finished, Start, arguments
 
+from tests.hasty import hasten
 from tests.ready import READY
 
 
@@ -25,6 +26,7 @@ def _child(argv: list[str], home: Path, log: Path) -> None:
     from deploypipe.profiler import context  # noqa: PLC0415
 
     context.N_PLANS = N_PLANS
+    hasten()
     torch.set_num_threads(1)
     with open(1, "w", closefd=False) as sys.stdout, open(2, "w", closefd=False) as sys.stderr:
         code = run(argv)

@@ -14,7 +14,6 @@ from deploypipe.cli.main import run
 from deploypipe.errors import BackendError
 from deploypipe.job import PYTHON, Job
 from deploypipe.latency.widths import Steps
-from deploypipe.profiler import bench
 from deploypipe.profiler import measure as profiler
 from deploypipe.runners import load_runner, remote
 from deploypipe.targets import cache_folder, load_target
@@ -40,7 +39,6 @@ def _quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEPLOYPIPE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(profiler, "learn_steps", lambda measure: STEPS)
     monkeypatch.setattr(profiler, "_PER_JOB", 4)
-    monkeypatch.setattr(bench, "_AGAIN", 1)
     monkeypatch.setattr(remote, "PAUSES_S", (0.1, 0.2))
 
 
