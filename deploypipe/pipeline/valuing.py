@@ -18,6 +18,7 @@ from deploypipe.data.load import Data
 from deploypipe.errors import BudgetError, UsageError
 from deploypipe.ingredients.removal import removable
 from deploypipe.pipeline.given import given
+from deploypipe.pipeline.recipe import resolved
 from deploypipe.pipeline.request import Request
 from deploypipe.plan import Certificate, KeepPlan
 from deploypipe.profiler.measure import profile
@@ -145,7 +146,7 @@ def sensitivity(request: Request, reporter: Reporter | None = None) -> Curves:
     Raises:
         DeployPipeError: By class: see `errors`.
     """
-    tell = reporter or Silent()
+    tell, request = reporter or Silent(), resolved(request)
     request.check()
     opened = given(request, tell)
     loaded, data, graph = opened.loaded, opened.data, opened.graph

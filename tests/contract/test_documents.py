@@ -16,6 +16,7 @@ from deploypipe.cli.main import app
 from deploypipe.count import MacTable
 from deploypipe.graph import trace
 from deploypipe.models.load import load_model
+from deploypipe.pipeline.request import AUTO
 from deploypipe.runners import RUNNERS
 from deploypipe.targets import list_targets
 from tests.toys import TOYS
@@ -80,7 +81,7 @@ def test_the_readme_names_every_algorithm_and_every_target() -> None:
     rows = [
         cell for line in text.splitlines() if line.startswith("| `") for cell in re.findall(r"`([^`]+)`", line.split("|")[1])
     ]
-    assert sorted(set(ALGORITHMS) | set(list_targets())) == sorted(row for row in rows if not row.startswith("--"))
+    assert sorted({AUTO, *ALGORITHMS} | set(list_targets())) == sorted(row for row in rows if not row.startswith("--"))
 
 
 def test_the_model_in_the_readme_can_be_loaded(tmp_path: Path) -> None:

@@ -271,9 +271,12 @@ def test_bench_without_layers_shows_the_whole_alone(pipeline: FakePipeline, caps
 @pytest.mark.parametrize(
     ("line", "request_"),
     [
-        ("sensitivity", Request(metric="macs")),
+        ("sensitivity", Request(algo="thinet", metric="macs")),
         ("sensitivity --target jetson --algo l2 --seed 3", Request(target="jetson", algo="l2", seed=3)),
-        ("sensitivity --set images=64 --keep stem", Request(metric="macs", options={"images": "64"}, keep=("stem",))),
+        (
+            "sensitivity --set images=64 --keep stem",
+            Request(algo="thinet", metric="macs", options={"images": "64"}, keep=("stem",)),
+        ),
     ],
 )
 def test_sensitivity_shows_what_each_width_loses_and_saves(
