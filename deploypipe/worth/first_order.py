@@ -44,10 +44,12 @@ def first_order(problem: Problem) -> dict[str, NDArray[np.float64]]:
 def by_first_order(problem: Problem, orders: Orders, values: Values) -> tuple[dict[str, int], Certificate]:
     """Return the widths of the largest summed worth within the budget; a branch worth less than its cost goes as a whole.
 
-    An `Allocator`: `values` of the algorithm do not count, its orders do.
+    An `Allocator`: how many channels a group needs is said by how its worth is spread, best first; which ones stay is the
+    algorithm's order, and its `values` do not count. Summed in another order, the worth of a group rises in fits and starts, and
+    the best sum leaves a part of the budget unused.
     """
     worth = first_order(problem)
-    sums = {name: prefix_sums(worth[name][np.asarray(order)]) for name, order in orders.items() if name in worth}
+    sums = {name: prefix_sums(np.sort(worth[name])[::-1]) for name in orders if name in worth}
     gone = [name for name in removable(problem.model, problem.graph) if name in sums]
     widths = vanishing(problem.table.candidates(problem.graph), gone)
     return allocate_widths(problem.graph, sums, problem.table, problem.budget, candidates=widths)
