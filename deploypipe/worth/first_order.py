@@ -45,8 +45,8 @@ def by_first_order(problem: Problem, orders: Orders, values: Values) -> tuple[di
     """Return the widths of the largest summed worth within the budget; a branch worth less than its cost goes as a whole.
 
     An `Allocator`: how many channels a group needs is said by how its worth is spread, best first; which ones stay is the
-    algorithm's order, and its `values` do not count. Summed in another order, the worth of a group rises in fits and starts, and
-    the best sum leaves a part of the budget unused.
+    algorithm's order, and its `values` do not count. Summed in another order, the worth of a group rises in fits and
+    starts, and the best sum leaves a part of the budget unused.
     """
     worth = first_order(problem)
     sums = {name: prefix_sums(np.sort(worth[name])[::-1]) for name in orders if name in worth}
