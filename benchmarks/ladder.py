@@ -20,7 +20,6 @@ Then all plans get the same fine-tuning and are measured in turns with the dense
 """
 
 import argparse
-import copy
 import csv
 import json
 import tempfile
@@ -34,6 +33,7 @@ import numpy as np
 import torch
 from allocator import threshold_widths, uniform_widths
 from machine import describe
+from peers import torch_pruning
 from torch import nn
 
 from deploypipe.allocation.allocate import allocate_widths, first_channels, ranking
@@ -44,21 +44,21 @@ from deploypipe.data.batches import batches
 from deploypipe.data.load import Data, load_data
 from deploypipe.errors import BudgetError
 from deploypipe.export import export_onnx, simplify_onnx
-from deploypipe.gradients import gate_gradient
 from deploypipe.graph import trace
-from deploypipe.heldout import HeldOut, memo_name
+from deploypipe.ingredients.gradients import gate_gradient
+from deploypipe.ingredients.removal import removable
 from deploypipe.models.load import Loaded, load_model
 from deploypipe.pipeline.stages import Device
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler.measure import profile
 from deploypipe.progress import Silent
-from deploypipe.removal import removable
-from deploypipe.sensitivity import Sensitivity
 from deploypipe.targets import load_target
 from deploypipe.training.evaluate import evaluate, recalibrate
 from deploypipe.training.finetune import finetune
 from deploypipe.training.settings import TrainSettings
 from deploypipe.types import Graph
+from deploypipe.worth.heldout import HeldOut, memo_name
+from deploypipe.worth.sensitivity import Sensitivity
 
 RESULTS = Path(__file__).with_name("results") / "ladder.csv"
 MODEL = str(Path(__file__).parents[1] / "examples" / "cifar_resnet.py") + ":resnet20"
@@ -182,37 +182,8 @@ def ranked(bench: Bench, widths: Callable[..., Kept], *given: Any) -> KeepPlan:
     return bench.plan(widths(bench.graph, bench.table, bench.budget, bench.scores, *given))
 
 
-def torch_pruning(bench: Bench) -> KeepPlan:
-    """Return what Torch-Pruning keeps, found again in our groups by the scales of the batch norms, which it slices."""
-    import torch_pruning as tp  # noqa: PLC0415 - in the dependency group `bench`
-
-    def pruned(ratio: float) -> KeepPlan:
-        model = copy.deepcopy(bench.loaded.model).eval()
-        for stage in (model.layer2, model.layer3):  # it only follows convolutions that are modules
-            weight = stage[0].shortcut.weight
-            stage[0].shortcut = nn.Conv2d(weight.shape[1], weight.shape[0], 1, 2, bias=False)
-            stage[0].shortcut.weight = nn.Parameter(weight.clone())
-        model.requires_grad_(True)
-        pruner = tp.pruner.BasePruner(
-            model, bench.loaded.example, importance=tp.importance.GroupMagnitudeImportance(), global_pruning=True,
-            pruning_ratio=ratio, round_to=8, ignored_layers=[model.linear],
-        )  # fmt: skip
-        pruner.step()
-        small = dict(model.named_parameters())
-        keep = {}
-        for group in bench.graph.prunable:
-            name = next(m.param for m in group.members if m.role == "carries" and m.param.endswith("weight"))
-            whole = dict(bench.loaded.model.named_parameters())[name]
-            keep[group.name] = tuple(np.flatnonzero(torch.isin(whole, small[name]).numpy()).tolist())
-            assert len(keep[group.name]) == len(small[name])
-        return KeepPlan(keep, fingerprint=bench.graph.fingerprint)
-
-    low, high = 0.0, 0.95
-    for _ in range(10):
-        middle = (low + high) / 2
-        fits = bench.table.predict(bench.graph, pruned(middle)) <= bench.budget
-        low, high = (low, middle) if fits else (middle, high)
-    return pruned(high)
+def peer(bench: Bench) -> KeepPlan:
+    return torch_pruning(bench.loaded.model, bench.loaded.example, bench.graph, bench.table, bench.budget)
 
 
 RUNGS: dict[str, Callable[[Bench], KeepPlan]] = {
@@ -223,7 +194,7 @@ RUNGS: dict[str, Callable[[Bench], KeepPlan]] = {
     "macs-curves-remove": lambda b: measured(b, "macs", 0, True),
     "threshold": lambda b: ranked(b, threshold_widths),
     "table-sum-remove": lambda b: summed(b, "table", "raw", True),
-    "torch-pruning": torch_pruning,
+    "torch-pruning": peer,
     "table-curves-search": lambda b: measured(b, "table", ROUNDS, False),
     "table-curves-remove": lambda b: measured(b, "table", 0, True),
     "table-share": lambda b: summed(b, "table", "share", False),

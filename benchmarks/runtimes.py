@@ -30,11 +30,11 @@ import cifar_resnet
 import deploypipe as dp
 from deploypipe.backends import load_backend
 from deploypipe.backends.base import MAX_FOREIGN
-from deploypipe.figures import microseconds, size
 from deploypipe.graph import trace
 from deploypipe.models.weights import read_weights
 from deploypipe.pipeline.stages import Device
 from deploypipe.profiler.export import exported
+from deploypipe.reports.figures import microseconds, size
 from deploypipe.targets import Target, list_targets, load_target
 from deploypipe.verify import check, outputs_of
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from deploypipe.pipeline.prune import prune as prune
     from deploypipe.plan import KeepPlan as KeepPlan
     from deploypipe.profiler.measure import profile as profile
-    from deploypipe.report import Report as Report
+    from deploypipe.reports.report import Report as Report
     from deploypipe.saved import load as load
     from deploypipe.targets import Target as Target
     from deploypipe.targets import load_target as load_target
@@ -42,7 +42,7 @@ _EXPORTS = {  # name -> module, imported on first use: `import deploypipe` alone
     "KeepPlan": "deploypipe.plan",
     "LatencyTable": "deploypipe.latency.table",
     "Member": "deploypipe.types",
-    "Report": "deploypipe.report",
+    "Report": "deploypipe.reports.report",
     "Target": "deploypipe.targets",
     "algorithms": "deploypipe.algorithms",
     "allocate": "deploypipe.allocation.allocate",

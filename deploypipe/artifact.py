@@ -4,9 +4,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from deploypipe.backends.base import KernelTime, Profile
-from deploypipe.figures import microseconds
 from deploypipe.measurement import Latency
-from deploypipe.render import Row
+from deploypipe.reports.figures import microseconds
+from deploypipe.reports.render import Row
 
 COLUMNS = ("", "kernel", "operation", "layer", "median", "p10", "p90", "share of sum")
 

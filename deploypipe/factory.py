@@ -7,6 +7,7 @@ import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
 from importlib.machinery import ModuleSpec, SourceFileLoader
@@ -19,6 +20,7 @@ from deploypipe.errors import DeployPipeError, UsageError, nearest
 
 _STDLIB = Path(sysconfig.get_path("stdlib")).resolve()
 _HERE = Path(__file__).resolve().parent
+_LISTED = 20  # names of files in one message
 
 
 def find_factory(spec: str, *, option: str, error: type[DeployPipeError]) -> Callable[[], Any]:
@@ -63,19 +65,26 @@ def source_file(spec: str, at: str = "") -> Path | None:
         return None
     path = Path(source).expanduser().resolve()
     if not path.is_file():
-        raise UsageError(f"there is no file '{source}'", at=at or spec, fix=near_path(path))
+        advice = near_path(path, "Python file", lambda entry: entry.suffix == ".py" and entry.is_file())
+        raise UsageError(f"there is no file '{source}'", at=at or spec, fix=advice)
     return path
 
 
-def near_path(path: Path) -> str:
-    """Return advice for a path that does not exist: the nearest name in its folder, or the part that is missing."""
+def near_path(path: Path, what: str, fits: Callable[[Path], bool]) -> str:
+    """Return advice for a path that does not exist: the names in its folder that may be meant, or the part that is missing.
+
+    Args:
+        path: Absolute.
+        what: What it should be ("Python file").
+        fits: Whether an entry of the folder is one.
+    """
     parent = path.parent
     if not parent.is_dir():
         missing = next(folder for folder in (parent, *parent.parents) if folder.parent.is_dir())
         return f"the folder '{missing}' does not exist either"
-    names = [entry.name for entry in parent.iterdir() if not entry.name.startswith(".")]
-    names.sort(key=lambda name: Path(name).suffix != path.suffix)
-    return nearest(path.name, names[:20]) if names else f"the folder '{parent}' is empty"
+    names = [entry.name for entry in parent.iterdir() if fits(entry) and not entry.name.startswith(".")]
+    close = get_close_matches(path.name, names, n=_LISTED, cutoff=0)
+    return nearest(path.name, close) if close else f"there is no {what} in '{parent}'"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from deploypipe.errors import BackendError
-from deploypipe.report import Check
+from deploypipe.reports.report import Check
 
 Arrays = Mapping[str, NDArray[np.generic]]
 

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from deploypipe.ledger import Entry
 from deploypipe.measurement import Latency, Round
 from deploypipe.plan import Certificate
-from deploypipe.report import BudgetOutcome, Check, GroupOutcome, Report, Side
+from deploypipe.reports.ledger import Entry
+from deploypipe.reports.report import BudgetOutcome, Check, GroupOutcome, Report, Side
 
 ROUNDS = (
     Round(1.0, 59.5, 59.4, 60.1, Latency(61.0, 60.1, 64.0, 200), Latency(120.2, 118.1, 130.0, 200)),

@@ -23,13 +23,13 @@ from torch import nn
 from deploypipe.algorithms.base import Problem, judged, shared_out
 from deploypipe.algorithms.masking import masked_plan
 from deploypipe.algorithms.options import option
-from deploypipe.density import Prices, prices, require_within, uniform
 from deploypipe.errors import NotApplicable
+from deploypipe.ingredients.density import Prices, prices, require_within, uniform
+from deploypipe.ingredients.projections import KeepRows, KeepTwoInFour, KeepUnits, require_sparse_shape
+from deploypipe.ingredients.proximal import AdmmHook, Constraint
+from deploypipe.ingredients.stacks import SIDES, Stack
+from deploypipe.ingredients.statistics import weights
 from deploypipe.plan import KeepPlan
-from deploypipe.projections import KeepRows, KeepTwoInFour, KeepUnits, require_sparse_shape
-from deploypipe.proximal import AdmmHook, Constraint
-from deploypipe.stacks import SIDES, Stack
-from deploypipe.statistics import weights
 from deploypipe.training.trainer import Trainer
 
 

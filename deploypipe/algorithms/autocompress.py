@@ -23,16 +23,16 @@ from deploypipe.algorithms.base import Problem, judged, labelled, signed
 from deploypipe.algorithms.options import option
 from deploypipe.allocation.allocate import cheapest_widths, first_channels, ranking, unproved
 from deploypipe.allocation.scaled import nearest_width
-from deploypipe.annealing import Rates, Schedule, anneal, guided, rescaled
 from deploypipe.compact import compact
-from deploypipe.expand import expanded
-from deploypipe.judge import Judge
+from deploypipe.ingredients.annealing import Rates, Schedule, anneal, guided, rescaled
+from deploypipe.ingredients.expand import expanded
+from deploypipe.ingredients.judge import Judge
+from deploypipe.ingredients.projections import KeepRows
+from deploypipe.ingredients.proximal import AdmmHook, Constraint
+from deploypipe.ingredients.purify import dead
+from deploypipe.ingredients.stacks import Stack
+from deploypipe.ingredients.statistics import weights
 from deploypipe.plan import KeepPlan
-from deploypipe.projections import KeepRows
-from deploypipe.proximal import AdmmHook, Constraint
-from deploypipe.purify import dead
-from deploypipe.stacks import Stack
-from deploypipe.statistics import weights
 from deploypipe.training.trainer import Trainer
 
 MOST_PURIFIED = 0.5  # of the channels that are left in a group

@@ -21,11 +21,11 @@ from torch import nn
 from deploypipe.algorithms.base import Problem, filter_norms, judged, labelled, signed
 from deploypipe.algorithms.options import option
 from deploypipe.allocation.allocate import cheapest_widths, ranking, unproved
-from deploypipe.judge import Judge
-from deploypipe.permute import permuted
+from deploypipe.ingredients.judge import Judge
+from deploypipe.ingredients.permute import permuted
+from deploypipe.ingredients.statistics import weights
+from deploypipe.ingredients.supernet import Sandwich
 from deploypipe.plan import KeepPlan
-from deploypipe.statistics import weights
-from deploypipe.supernet import Sandwich
 from deploypipe.training.evaluate import Accuracy
 from deploypipe.training.fresh import fresh
 from deploypipe.training.trainer import Trainer

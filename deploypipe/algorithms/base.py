@@ -13,16 +13,17 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from deploypipe.allocation.allocate import allocate_widths, plan_of, ranking
+from deploypipe.allocation.allocate import allocate_widths, plan_of, ranking, vanishing
 from deploypipe.allocation.pattern import mask_losses
 from deploypipe.allocation.pattern import n_readers as n_readers  # noqa: PLC0414 - part of what an algorithm may import from here
 from deploypipe.allocation.threshold import threshold_widths, uniform_widths
 from deploypipe.cost import CostTable
 from deploypipe.errors import NotApplicable, UsageError
+from deploypipe.ingredients.removal import removable
+from deploypipe.ingredients.stacks import rows as rows  # noqa: PLC0414 - part of what an algorithm may import from here
+from deploypipe.ingredients.statistics import weights
 from deploypipe.plan import Certificate, KeepPlan
 from deploypipe.progress import Reporter, Silent
-from deploypipe.stacks import rows as rows  # noqa: PLC0414 - part of what an algorithm may import from here
-from deploypipe.statistics import weights
 from deploypipe.types import Graph, Group, Member
 
 T = TypeVar("T")
@@ -175,7 +176,7 @@ def allocated(
     return signed(algorithm, plan_of(problem.graph, orders, kept, certificate), skipped)
 
 
-SHARED_OUT = ("threshold", "uniform", "shares")
+SHARED_OUT = ("threshold", "uniform", "shares", "sums")
 
 
 def shared_out(
@@ -188,16 +189,23 @@ def shared_out(
         problem: What was asked. An allocator other than the default decides the widths instead.
         scores: Group -> (C,) scores, higher = keep; comparable across groups if one threshold is to cut them.
         skipped: Group -> why it was not judged and stays whole.
-        how: One "threshold" over all channels; the same share of every group ("uniform"); or "shares", the exact allocator on
-            `log_share` of the scores.
+        how: One "threshold" over all channels; the same share of every group ("uniform"); "shares", the exact allocator on
+            `log_share` of the scores; or "sums", the exact allocator on the scores as they are, for scores that say what the
+            loss of a channel costs: a branch that costs less than it takes may then go as a whole.
     """
     orders = {name: ranking(score) for name, score in scores.items()}
+    if how == "sums" and problem.allocator is by_values:
+        values = {name: _sums(score[orders[name]]) for name, score in scores.items()}
+        gone = [name for name in removable(problem.model, problem.graph) if name in values]
+        widths = vanishing(problem.table.candidates(problem.graph), gone)
+        kept, certificate = best_widths(problem, orders, values, widths)
+        return signed(algorithm, plan_of(problem.graph, orders, kept, certificate), skipped)
     if how == "shares" or problem.allocator is not by_values:
         graph = problem.graph
         values = {name: n_readers(graph.group(name)) * log_share(score[orders[name]]) for name, score in scores.items()}
         return allocated(algorithm, problem, orders, values, skipped)
-    widths = uniform_widths if how == "uniform" else threshold_widths
-    kept, certificate = widths(problem.graph, scores, problem.table, problem.budget)
+    solve = uniform_widths if how == "uniform" else threshold_widths
+    kept, certificate = solve(problem.graph, scores, problem.table, problem.budget)
     return signed(algorithm, plan_of(problem.graph, orders, kept, certificate), skipped)
 
 
@@ -238,6 +246,11 @@ def log_share(scores: NDArray[np.float64]) -> NDArray[np.float64]:
         shifted = np.ones_like(shifted)  # nothing tells the channels apart: every one is an equal share
     with np.errstate(divide="ignore"):
         return np.concatenate([[-np.inf], np.log(np.cumsum(shifted) / shifted.sum())])
+
+
+def _sums(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the (C + 1,) sums of the first w scores; channels that are gone already (negative) are worth nothing."""
+    return np.concatenate([[0.0], np.cumsum(scores.clip(min=0.0))])
 
 
 def producers(group: Group, weights: Mapping[str, Tensor]) -> list[Member]:

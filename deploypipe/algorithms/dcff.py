@@ -25,10 +25,10 @@ from deploypipe.algorithms.options import option
 from deploypipe.allocation.allocate import ranking
 from deploypipe.compact import compact, kept_slots
 from deploypipe.errors import NotApplicable
-from deploypipe.expand import expanded
-from deploypipe.fusion import COLDEST, Fusing, fuse, importance, likeness, settle
+from deploypipe.ingredients.expand import expanded
+from deploypipe.ingredients.fusion import COLDEST, Fusing, fuse, importance, likeness, settle
+from deploypipe.ingredients.statistics import readable, weights
 from deploypipe.plan import KeepPlan
-from deploypipe.statistics import readable, weights
 from deploypipe.training.fresh import fresh
 from deploypipe.training.trainer import Trainer
 from deploypipe.types import Group, Member

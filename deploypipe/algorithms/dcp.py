@@ -25,10 +25,10 @@ from deploypipe.algorithms.options import option
 from deploypipe.algorithms.reconstruction import readers, reconstructed
 from deploypipe.algorithms.stages import Stages, staged
 from deploypipe.allocation.allocate import cheapest_widths
+from deploypipe.ingredients.selection import select
+from deploypipe.ingredients.stacks import Stack
 from deploypipe.plan import KeepPlan
 from deploypipe.progress import counted
-from deploypipe.selection import select
-from deploypipe.stacks import Stack
 from deploypipe.training.trainer import Trainer
 
 

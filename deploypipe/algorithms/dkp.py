@@ -22,14 +22,14 @@ from deploypipe.algorithms.base import Problem, labelled
 from deploypipe.algorithms.masking import masked_plan
 from deploypipe.algorithms.options import option
 from deploypipe.algorithms.stages import Stages, staged
-from deploypipe.density import prices, uniform
 from deploypipe.errors import NotApplicable
+from deploypipe.ingredients.density import prices, uniform
+from deploypipe.ingredients.purify import silenced
+from deploypipe.ingredients.selection import select
+from deploypipe.ingredients.stacks import Stack
+from deploypipe.ingredients.statistics import readable
 from deploypipe.plan import KeepPlan
 from deploypipe.progress import counted
-from deploypipe.purify import silenced
-from deploypipe.selection import select
-from deploypipe.stacks import Stack
-from deploypipe.statistics import readable
 from deploypipe.training.trainer import Trainer
 
 

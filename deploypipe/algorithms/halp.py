@@ -23,10 +23,10 @@ from deploypipe.algorithms.base import Problem, allocated, judged, labelled
 from deploypipe.algorithms.options import option
 from deploypipe.allocation.allocate import cheapest_widths, ranking
 from deploypipe.compact import masked_slots
-from deploypipe.gradients import gate_gradient
+from deploypipe.ingredients.gradients import gate_gradient
+from deploypipe.ingredients.statistics import batch_size
 from deploypipe.plan import KeepPlan
 from deploypipe.progress import Reporter, counted
-from deploypipe.statistics import batch_size
 from deploypipe.training.adapt import Adapting
 from deploypipe.types import Graph
 

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from deploypipe.algorithms.base import Problem
 from deploypipe.algorithms.masking import masked_plan
 from deploypipe.algorithms.options import option
-from deploypipe.density import largest, prices
 from deploypipe.errors import UsageError
+from deploypipe.ingredients.density import largest, prices
+from deploypipe.ingredients.statistics import generator
 from deploypipe.plan import KeepPlan
-from deploypipe.statistics import generator
 from deploypipe.training.fresh import fresh
 from deploypipe.training.masked import MaskedWeights
 from deploypipe.training.rewind import Rewind

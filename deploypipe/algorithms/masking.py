@@ -5,8 +5,8 @@ from typing import Any
 
 from deploypipe.algorithms.base import Problem, signed
 from deploypipe.allocation.allocate import unproved
-from deploypipe.density import prices, require_within
 from deploypipe.errors import BudgetError
+from deploypipe.ingredients.density import prices, require_within
 from deploypipe.plan import KeepPlan
 
 

@@ -22,8 +22,8 @@ from deploypipe.algorithms.options import option
 from deploypipe.allocation.allocate import cheapest_widths, ranking, unproved
 from deploypipe.compact import compact, masked_slots
 from deploypipe.data.batches import Samples, count, split
+from deploypipe.ingredients.statistics import batch_size, weights
 from deploypipe.plan import KeepPlan
-from deploypipe.statistics import batch_size, weights
 from deploypipe.training.adapt import Adapting
 from deploypipe.training.evaluate import evaluate, recalibrate
 

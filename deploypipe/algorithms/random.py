@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deploypipe.algorithms.base import Criterion, Statistics
-from deploypipe.statistics import generator
+from deploypipe.ingredients.statistics import generator
 from deploypipe.types import Group
 
 

@@ -24,9 +24,9 @@ from deploypipe.allocation.allocate import cheapest_widths, first_channels, plan
 from deploypipe.allocation.scaled import nearest_width
 from deploypipe.compact import compact
 from deploypipe.data.batches import count, split
+from deploypipe.ingredients.statistics import batch_size, generator
 from deploypipe.plan import KeepPlan
 from deploypipe.progress import counted
-from deploypipe.statistics import batch_size, generator
 from deploypipe.training.evaluate import Accuracy, evaluate, recalibrate
 
 MOST_HELD_OUT = 0.5

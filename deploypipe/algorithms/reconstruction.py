@@ -17,9 +17,9 @@ from deploypipe.algorithms.base import Problem
 from deploypipe.branch import branches, removed_params
 from deploypipe.compact import kept_slots
 from deploypipe.errors import NotApplicable
+from deploypipe.ingredients.statistics import BATCH, FeatureTap, batch_size, images, readable, rebase_norms, weights
 from deploypipe.plan import KeepPlan
 from deploypipe.progress import counted
-from deploypipe.statistics import BATCH, FeatureTap, batch_size, images, readable, rebase_norms, weights
 from deploypipe.types import Member
 
 Matrix = NDArray[np.float64]

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from deploypipe.algorithms.base import filter_norms, producers, rows
-from deploypipe.gates import norms_of
-from deploypipe.statistics import evaluating, generator, trained_weights, weights
+from deploypipe.ingredients.gates import norms_of
+from deploypipe.ingredients.statistics import evaluating, generator, trained_weights, weights
 from deploypipe.types import Graph, Group
 
 WEISZFELD_STEPS = 200

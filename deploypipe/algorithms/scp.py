@@ -23,9 +23,9 @@ from torch.utils.hooks import RemovableHandle
 from deploypipe.algorithms.base import SHARED_OUT, Problem, judged, shared_out
 from deploypipe.algorithms.options import option
 from deploypipe.errors import NotApplicable
-from deploypipe.gates import Norm, fold_gates, gate_forward, last_norms, norms_of
+from deploypipe.ingredients.gates import Norm, fold_gates, gate_forward, last_norms, norms_of
+from deploypipe.ingredients.statistics import evaluating
 from deploypipe.plan import KeepPlan
-from deploypipe.statistics import evaluating
 from deploypipe.training.settings import TrainHook
 from deploypipe.training.trainer import Trainer
 from deploypipe.types import Graph, Group
@@ -43,7 +43,7 @@ class Scp:
     train_epochs: int = option(5, "epochs of training with sampled masks, before channels are chosen", low=0)
     lambda_: float = option(0.0, "weight of the penalty on the number of channels that stay; 0 lets reach decide", low=0)
     reach: float = option(3.0, "how far a gradient of 1 times the penalty's weight moves a shift during the training", low=0)
-    widths: str = option("threshold", "what decides widths: one threshold, equal shares, or the exact allocator",
+    widths: str = option("threshold", "what decides widths: one threshold, equal shares, or exactly by shares or by sums",
                          choices=SHARED_OUT)  # fmt: skip
 
     def train(self, problem: Problem, trainer: Trainer) -> nn.Module:

@@ -25,8 +25,8 @@ from deploypipe.algorithms.options import option
 from deploypipe.allocation.allocate import cheapest_widths, ranking
 from deploypipe.compact import masked_slots
 from deploypipe.errors import NotApplicable
+from deploypipe.ingredients.statistics import trained_weights, weights
 from deploypipe.plan import KeepPlan
-from deploypipe.statistics import trained_weights, weights
 from deploypipe.training.settings import TrainHook
 from deploypipe.training.trainer import Trainer
 from deploypipe.types import Group

@@ -8,9 +8,9 @@ from torch import nn
 
 from deploypipe.algorithms.base import Problem, labelled
 from deploypipe.data.batches import count, take
-from deploypipe.heads import AuxiliaryLoss, Head, Listening, evenly, fitted, n_classes
-from deploypipe.selection import JointLoss
-from deploypipe.statistics import batch_size, evaluating, generator
+from deploypipe.ingredients.heads import AuxiliaryLoss, Head, Listening, evenly, fitted, n_classes
+from deploypipe.ingredients.selection import JointLoss
+from deploypipe.ingredients.statistics import batch_size, evaluating, generator
 from deploypipe.training.evaluate import logits
 from deploypipe.training.trainer import Trainer
 

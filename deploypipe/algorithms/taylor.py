@@ -23,11 +23,11 @@ from deploypipe.algorithms.base import SHARED_OUT, Problem, by_values, judged, l
 from deploypipe.algorithms.options import option
 from deploypipe.allocation.allocate import cheapest_widths
 from deploypipe.compact import masked_slots
-from deploypipe.curvature import Unit, curvature
-from deploypipe.gates import Scaled, gated_parameters
+from deploypipe.ingredients.curvature import Unit, curvature
+from deploypipe.ingredients.gates import Scaled, gated_parameters
+from deploypipe.ingredients.statistics import batch_size, generator, trained_weights
 from deploypipe.plan import KeepPlan
 from deploypipe.progress import counted
-from deploypipe.statistics import batch_size, generator, trained_weights
 from deploypipe.training.adapt import Adapting
 from deploypipe.training.evaluate import logits
 from deploypipe.types import Graph, Group
@@ -48,7 +48,7 @@ class Taylor:
     batch: int = option(64, "images of one mini-batch", low=2)
     lr: float = option(0.001, "learning rate while the network adapts; 0 only measures", low=0)
     probes: int = option(1, "random probes of the Hessian for each mini-batch; 0 for its exact diagonal", low=0)
-    widths: str = option("threshold", "what decides widths: one threshold, equal shares, or the exact allocator",
+    widths: str = option("threshold", "what decides widths: one threshold, equal shares, or exactly by shares or by sums",
                          choices=SHARED_OUT)  # fmt: skip
 
     def plan(self, problem: Problem) -> KeepPlan:

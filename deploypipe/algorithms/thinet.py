@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from deploypipe.algorithms.base import Problem, allocated
 from deploypipe.algorithms.options import option
 from deploypipe.algorithms.reconstruction import inputs, readers, reconstructed, regular, summed
+from deploypipe.ingredients.statistics import FeatureTap, batch_size
 from deploypipe.plan import KeepPlan
 from deploypipe.progress import counted
-from deploypipe.statistics import FeatureTap, batch_size
 from deploypipe.types import Member
 
 Matrix = NDArray[np.float64]

@@ -56,10 +56,14 @@ def allocate(
             orders[name] = ranking(score)
             values[name] = np.concatenate([[0.0], np.cumsum(score[orders[name]])])
     if removable:
-        offered = table.candidates(graph) if candidates is None else candidates
-        candidates = {**offered, **{name: (0, *offered.get(name, ())) for name in removable}}
+        candidates = vanishing(table.candidates(graph) if candidates is None else candidates, removable)
     kept, certificate = allocate_widths(graph, values, table, budget, candidates=candidates, gap=gap, time_limit_s=time_limit_s)
     return plan_of(graph, orders, kept, certificate)
+
+
+def vanishing(candidates: Mapping[str, tuple[int, ...]], removable: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Return the candidate widths, with none at all among those of the removable groups."""
+    return {**candidates, **{name: (0, *candidates.get(name, ())) for name in removable}}
 
 
 def ranking(score: Values) -> NDArray[np.int64]:

@@ -10,6 +10,7 @@ import typer
 from deploypipe.cli import console
 from deploypipe.errors import UsageError
 
+Budget = Annotated[str, typer.Option(help="At most this: 50% of the dense model, 3ms, 800us; with --metric 1.2M, 300k.")]
 HostName = Annotated[
     str | None, typer.Option("--host", help="Which device: [user@]host[:port] over SSH, or a serial number over adb.")
 ]
@@ -40,9 +41,7 @@ def build(
     data: Annotated[str, typer.Option(help="demo, imagefolder:DIR, cifar10:DIR or file.py:factory.")] = "demo",
     target: TargetNames = "cpu",
     algo: Annotated[str, typer.Option(help="Pruning algorithm: a name from `deploypipe algos`.")] = "thinet",
-    budget: Annotated[
-        str, typer.Option(help="At most this: 50% of the dense model, 3ms, 800us; with --metric 1.2M, 300k.")
-    ] = "50%",
+    budget: Budget = "50%",
     metric: Annotated[str, typer.Option(help="What the budget counts: latency, macs or params.")] = "latency",
     epochs: Annotated[int, typer.Option(min=0, help="Epochs of fine-tuning; 0 only renews the batch norms.")] = 3,
     out: Annotated[Path | None, typer.Option(help="Run folder. The same command again resumes there.")] = None,
@@ -79,8 +78,8 @@ def build(
 
 def show_report(report: Any, folder: Path, as_json: bool) -> None:
     """Write what a run found out: the table, the verdict, and where everything lies."""
-    from deploypipe import render, runtimes
-    from deploypipe.report import MARKDOWN_NAME
+    from deploypipe.reports import render, runtimes
+    from deploypipe.reports.report import MARKDOWN_NAME
 
     if as_json:
         console.answer_json(report.to_json())

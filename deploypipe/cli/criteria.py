@@ -18,8 +18,8 @@ def criteria(
     as_json: Json = False,
 ) -> None:
     """Compare all scoring criteria on a model, and recommend which to try."""
-    from deploypipe import criteria as analysis
     from deploypipe import pipeline
+    from deploypipe.worth import criteria as analysis
 
     request = pipeline.Request(model, weights, data, metric="macs", seed=seed, keep=tuple(keep or ()))
     with console.progress() as reporter:

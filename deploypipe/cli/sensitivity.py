@@ -23,7 +23,8 @@ def sensitivity(
     as_json: Json = False,
 ) -> None:
     """Measure the loss of each group at each width, the others whole. Run again, it goes on where it was."""
-    from deploypipe import curves, pipeline
+    from deploypipe import pipeline
+    from deploypipe.worth import curves
 
     request = pipeline.Request(
         model, weights, data, target or "cpu", algo, metric="latency" if target else "macs", seed=seed,

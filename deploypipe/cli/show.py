@@ -16,7 +16,7 @@ from deploypipe.errors import BackendError
 def inspect(model: Model = "demo", weights: Weights = None, as_json: Json = False) -> None:
     """Show layers, coupled channels, what is fixed and why, costs."""
     from deploypipe import pipeline
-    from deploypipe.figures import count
+    from deploypipe.reports.figures import count
 
     facts = pipeline.inspect(model, weights)
     if as_json:
@@ -135,8 +135,8 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Lay finished runs side by side, the most accurate first: what they reached, and their widths."""
-    from deploypipe import compare as shown
-    from deploypipe.report import Report
+    from deploypipe.reports import compare as shown
+    from deploypipe.reports.report import Report
 
     reports = {str(run): Report.load(run) for run in runs}
     if as_json:
@@ -152,7 +152,7 @@ def compare(
 
 def ledger(target: Annotated[str | None, typer.Option(help="Only runs on this target.")] = None, as_json: Json = False) -> None:
     """Show how far latency predictions were off in all builds so far."""
-    from deploypipe import drift
+    from deploypipe.reports import drift
 
     found = drift.overview(target)
     if as_json:
@@ -172,7 +172,7 @@ def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of `deploypipe build`.")], as_json: Json = False
 ) -> None:
     """Show the report of a finished run."""
-    from deploypipe.report import Report
+    from deploypipe.reports.report import Report
 
     show_report(Report.load(run), run if run.is_dir() else run.parent, as_json)
 
@@ -190,7 +190,7 @@ def _target_row(target: Any) -> tuple[str, ...]:
 
 
 def _layer_row(layer: Any) -> tuple[str, ...]:
-    from deploypipe.figures import count
+    from deploypipe.reports.figures import count
 
     def times(sizes: tuple[int, ...]) -> str:
         return "x".join(map(str, sizes))

@@ -135,7 +135,8 @@ def _folder(place: str, spec: str) -> Path:
     root = Path(place).expanduser()
     if not root.is_dir():
         what = "not a folder" if root.exists() else "missing"
-        raise UsageError(f"data folder '{place}' is {what}", at=f"--data {spec}", fix=near_path(root.resolve()))
+        advice = near_path(root.resolve(), "folder", Path.is_dir)
+        raise UsageError(f"data folder '{place}' is {what}", at=f"--data {spec}", fix=advice)
     return root
 
 

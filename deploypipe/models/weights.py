@@ -30,7 +30,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     at = f"--weights {path}"
     if not path.is_file():
-        raise UsageError(f"there is no weights file '{path}'", at=at, fix=near_path(path.resolve()))
+        advice = near_path(path.resolve(), ".safetensors, .pt or .pth file", _may_hold_weights)
+        raise UsageError(f"there is no weights file '{path}'", at=at, fix=advice)
     state: Any = _read_safetensors(path, at) if path.suffix == ".safetensors" else _read_torch(path, at)
     for name in _NESTED:
         if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
@@ -40,6 +41,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         what = f"a {type(state).__name__}" if not isinstance(state, Mapping) else f"'{', '.join(map(str, list(state)[:5]))}'"
         raise ModelError(f"the weights file holds {what}, not tensors under names", at=at, fix=_SAVE)
     return dict(state)
+
+
+def _may_hold_weights(path: Path) -> bool:
+    return path.suffix in (".safetensors", ".pt", ".pth") and path.is_file()
 
 
 def _read_safetensors(path: Path, at: str) -> dict[str, Tensor]:

@@ -18,11 +18,11 @@ from deploypipe.backends import load_backend
 from deploypipe.backends.base import Arrays, Facts
 from deploypipe.cost import CostTable
 from deploypipe.errors import TargetError
-from deploypipe.figures import microseconds
 from deploypipe.latency.estimate import estimated
 from deploypipe.latency.table import LatencyTable
 from deploypipe.pipeline.stages import Device
 from deploypipe.plan import KeepPlan
+from deploypipe.reports.figures import microseconds
 from deploypipe.runners import load_runner
 from deploypipe.targets import Target, cache_folder, load_target
 from deploypipe.types import Graph

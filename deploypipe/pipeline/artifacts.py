@@ -13,7 +13,7 @@ from deploypipe.data.load import Data
 from deploypipe.export import export_onnx, export_program, simplify_onnx
 from deploypipe.pipeline.stages import Device, accuracies, check_files
 from deploypipe.progress import Reporter
-from deploypipe.report import Check
+from deploypipe.reports.report import Check
 from deploypipe.store import Kept, Store
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from deploypipe import saved
-from deploypipe.figures import microseconds
 from deploypipe.job import PYTHON
 from deploypipe.latency.table import LatencyTable
 from deploypipe.pipeline.stages import Device
 from deploypipe.plan import KeepPlan
+from deploypipe.reports.figures import microseconds
 from deploypipe.store import Kept, Store
 from deploypipe.targets import Rates, list_targets
 from deploypipe.types import Graph

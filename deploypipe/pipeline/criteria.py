@@ -11,13 +11,13 @@ from deploypipe.algorithms.base import Problem, judged
 from deploypipe.algorithms.scores import DATA_FREE, activation_scores, data_free, filters_of
 from deploypipe.algorithms.taylor import Taylor, Terms
 from deploypipe.count import MacTable
-from deploypipe.criteria import Analysis, analyse
 from deploypipe.data.batches import count
+from deploypipe.ingredients.statistics import batch_size, generator, images, trained_weights
 from deploypipe.pipeline.given import given
 from deploypipe.pipeline.request import Request
 from deploypipe.progress import Reporter, Silent
-from deploypipe.statistics import batch_size, generator, images, trained_weights
 from deploypipe.training.adapt import Adapting
+from deploypipe.worth.criteria import Analysis, analyse
 
 Scores = dict[str, NDArray[np.float64]]
 N_IMAGES = 1000

@@ -6,7 +6,7 @@ from deploypipe.errors import BudgetError
 from deploypipe.pipeline.request import Request
 from deploypipe.pipeline.run import Run
 from deploypipe.progress import Reporter, Silent
-from deploypipe.report import Report
+from deploypipe.reports.report import Report
 from deploypipe.store import Store
 
 

@@ -18,14 +18,14 @@ from deploypipe.cost import CostTable
 from deploypipe.count import macs, params
 from deploypipe.data.load import Data
 from deploypipe.doctor import versions
+from deploypipe.ingredients.sparsity import NONZERO, sparse_layers
 from deploypipe.inspection import member_text
 from deploypipe.latency.table import LatencyTable
 from deploypipe.measurement import Latency, Round
 from deploypipe.pipeline.bundle import BUNDLE
 from deploypipe.pipeline.request import Request
 from deploypipe.plan import KeepPlan
-from deploypipe.report import Arm, BudgetOutcome, Check, GroupOutcome, Report, Side
-from deploypipe.sparsity import NONZERO, sparse_layers
+from deploypipe.reports.report import Arm, BudgetOutcome, Check, GroupOutcome, Report, Side
 from deploypipe.targets import NOT_RUN, Target
 from deploypipe.types import Graph
 

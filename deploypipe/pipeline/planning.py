@@ -17,7 +17,6 @@ from deploypipe.algorithms.base import Problem
 from deploypipe.allocation.budget import parse_budget
 from deploypipe.compact import compact
 from deploypipe.errors import BudgetError
-from deploypipe.heldout import HeldOut
 from deploypipe.latency.table import LatencyTable
 from deploypipe.measurement import Latency, Round
 from deploypipe.pipeline.request import Request
@@ -27,6 +26,7 @@ from deploypipe.plan import KeepPlan
 from deploypipe.profiler.export import exported
 from deploypipe.store import Kept, Store
 from deploypipe.types import Graph
+from deploypipe.worth.heldout import HeldOut
 
 MOST_CORRECTIONS = 2
 SLACK = 0.03  # of the budget left unused, above which the table is corrected too: it was far too careful

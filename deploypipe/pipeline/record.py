@@ -3,10 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
-from deploypipe import __version__, ledger
+from deploypipe import __version__
 from deploypipe.latency.table import LatencyTable
 from deploypipe.measurement import Round
-from deploypipe.report import Report
+from deploypipe.reports import ledger
+from deploypipe.reports.report import Report
 from deploypipe.targets import data_folder
 from deploypipe.types import Graph
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from deploypipe import __version__, ledger, render, saved
+from deploypipe import __version__, saved
 from deploypipe.allocation.budget import parse_budget
 from deploypipe.backends import load_backend
 from deploypipe.backends.base import Profile, Timing
@@ -24,7 +24,8 @@ from deploypipe.pipeline.bundle import ANSWER, MANIFEST, SCHEMA
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler.fit import DENSE, Form, learned
 from deploypipe.profiler.measure import device_key
-from deploypipe.report import Report
+from deploypipe.reports import ledger, render
+from deploypipe.reports.report import Report
 from deploypipe.targets import NOT_RUN, Target, cache_folder, load_target
 from deploypipe.types import Graph
 

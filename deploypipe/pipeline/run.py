@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deploypipe import render, saved, two_four
+from deploypipe import saved, two_four
 from deploypipe.algorithms import make
 from deploypipe.algorithms.base import Problem
 from deploypipe.allocation.budget import parse_budget
@@ -22,7 +22,6 @@ from deploypipe.compact import compact
 from deploypipe.cost import CostTable
 from deploypipe.count import MacTable, ParamTable, params
 from deploypipe.data.load import Data
-from deploypipe.heldout import HeldOut
 from deploypipe.latency.table import LatencyTable
 from deploypipe.pipeline import stages
 from deploypipe.pipeline.absent import device_of
@@ -40,10 +39,12 @@ from deploypipe.pipeline.valuing import held_back, held_out, value_notes
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler.measure import profile
 from deploypipe.progress import Reporter
-from deploypipe.report import Arm, Check, Report
-from deploypipe.runtimes import RuntimeOutcome
+from deploypipe.reports import render
+from deploypipe.reports.report import Arm, Check, Report
+from deploypipe.reports.runtimes import RuntimeOutcome
 from deploypipe.store import Kept, Store
 from deploypipe.training.settings import TrainSettings
+from deploypipe.worth.heldout import HeldOut
 
 
 class Run:

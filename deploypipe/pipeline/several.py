@@ -14,8 +14,8 @@ from deploypipe.measurement import Latency
 from deploypipe.pipeline.request import Request
 from deploypipe.pipeline.stages import Device, check_files
 from deploypipe.profiler.export import exported
-from deploypipe.report import Report
-from deploypipe.runtimes import RuntimeOutcome
+from deploypipe.reports.report import Report
+from deploypipe.reports.runtimes import RuntimeOutcome
 from deploypipe.store import Kept, Store
 
 

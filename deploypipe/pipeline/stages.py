@@ -23,7 +23,7 @@ from deploypipe.latency.stale import refuse_stale
 from deploypipe.latency.table import LatencyTable
 from deploypipe.plan import KeepPlan
 from deploypipe.progress import Reporter
-from deploypipe.report import Check
+from deploypipe.reports.report import Check
 from deploypipe.runners import load_runner
 from deploypipe.targets import Target
 from deploypipe.training.evaluate import evaluate, recalibrate

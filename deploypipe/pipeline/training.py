@@ -16,7 +16,7 @@ from deploypipe.errors import ModelError
 from deploypipe.pipeline.stages import ready
 from deploypipe.plan import KeepPlan
 from deploypipe.progress import Reporter
-from deploypipe.report import Arm
+from deploypipe.reports.report import Arm
 from deploypipe.store import CHECKPOINT, Kept, Store
 from deploypipe.training.evaluate import evaluate
 from deploypipe.training.finetune import finetune

@@ -13,20 +13,20 @@ from deploypipe.algorithms.base import Allocator, Orders, Problem, Values, by_va
 from deploypipe.compact import compact
 from deploypipe.cost import CostTable
 from deploypipe.count import MacTable
-from deploypipe.curves import Curves, curves_table
 from deploypipe.data.batches import split
 from deploypipe.data.load import Data
 from deploypipe.errors import BudgetError, UsageError
-from deploypipe.heldout import HELD_OUT, Effort, HeldOut, Meter, memo_name
+from deploypipe.ingredients.removal import removable
 from deploypipe.pipeline.given import given
 from deploypipe.pipeline.request import Request
 from deploypipe.plan import Certificate, KeepPlan
 from deploypipe.profiler.measure import profile
 from deploypipe.progress import Reporter, Silent
-from deploypipe.removal import removable
-from deploypipe.sensitivity import Curve, Found, Sensitivity, Trial
 from deploypipe.targets import cache_folder
 from deploypipe.types import Graph
+from deploypipe.worth.curves import Curves, curves_table
+from deploypipe.worth.heldout import HELD_OUT, Effort, HeldOut, Meter, memo_name
+from deploypipe.worth.sensitivity import Curve, Found, Sensitivity, Trial
 
 VALUES_FILE = "values.json"
 

@@ -7,9 +7,9 @@ import torch
 
 from deploypipe.count import MacTable, ParamTable
 from deploypipe.errors import BudgetError, UsageError
+from deploypipe.ingredients.sparsity import NONZERO
 from deploypipe.pipeline.request import Request
 from deploypipe.pipeline.training import tuning_hooks
-from deploypipe.sparsity import NONZERO
 from deploypipe.training.settings import TrainSettings
 from deploypipe.training.trainer import Trainer
 from tests.contract.test_algorithms import FAST, SPARSE, Data, algorithm, inputs_like, learned, make, task

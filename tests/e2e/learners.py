@@ -12,8 +12,8 @@ from deploypipe.algorithms.base import Criterion, Problem, Statistics, filter_no
 from deploypipe.algorithms.options import option
 from deploypipe.algorithms.protocols import Rival
 from deploypipe.allocation.allocate import unproved
+from deploypipe.ingredients.sparsity import NONZERO
 from deploypipe.plan import KeepPlan
-from deploypipe.sparsity import NONZERO
 from deploypipe.training.settings import TrainHook, TrainSettings
 from deploypipe.training.trainer import Trainer
 from deploypipe.types import Group

@@ -14,7 +14,7 @@ import trtexec_standin
 from command_line import FACTORY, Start, arguments
 
 import deploypipe as dp
-from deploypipe.report import Report
+from deploypipe.reports.report import Report
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 WORDS = "estimated, not measured"

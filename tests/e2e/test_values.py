@@ -8,11 +8,11 @@ import onnx
 import pytest
 from command_line import FACTORY, arguments
 
-from deploypipe import heldout
 from deploypipe.cli.main import run
 from deploypipe.plan import KeepPlan
 from deploypipe.saved import load
 from deploypipe.targets import cache_folder
+from deploypipe.worth import heldout
 
 pytestmark = pytest.mark.e2e
 MEASURED = {"metric": "macs", "epochs": 0, "algo": "l2", "value": "measured", "value_rounds": 1}

@@ -14,9 +14,9 @@ from deploypipe.compact import compact
 from deploypipe.count import MacTable, ParamTable
 from deploypipe.errors import BudgetError, NotApplicable
 from deploypipe.graph import trace
-from deploypipe.projections import two_in_four
-from deploypipe.sparsity import NONZERO
-from deploypipe.stacks import Stack
+from deploypipe.ingredients.projections import two_in_four
+from deploypipe.ingredients.sparsity import NONZERO
+from deploypipe.ingredients.stacks import Stack
 from deploypipe.training.evaluate import recalibrate
 from deploypipe.training.masked import MaskedWeights
 from tests.shapes import accuracy, data, problem, trained, trainer

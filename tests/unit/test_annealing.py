@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from deploypipe.annealing import MOST, Schedule, accepted, anneal, guided, rescaled
+from deploypipe.ingredients.annealing import MOST, Schedule, accepted, anneal, guided, rescaled
 
 Rates = NDArray[np.float64]
 

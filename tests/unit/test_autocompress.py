@@ -14,9 +14,9 @@ from deploypipe.allocation.threshold import uniform_widths
 from deploypipe.compact import compact, difference, run
 from deploypipe.count import MacTable, ParamTable
 from deploypipe.errors import BudgetError, UsageError
-from deploypipe.judge import Judge
+from deploypipe.ingredients.judge import Judge
+from deploypipe.ingredients.purify import dead
 from deploypipe.plan import KeepPlan
-from deploypipe.purify import dead
 from deploypipe.training.evaluate import recalibrate
 from tests.shapes import accuracy, data, problem, trained, trainer
 

@@ -15,7 +15,7 @@ from deploypipe.algorithms.autoslim import slimmed
 from deploypipe.compact import compact, difference, run
 from deploypipe.count import MacTable
 from deploypipe.errors import BudgetError, UsageError
-from deploypipe.judge import Judge
+from deploypipe.ingredients.judge import Judge
 from deploypipe.plan import KeepPlan
 from deploypipe.training.evaluate import Accuracy, evaluate
 from tests.shapes import accuracy, data, problem, trained, trainer

@@ -26,13 +26,13 @@ from deploypipe.backends.base import KernelTime, Profile
 from deploypipe.cli import console
 from deploypipe.cli.build import parse_settings
 from deploypipe.cli.main import app, run
-from deploypipe.curves import Curves, Point
 from deploypipe.errors import BackendError, BudgetError, DeployPipeError, ModelError, TargetError, UsageError
 from deploypipe.inspection import GroupFacts, Inspection, LayerFacts
 from deploypipe.measurement import Latency
 from deploypipe.progress import Reporter
-from deploypipe.report import Check, Report
+from deploypipe.reports.report import Check, Report
 from deploypipe.training.evaluate import Accuracy
+from deploypipe.worth.curves import Curves, Point
 
 COMMANDS = (
     *("build", "profile", "bench", "sensitivity", "criteria", "inspect", "algos", "targets", "doctor"),

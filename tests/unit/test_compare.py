@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 from sample_report import BARE, REPORT
 
-from deploypipe import compare
 from deploypipe.cli import console
-from deploypipe.report import GroupOutcome, Report
+from deploypipe.reports import compare
+from deploypipe.reports.report import GroupOutcome, Report
 
 STEM, GATE, HEAD = REPORT.groups
 

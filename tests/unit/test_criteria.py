@@ -10,8 +10,8 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from deploypipe.algorithms.scores import activation_scores, entropies, summed_distances
-from deploypipe.criteria import Pair, analyse, clustered, normality, overlap, remarks, similarity, spread, variation
 from deploypipe.pipeline.criteria import all_scores
+from deploypipe.worth.criteria import Pair, analyse, clustered, normality, overlap, remarks, similarity, spread, variation
 from tests.toy_task import gratings, problem_of, trained_net
 
 Scores = NDArray[np.float64]

@@ -117,7 +117,8 @@ def test_resizing_keeps_the_shape_of_things_and_the_centre(tmp_path):
 
 
 def test_folder_errors(folder, tmp_path):
-    assert "'pets'" in error_of(f"imagefolder:{tmp_path / 'pet'}").fix
+    (tmp_path / "pet.zip").write_text("")
+    assert error_of(f"imagefolder:{tmp_path / 'pet'}").fix == "did you mean 'pets'? (known: pets)", "a folder, no file"
     assert "not a folder" in error_of(f"imagefolder:{folder / 'train' / 'cat' / '0.png'}").message
     assert "no folder is named" in error_of("imagefolder:").message
     assert "train" in error_of(f"imagefolder:{folder / 'train'}").fix

@@ -15,11 +15,11 @@ from deploypipe.algorithms.dcff import maker, unlike
 from deploypipe.compact import compact, difference, run
 from deploypipe.count import MacTable
 from deploypipe.errors import BudgetError, NotApplicable
-from deploypipe.expand import expanded
-from deploypipe.fusion import Fusing, fuse, importance, likeness, reseated, settle, sharpness
 from deploypipe.graph import trace
+from deploypipe.ingredients.expand import expanded
+from deploypipe.ingredients.fusion import Fusing, fuse, importance, likeness, reseated, settle, sharpness
+from deploypipe.ingredients.statistics import weights
 from deploypipe.plan import KeepPlan
-from deploypipe.statistics import weights
 from tests.shapes import accuracy, problem, trained, trainer
 from tests.toys import TOYS
 

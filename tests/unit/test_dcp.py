@@ -12,11 +12,11 @@ from deploypipe.algorithms import make
 from deploypipe.algorithms.stages import Stages
 from deploypipe.compact import compact, difference, run
 from deploypipe.count import MacTable, ParamTable
-from deploypipe.density import prices
 from deploypipe.errors import BudgetError, UsageError
+from deploypipe.ingredients.density import prices
+from deploypipe.ingredients.projections import project
+from deploypipe.ingredients.sparsity import NONZERO
 from deploypipe.plan import KeepPlan
-from deploypipe.projections import project
-from deploypipe.sparsity import NONZERO
 from deploypipe.training.evaluate import recalibrate
 from deploypipe.training.masked import MaskedWeights
 from tests.shapes import accuracy, problem, trained, trainer

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from deploypipe.count import macs, params
-from deploypipe.density import Prices, largest, prices, uniform
 from deploypipe.errors import BudgetError
 from deploypipe.graph import trace
-from deploypipe.sparsity import NONZERO
+from deploypipe.ingredients.density import Prices, largest, prices, uniform
+from deploypipe.ingredients.sparsity import NONZERO
 from tests.toys import TOYS
 
 NETS = pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from deploypipe.algorithms import make
 from deploypipe.algorithms.depgraph import GroupDecay, decay, group_squares, left
 from deploypipe.compact import compact
 from deploypipe.graph import trace
+from deploypipe.ingredients.statistics import weights
 from deploypipe.plan import KeepPlan
-from deploypipe.statistics import weights
 from deploypipe.training.settings import TrainSettings
 from deploypipe.training.trainer import Trainer
 from tests.toy_task import net, problem_of, toy_data

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from sample_report import ENTRY
 
-from deploypipe import drift, ledger
 from deploypipe.cli.main import run
 from deploypipe.errors import UsageError
-from deploypipe.ledger import Entry
+from deploypipe.reports import drift, ledger
+from deploypipe.reports.ledger import Entry
 
 
 def entries(*errors: float, **changes: object) -> Iterator[Entry]:

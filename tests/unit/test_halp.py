@@ -20,8 +20,8 @@ from deploypipe.compact import compact
 from deploypipe.cost import CostTerm
 from deploypipe.count import MacTable
 from deploypipe.errors import BudgetError, NotApplicable, UsageError
-from deploypipe.gradients import gate_gradient
 from deploypipe.graph import trace
+from deploypipe.ingredients.gradients import gate_gradient
 from deploypipe.plan import KeepPlan
 from deploypipe.training.adapt import Adapting
 from deploypipe.types import Graph, Group, Width

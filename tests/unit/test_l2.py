@@ -7,7 +7,7 @@ from deploypipe.algorithms import make
 from deploypipe.algorithms.base import Problem, Statistics, producers, rows
 from deploypipe.count import MacTable
 from deploypipe.graph import trace
-from deploypipe.statistics import weights
+from deploypipe.ingredients.statistics import weights
 from tests.toys import TOYS
 
 

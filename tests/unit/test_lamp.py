@@ -12,7 +12,7 @@ from deploypipe.allocation.threshold import survivors
 from deploypipe.count import MacTable
 from deploypipe.errors import NotApplicable
 from deploypipe.graph import trace
-from deploypipe.statistics import weights
+from deploypipe.ingredients.statistics import weights
 from deploypipe.types import Group
 from tests.toys import TOYS
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from sample_report import BARE, ENTRY, REPORT
 
-from deploypipe import ledger
 from deploypipe.errors import UsageError
 from deploypipe.pipeline import record
+from deploypipe.reports import ledger
 
 OTHER = replace(ENTRY, pruned_us=61.0, foreign_load=0.02)
 

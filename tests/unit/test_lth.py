@@ -14,10 +14,10 @@ from deploypipe.algorithms.base import Problem
 from deploypipe.algorithms.lth import Lth, masked, ranks, shuffled, weights_of
 from deploypipe.count import MacTable, ParamTable
 from deploypipe.data.batches import Data
-from deploypipe.density import prices
 from deploypipe.errors import BudgetError, UsageError
 from deploypipe.graph import trace
-from deploypipe.sparsity import NONZERO
+from deploypipe.ingredients.density import prices
+from deploypipe.ingredients.sparsity import NONZERO
 from deploypipe.training.evaluate import evaluate
 from deploypipe.training.fresh import fresh
 from deploypipe.training.masked import MaskedWeights

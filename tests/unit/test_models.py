@@ -220,6 +220,26 @@ def test_wrong_names_suggest_the_nearest(net):
         assert error_of(spec).exit_code == 2, spec
 
 
+def test_advice_lists_what_could_be_meant_and_nothing_else(net, tmp_path):
+    folder = tmp_path / "project"
+    (folder / "runs.py").mkdir(parents=True)
+    for name in ("README.md", "net.safetensors", "net.pt", ".hidden.py"):
+        (folder / name).write_text("")
+    missing, weights = f"{folder / 'nett.py'}:make", folder / "nett.pt"
+    assert error_of(missing).fix == f"there is no Python file in '{folder}'"
+    assert error_of(f"{net}:plain", weights).fix == "did you mean 'net.pt'? (known: net.pt, net.safetensors)"
+    assert error_of(f"{net}:plain", Path(net).with_name("w.pt")).fix.startswith("there is no .safetensors, .pt or .pth file in")
+    for number in range(30):
+        (folder / f"z{number}.py").write_text("")
+    (folder / "net.py").write_text("")
+    fix = error_of(missing).fix
+    assert fix.startswith("did you mean 'net.py'? (known: net.py, z")
+    assert fix.count(".py") == 1 + 20, "of many, those that are most alike"
+    assert (
+        error_of(f"{net}:plain", folder / "no" / "such" / "net.pt").fix == f"the folder '{folder / 'no'}' does not exist either"
+    )
+
+
 def test_failing_factories_point_into_the_users_file(net):
     line = FACTORIES.splitlines().index('    return Net(width["b"])') + 1
     error = error_of(f"{net}:broken")

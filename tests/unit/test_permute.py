@@ -6,7 +6,7 @@ import torch
 
 from deploypipe.compact import difference, run
 from deploypipe.graph import trace
-from deploypipe.permute import permuted
+from deploypipe.ingredients.permute import permuted
 from tests.toys import TOYS
 
 FIXED = {"fixed_shortcut"}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deploypipe.errors import NotApplicable, UsageError
-from deploypipe.projections import AXES, n_units, project, require_sparse_shape, survivors, two_in_four, unit_norms
+from deploypipe.ingredients.projections import AXES, n_units, project, require_sparse_shape, survivors, two_in_four, unit_norms
 
 SCHEMES = sorted(AXES)
 EVERY = pytest.mark.parametrize("scheme", SCHEMES)

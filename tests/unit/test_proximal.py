@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.graph import trace
-from deploypipe.projections import KeepRows, KeepTwoInFour, KeepUnits
-from deploypipe.proximal import Admm, AdmmHook, Constraint
-from deploypipe.stacks import Stack, rows
+from deploypipe.ingredients.projections import KeepRows, KeepTwoInFour, KeepUnits
+from deploypipe.ingredients.proximal import Admm, AdmmHook, Constraint
+from deploypipe.ingredients.stacks import Stack, rows
 from tests.toys import TOYS
 
 

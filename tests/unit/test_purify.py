@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from deploypipe.compact import compact, difference, run
 from deploypipe.graph import trace
+from deploypipe.ingredients.purify import dead, silenced, unmade, unread
 from deploypipe.plan import KeepPlan
-from deploypipe.purify import dead, silenced, unmade, unread
 from tests.toys import TOYS, Fn, conv, head
 
 

@@ -9,7 +9,7 @@ from deploypipe.algorithms import make
 from deploypipe.algorithms.base import Problem, Statistics
 from deploypipe.count import MacTable
 from deploypipe.graph import trace
-from deploypipe.statistics import generator
+from deploypipe.ingredients.statistics import generator
 from deploypipe.types import Group
 from tests.toys import TOYS
 
@@ -33,8 +33,12 @@ def test_depends_on_seed_and_name_only() -> None:
 
 
 def test_equal_in_another_process() -> None:
-    code = "from deploypipe.statistics import generator; import torch; print(torch.rand(1, generator=generator(5, 'g')).item())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = [
+        "import torch",
+        "from deploypipe.ingredients.statistics import generator",
+        "print(torch.rand(1, generator=generator(5, 'g')).item())",
+    ]
+    done = subprocess.run([sys.executable, "-c", "; ".join(lines)], capture_output=True, text=True, check=True)
     assert float(done.stdout) == torch.rand(1, generator=generator(5, "g")).item()
 
 

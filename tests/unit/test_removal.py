@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import TOYS, Fn, Toy, cbr, conv, head, image
 
+from deploypipe.algorithms.base import Problem, shared_out
+from deploypipe.algorithms.taylor import Taylor
 from deploypipe.allocation.allocate import allocate
 from deploypipe.branch import branch_of
 from deploypipe.compact import compact, difference, mask, run
@@ -19,8 +21,8 @@ from deploypipe.count import MacTable, ParamTable, macs, params
 from deploypipe.errors import ModelError
 from deploypipe.export import export_onnx, simplify_onnx
 from deploypipe.graph import trace
+from deploypipe.ingredients.removal import removable
 from deploypipe.plan import KeepPlan
-from deploypipe.removal import removable
 
 
 class Inverted(nn.Module):
@@ -221,3 +223,17 @@ def test_the_allocator_drops_a_block_that_is_worth_little() -> None:
     assert without.certificate is not None
     assert plan.certificate is not None
     assert plan.certificate.value > without.certificate.value
+
+
+def test_an_algorithm_may_share_out_by_sums_so_that_a_worthless_branch_goes() -> None:
+    model, example = inverted()
+    graph = trace(model.eval(), example)
+    gone = removable(model, graph)
+    scores = {group.name: np.full(group.size, 1e-4 if group.name == gone[0] else 1.0) for group in graph.prunable}
+    problem = Problem(model, graph, MacTable(), 0.5 * macs(graph))
+    plan = shared_out(Taylor(), problem, scores, {}, "sums")
+    alone = allocate(graph, scores, MacTable(), problem.budget, removable=gone)
+    assert len(plan.keep[gone[0]]) == 0
+    assert plan.keep == alone.keep
+    assert all(plan.keep[name] for name in plan.keep if name not in gone)
+    assert macs(graph, plan) <= problem.budget

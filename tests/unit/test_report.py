@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from sample_report import BARE, REPORT
 
-from deploypipe import figures, render
 from deploypipe.errors import UsageError
 from deploypipe.measurement import Latency
-from deploypipe.report import Check, Report
+from deploypipe.reports import figures, render
+from deploypipe.reports.report import Check, Report
 
 
 @pytest.mark.parametrize("report", [REPORT, BARE])

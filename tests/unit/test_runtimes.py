@@ -7,9 +7,9 @@ from deploypipe.errors import BackendError, UsageError
 from deploypipe.measurement import Latency
 from deploypipe.pipeline.request import Request
 from deploypipe.pipeline.several import Elsewhere
-from deploypipe.render import markdown
-from deploypipe.report import Report
-from deploypipe.runtimes import RuntimeOutcome, by_speed, rows, section, verdict
+from deploypipe.reports.render import markdown
+from deploypipe.reports.report import Report
+from deploypipe.reports.runtimes import RuntimeOutcome, by_speed, rows, section, verdict
 
 
 def took(us):

@@ -13,8 +13,8 @@ from deploypipe.algorithms.scratch import epochs_b
 from deploypipe.compact import compact
 from deploypipe.count import macs
 from deploypipe.errors import UsageError
-from deploypipe.render_training import arms_section, gain_text
-from deploypipe.report import Arm
+from deploypipe.reports.render_training import arms_section, gain_text
+from deploypipe.reports.report import Arm
 from deploypipe.training.fresh import fresh
 from deploypipe.training.settings import TrainSettings
 from tests.toy_task import net, problem_of, trained_net

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deploypipe.graph import trace
-from deploypipe.heads import AuxiliaryLoss, Head, Listening, evenly, fitted, n_classes
-from deploypipe.selection import JointLoss, select
-from deploypipe.stacks import Stack
+from deploypipe.ingredients.heads import AuxiliaryLoss, Head, Listening, evenly, fitted, n_classes
+from deploypipe.ingredients.selection import JointLoss, select
+from deploypipe.ingredients.stacks import Stack
 from deploypipe.types import Member
 from tests.shapes import accuracy, data, trained, trainer
 from tests.toys import TOYS, Fn

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from deploypipe.count import MacTable
-from deploypipe.curves import curves_table, rows
 from deploypipe.data.load import Data
 from deploypipe.errors import ModelError
 from deploypipe.graph import trace
-from deploypipe.heldout import Effort, HeldOut, Memo
+from deploypipe.ingredients.removal import removable
 from deploypipe.plan import KeepPlan
 from deploypipe.progress import Recorder, Reporter, Silent
-from deploypipe.removal import removable
-from deploypipe.sensitivity import Curve, Found, Sensitivity, Trial
 from deploypipe.training.evaluate import Accuracy
+from deploypipe.worth.curves import curves_table, rows
+from deploypipe.worth.heldout import Effort, HeldOut, Memo
+from deploypipe.worth.sensitivity import Curve, Found, Sensitivity, Trial
 
 CLASSES = 4
 EFFORT = Effort(calibration=64, images=80)

@@ -10,8 +10,8 @@ from torch import nn
 from deploypipe.algorithms import make
 from deploypipe.algorithms.slimming import ScalePenalty, scale_sums
 from deploypipe.errors import NotApplicable
-from deploypipe.gates import norms_of
 from deploypipe.graph import trace
+from deploypipe.ingredients.gates import norms_of
 from deploypipe.training.evaluate import evaluate
 from deploypipe.training.settings import TrainSettings
 from deploypipe.training.trainer import Trainer

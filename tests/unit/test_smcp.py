@@ -13,8 +13,8 @@ from torch import nn
 from deploypipe.algorithms import make
 from deploypipe.algorithms.smcp import SoftMasking, input_importance, schedule
 from deploypipe.compact import masked_slots
+from deploypipe.ingredients.statistics import weights
 from deploypipe.plan import KeepPlan
-from deploypipe.statistics import weights
 from deploypipe.training.masked import MaskedWeights
 from deploypipe.training.settings import TrainHook, TrainSettings
 from deploypipe.training.trainer import Trainer

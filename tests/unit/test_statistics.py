@@ -9,7 +9,17 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from deploypipe.errors import NotApplicable, UsageError
-from deploypipe.statistics import FeatureTap, batch_size, evaluating, generator, images, readable, rebase_norms, sample, weights
+from deploypipe.ingredients.statistics import (
+    FeatureTap,
+    batch_size,
+    evaluating,
+    generator,
+    images,
+    readable,
+    rebase_norms,
+    sample,
+    weights,
+)
 
 LAYERS = {
     "conv": (nn.Conv2d(4, 6, 3, padding=1), (5, 4, 7, 6)),

@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from deploypipe.compact import compact
 from deploypipe.graph import trace
+from deploypipe.ingredients.supernet import Sandwich, Supernet, divergence
 from deploypipe.plan import KeepPlan
-from deploypipe.supernet import Sandwich, Supernet, divergence
 from deploypipe.types import Graph
 from tests.shapes import trained, trainer, untrained
 from tests.toys import INEXACT, TOYS

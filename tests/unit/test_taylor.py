@@ -14,13 +14,13 @@ from torch.utils.data import TensorDataset
 from deploypipe.algorithms import make
 from deploypipe.algorithms.base import Problem
 from deploypipe.algorithms.taylor import Terms, smoothed
-from deploypipe.curvature import Unit, curvature
 from deploypipe.data.batches import batches
 from deploypipe.data.load import Data
-from deploypipe.gates import gated_parameters, norms_of
 from deploypipe.graph import trace
+from deploypipe.ingredients.curvature import Unit, curvature
+from deploypipe.ingredients.gates import gated_parameters, norms_of
+from deploypipe.ingredients.statistics import generator
 from deploypipe.plan import KeepPlan
-from deploypipe.statistics import generator
 from deploypipe.training.finetune import finetune
 from deploypipe.training.settings import TrainSettings
 from tests.toy_task import gratings, net, problem_of, trained_net

@@ -16,8 +16,8 @@ from deploypipe.compact import compact
 from deploypipe.count import MacTable
 from deploypipe.errors import UsageError
 from deploypipe.graph import trace
+from deploypipe.ingredients.statistics import FeatureTap, images
 from deploypipe.plan import KeepPlan
-from deploypipe.statistics import FeatureTap, images
 from tests.toys import TOYS
 
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from deploypipe.algorithms.base import Problem
 from deploypipe.errors import ModelError
+from deploypipe.ingredients.sparsity import NONZERO, nonzero_macs, nonzero_params, sparse_layers
 from deploypipe.pipeline.training import trained, tuning_hooks
 from deploypipe.plan import KeepPlan
 from deploypipe.progress import Recorder
-from deploypipe.sparsity import NONZERO, nonzero_macs, nonzero_params, sparse_layers
 from deploypipe.training.checkpoint import state_digest
 from deploypipe.training.masked import MaskedWeights
 from deploypipe.training.settings import TrainHook, TrainSettings

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from deploypipe.gates import Scaled
+from deploypipe.ingredients.gates import Scaled
 
 Loss = Callable[[Callable[..., object]], Tensor]  # of a model, or what stands for it
 

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from deploypipe.errors import NotApplicable
-from deploypipe.statistics import evaluating
+from deploypipe.ingredients.statistics import evaluating
 from deploypipe.types import Graph, Group
 
 

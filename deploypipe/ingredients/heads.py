@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from deploypipe.errors import NotApplicable
-from deploypipe.statistics import evaluating, generator
+from deploypipe.ingredients.statistics import evaluating, generator
 from deploypipe.training.evaluate import main_output
 from deploypipe.training.finetune import seeded
 from deploypipe.training.settings import TrainHook

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.compact import compact, difference, run
+from deploypipe.ingredients.stacks import Stack, rows
 from deploypipe.plan import KeepPlan
-from deploypipe.stacks import Stack, rows
 from deploypipe.types import Graph, Group
 
 TOLERANCE = 1e-6  # of the largest output

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from deploypipe.cost import CostTable
-from deploypipe.figures import amount
 from deploypipe.folder import explained
 from deploypipe.plan import KeepPlan
-from deploypipe.render import Row
-from deploypipe.sensitivity import Curve
+from deploypipe.reports.figures import amount
+from deploypipe.reports.render import Row
 from deploypipe.training.evaluate import Accuracy
 from deploypipe.types import Graph
+from deploypipe.worth.sensitivity import Curve
 
 COLUMNS = ("group", "channels", "loss", "rise", "accuracy", "saves", "share")
 

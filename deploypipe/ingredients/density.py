@@ -1,7 +1,7 @@
 """Budgets for zeros inside weights: how many entries of each weight may stay, and which are the largest of all.
 
-For methods that leave a model of full size with single weights at zero. Prices are those of `deploypipe.sparsity`: a parameter
-counts one, a multiply-accumulate as often as the weight is used in a forward pass.
+For methods that leave a model of full size with single weights at zero. Prices are those of `ingredients/sparsity.py`: a
+parameter counts one, a multiply-accumulate as often as the weight is used in a forward pass.
 """
 
 from collections.abc import Mapping

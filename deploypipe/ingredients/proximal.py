@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deploypipe.projections import Mask
-from deploypipe.stacks import Stack
+from deploypipe.ingredients.projections import Mask
+from deploypipe.ingredients.stacks import Stack
 from deploypipe.training.settings import TrainHook
 
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from deploypipe.heads import Head, Listening
-from deploypipe.stacks import Stack
+from deploypipe.ingredients.heads import Head, Listening
+from deploypipe.ingredients.stacks import Stack
 from deploypipe.training.evaluate import logits
 
 

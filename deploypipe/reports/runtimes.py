@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deploypipe.figures import UNKNOWN, markdown_table, microseconds, size
 from deploypipe.measurement import Latency
+from deploypipe.reports.figures import UNKNOWN, markdown_table, microseconds, size
 
 COLUMNS = ("target", "runtime", "dense", "pruned", "change", "file", "difference to torch")
 

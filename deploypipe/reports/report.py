@@ -9,7 +9,7 @@ from typing import Any
 from deploypipe.errors import UsageError
 from deploypipe.measurement import Latency, Round
 from deploypipe.plan import Certificate
-from deploypipe.runtimes import RuntimeOutcome
+from deploypipe.reports.runtimes import RuntimeOutcome
 
 REPORT_SCHEMA = 3
 _AGAIN = "run the same build command again"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from deploypipe.compact import compact, kept_slots
+from deploypipe.ingredients.statistics import generator
 from deploypipe.plan import KeepPlan
-from deploypipe.statistics import generator
 from deploypipe.training.evaluate import main_output
 from deploypipe.training.settings import TrainHook
 from deploypipe.types import Graph

@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from deploypipe import ledger
 from deploypipe.errors import UsageError, nearest
-from deploypipe.figures import microseconds
-from deploypipe.ledger import Entry
-from deploypipe.render import Row
+from deploypipe.reports import ledger
+from deploypipe.reports.figures import microseconds
+from deploypipe.reports.ledger import Entry
+from deploypipe.reports.render import Row
 
 RECENT = 5  # runs that count as the present
 LEAST_RUNS = 3  # fewer say nothing about the table: one may have met a busy machine

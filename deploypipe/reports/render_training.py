@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from statistics import mean, stdev
 
-from deploypipe.figures import accuracy_text, count, markdown_table
-from deploypipe.report import Arm, SparseLayer
+from deploypipe.reports.figures import accuracy_text, count, markdown_table
+from deploypipe.reports.report import Arm, SparseLayer
 
 
 def trained_text(epochs: int, before: int) -> str:

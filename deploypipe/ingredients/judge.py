@@ -9,8 +9,8 @@ from torch.utils.data import Dataset
 
 from deploypipe.compact import compact
 from deploypipe.data.batches import Samples, count, split
+from deploypipe.ingredients.statistics import batch_size
 from deploypipe.plan import KeepPlan
-from deploypipe.statistics import batch_size
 from deploypipe.training.evaluate import Accuracy, evaluate, recalibrate
 from deploypipe.types import Graph
 

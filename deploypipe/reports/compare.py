@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from deploypipe.figures import accuracy_text, count, microseconds, size
-from deploypipe.render import Row, faster_text, latency_text, points_lost
-from deploypipe.report import GroupOutcome, Report
+from deploypipe.reports.figures import accuracy_text, count, microseconds, size
+from deploypipe.reports.render import Row, faster_text, latency_text, points_lost
+from deploypipe.reports.report import GroupOutcome, Report
 
 COLUMNS = (
     *("run", "algorithm", "budget", "met", "accuracy", "lost", "predicted", "latency", "faster"),

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploypipe import runtimes
-from deploypipe.figures import (
+from deploypipe.measurement import Latency
+from deploypipe.reports import runtimes
+from deploypipe.reports.figures import (
     UNKNOWN,
     UNVERIFIED,
     accuracy_text,
@@ -15,9 +16,8 @@ from deploypipe.figures import (
     size,
     standard_error,
 )
-from deploypipe.measurement import Latency
-from deploypipe.render_training import arms_section, sparsity_section, trained_text
-from deploypipe.report import JSON_NAME, MARKDOWN_NAME, BudgetOutcome, GroupOutcome, Report, Side
+from deploypipe.reports.render_training import arms_section, sparsity_section, trained_text
+from deploypipe.reports.report import JSON_NAME, MARKDOWN_NAME, BudgetOutcome, GroupOutcome, Report, Side
 
 Row = tuple[str, ...]
 SUMMARY_COLUMNS = ("", "dense", "pruned", "change")

@@ -14,11 +14,11 @@ from scipy.optimize import isotonic_regression
 
 from deploypipe.allocation.allocate import allocate_widths, first_channels
 from deploypipe.cost import CostTable
-from deploypipe.heldout import Meter
 from deploypipe.plan import Certificate, KeepPlan
 from deploypipe.progress import Reporter
 from deploypipe.training.evaluate import Accuracy
 from deploypipe.types import Graph
+from deploypipe.worth.heldout import Meter
 
 Widths = Mapping[str, int]
 

@@ -1,0 +1,343 @@
+"""Every structured method at equal milliseconds: one network, one latency budget, one number of epochs in all.
+
+    python benchmarks/algorithms.py --data imagefolder:DIR --weights resnet20.safetensors --epochs 15 --seeds 0
+
+CIFAR-10, ResNet-20 with trained weights (or `--model mobilenetv2`, trained by this bench first), a share of the dense model's
+latency on ONNX Runtime, one thread. Rows:
+
+- a method's name: `deploypipe build --algo NAME` with its default options; those that train before they prune do so for a third
+  of the epochs, and fine-tune for the rest. `scratch-b` trains longer, as the protocol says.
+- `uniform`: equal shares, largest filters. `random`: one draw for each seed.
+- `torch-pruning`, `torch-pruning-taylor`: its global ranking by group norms, and by Taylor terms; widths rounded to 8, the
+  ratio by bisection to the same budget; its own channels. Trained as the others are.
+- `taylor-sums`: the recipe with the exact allocator on sums, where branches may go. `...-measured`: `--value measured`.
+
+All plans are made on one latency table, then trained, then measured in turns with the dense model: the budget is a little below
+the share, so that the measured latency is at or below it. Steps lie in `--work`: the command can be stopped and run again, and
+several may run beside each other (`--until train`); measuring comes last, alone. The test set decides nothing.
+"""
+
+import argparse
+import csv
+import fcntl
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ladder import once, timed
+from machine import describe
+from peers import torch_pruning
+from torch import nn
+
+from deploypipe import saved
+from deploypipe.algorithms import make
+from deploypipe.algorithms.base import Problem
+from deploypipe.compact import compact
+from deploypipe.count import macs, params
+from deploypipe.data.batches import batches
+from deploypipe.data.load import Data, load_data
+from deploypipe.export import export_onnx, simplify_onnx
+from deploypipe.graph import trace
+from deploypipe.latency.table import LatencyTable
+from deploypipe.models.load import Loaded, load_model
+from deploypipe.pipeline.request import Request
+from deploypipe.pipeline.stages import Device
+from deploypipe.pipeline.training import schedule, trained, tuned, tuning_hooks
+from deploypipe.pipeline.valuing import choose, held_back, held_out
+from deploypipe.plan import KeepPlan
+from deploypipe.profiler.measure import profile
+from deploypipe.progress import Silent
+from deploypipe.targets import load_target
+from deploypipe.training.evaluate import evaluate
+from deploypipe.training.finetune import finetune
+from deploypipe.training.settings import TrainSettings
+from deploypipe.types import Graph
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).with_name("results") / "algorithms.csv"
+SPARE = 0.01  # of the budget, left unused by the plans: the table's error
+LEARN = 1 / 3  # of all epochs, for methods that train before they prune
+TAYLOR_BATCHES, BATCH = 16, 128
+DENSE_EPOCHS, DENSE_LR = 40, 0.1  # of a network that the bench trains itself
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to a pruned network.
+
+    Attributes:
+        algo: Its method; empty for a peer.
+        options: Of the method.
+        measured: Widths by measured loss; else None. Fields of the request.
+        learns: Options that share the epochs before pruning.
+    """
+
+    algo: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    measured: Mapping[str, Any] | None = None
+    learns: tuple[str, ...] = ()
+
+
+LEARNER = ("train_epochs",)
+ROWS: Mapping[str, Row] = {
+    "uniform": Row("erk", {"rule": "uniform"}),
+    "random": Row("random"),
+    "l1": Row("l1"),
+    "l2": Row("l2"),
+    "thinet": Row("thinet"),
+    "fpgm": Row("fpgm"),
+    "taylor": Row("taylor"),
+    "halp": Row("halp"),
+    "lamp": Row("lamp"),
+    "erk": Row("erk"),
+    "netadapt": Row("netadapt"),
+    "random-search": Row("random-search"),
+    "scratch-e": Row("scratch-e", {"compare": False}),
+    "scratch-b": Row("scratch-b", {"compare": False}),
+    "slimming": Row("slimming", learns=LEARNER),
+    "scp": Row("scp", learns=LEARNER),
+    "smcp": Row("smcp", learns=LEARNER),
+    "depgraph": Row("depgraph", learns=LEARNER),
+    "admm": Row("admm", learns=LEARNER),
+    "dcp": Row("dcp", learns=LEARNER),
+    "dcff": Row("dcff", {"start": "trained"}, learns=LEARNER),
+    "autoslim": Row("autoslim", learns=LEARNER),
+    "autocompress": Row("autocompress", {"rounds": 1, "retrain_epochs": 0}, learns=LEARNER),
+    "torch-pruning": Row(),
+    "torch-pruning-taylor": Row(),
+    "taylor-sums": Row("taylor", {"widths": "sums"}),
+    "l2-measured": Row("l2", measured={}),
+    "thinet-measured": Row("thinet", measured={}),
+    "l2-measured-finalists": Row("l2", measured={"value_finalists": 3}),
+}
+MODELS = {"resnet20": ("cifar_resnet.py", "resnet20"), "mobilenetv2": ("cifar_mobilenet.py", "mobilenetv2")}
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """What all rows of one seed share."""
+
+    model: str
+    loaded: Loaded
+    data: Data
+    settings: TrainSettings
+    share: float
+
+    @cached_property
+    def graph(self) -> Graph:
+        """The channel graph."""
+        return trace(self.loaded.model, self.loaded.example)
+
+    @cached_property
+    def table(self) -> LatencyTable:
+        """What widths cost."""
+        return profile(self.loaded.model, self.loaded.example, load_target("cpu"), graph=self.graph)
+
+    def request(self, row: Row) -> Request:
+        """Return what a user would ask for."""
+        extra = {} if row.measured is None else {"value": "measured", **row.measured}
+        return Request(algo=row.algo, options=self.options(row), epochs=self.settings.epochs, seed=self.settings.seed, **extra)
+
+    def options(self, row: Row) -> dict[str, Any]:
+        """Return a method's options, the epochs before pruning among them."""
+        return {**row.options, **{name: round(LEARN * self.settings.epochs / len(row.learns)) for name in row.learns}}
+
+    def problem(self, data: Data) -> Problem:
+        """Return what a method is asked."""
+        budget = self.share * (1 - SPARE) * self.table.predict(self.graph)
+        return Problem(self.loaded.model, self.graph, self.table, budget, data.train, self.settings.seed)
+
+    def peer(self, name: str) -> KeepPlan:
+        """Return what Torch-Pruning keeps."""
+        problem, taylor = self.problem(self.data), None
+        if name.endswith("taylor"):
+            stream = batches(self.data.train, BATCH, shuffle_seed=self.settings.seed, drop_last=True)
+            taylor = [batch for _, batch in zip(range(TAYLOR_BATCHES), stream, strict=False)]
+        return torch_pruning(problem.model, self.loaded.example, self.graph, self.table, problem.budget, taylor)
+
+
+def planned(bench: Bench, name: str, row: Row, folder: Path) -> dict[str, Any]:
+    """Train if the method does, and plan; keep the plan and the model that it is for."""
+
+    def make_plan() -> dict[str, Any]:
+        folder.mkdir(parents=True, exist_ok=True)
+        start, epochs = time.monotonic(), 0
+        request, data = bench.request(row), bench.data
+        problem = bench.problem(data)
+        if row.algo:
+            if row.measured is not None:
+                data = held_back(request, data)
+                problem = replace(problem, data=data.train)
+            algorithm = make(row.algo, bench.options(row))
+            if hasattr(algorithm, "train"):
+                model, epochs = trained(algorithm, problem, data, bench.settings, folder / "training")
+                problem = replace(problem, model=model)
+            measures = row.measured is not None
+            meter = held_out(request, problem.model, bench.loaded.key, bench.graph, bench.data) if measures else None
+            plan = choose(request, problem, meter, folder)
+        else:
+            plan = bench.peer(name)
+        saved.save_weights(problem.model, folder / "basis.safetensors")
+        plan.save(folder / "plan.json")
+        kept = bench.graph.kept(plan)
+        return {
+            "epochs_before": epochs, "plan_s": time.monotonic() - start, "predicted_us": bench.table.predict(bench.graph, plan),
+            "macs": macs(bench.graph, plan), "params": params(bench.graph, plan),
+            "widths": " ".join(f"{g.name}={kept[g.name]}" for g in bench.graph.prunable),
+        }  # fmt: skip
+
+    return once(folder / "planned.json", make_plan)
+
+
+def finished(bench: Bench, row: Row, before: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Compact, repair, fine-tune for the epochs that are left, and judge."""
+
+    def train() -> dict[str, Any]:
+        start, plan = time.monotonic(), KeepPlan.load(folder / "plan.json")
+        basis = saved.restore(bench.loaded.model, bench.graph, KeepPlan({}), folder / "basis.safetensors")
+        problem = replace(bench.problem(bench.data), model=basis)
+        small = compact(basis, bench.graph, plan)
+        settings, hooks = replace(bench.settings, epochs=max(0, bench.settings.epochs - before["epochs_before"])), ()
+        if row.algo:
+            algorithm = make(row.algo, bench.options(row))
+            small = algorithm.repair(small, problem, plan) if hasattr(algorithm, "repair") else small
+            settings, hooks = schedule(algorithm, settings, problem, plan), tuning_hooks(algorithm, problem, small, plan)
+        untrained = tuned(small, bench.data, replace(settings, epochs=0), bench.loaded.model, folder, Silent())
+        after = tuned(small, bench.data, settings, bench.loaded.model, folder, Silent(), hooks)
+        export_onnx(after, bench.loaded.example, folder / "exported.onnx")
+        simplify_onnx(folder / "exported.onnx", folder / "model.onnx")
+        top1 = {"before": evaluate(untrained, bench.data.test).top1, "accuracy": evaluate(after, bench.data.test).top1}
+        return {**top1, "epochs_after": settings.epochs, "train_s": time.monotonic() - start}
+
+    return once(folder / "trained.json", train)
+
+
+def dense(name: str, weights: Path | None, data_name: str, work: Path) -> Loaded:
+    """Return the dense network with trained weights; train it first if there are none."""
+    file, function = MODELS[name]
+    spec = f"{ROOT / 'examples' / file}:{function}"
+    if weights is None:
+        weights = work / "dense.safetensors"
+        if not weights.is_file():
+            loaded = load_model(spec)
+            data = load_data(data_name, normalise=loaded.normalise, size=loaded.input_shape, seed=0, reporter=Silent())
+            settings = TrainSettings(epochs=DENSE_EPOCHS, lr=DENSE_LR, precision="bf16")
+            work.mkdir(parents=True, exist_ok=True)
+            model = finetune(loaded.model, data, settings, checkpoint=work / "dense-state.safetensors")
+            print("dense", evaluate(model, data.test).top1, flush=True)
+            saved.save_weights(model, weights)
+    loaded = load_model(spec, weights)
+    loaded.model.eval()
+    return loaded
+
+
+def export(model: nn.Module, example: tuple[Any, ...], file: Path) -> Path:
+    """Return the simplified ONNX file."""
+    if not file.is_file():
+        raw = file.with_suffix(".raw.onnx")
+        export_onnx(model, example, raw)
+        simplify_onnx(raw, file)
+    return file
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Say whether this process may work on a row; another one that runs beside it may be there already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield one row for each name and seed that is complete."""
+    root = args.work / args.model
+    loaded = dense(args.model, args.weights, args.data, root)
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    for seed in args.seeds:
+        data = load_data(args.data, normalise=loaded.normalise, size=loaded.input_shape, seed=seed, reporter=Silent())
+        settings = TrainSettings(epochs=args.epochs, distill=args.distill, seed=seed, precision=args.precision)
+        bench = Bench(args.model, loaded, data, settings, args.share)
+        for name in args.rows:
+            row, folder = ROWS[name], root / f"{args.epochs}-epochs" / f"seed-{seed}" / name
+            with claimed(folder) as mine:
+                if not mine:
+                    continue
+                before = planned(bench, name, row, folder)
+                print(seed, name, json.dumps(before), flush=True)
+                if args.until != "plan":
+                    found[seed, name] = before | finished(bench, row, before, folder)
+                    print(seed, name, found[seed, name]["before"], found[seed, name]["accuracy"], flush=True)
+    if args.until:
+        return
+    yield from measured(root, loaded, args, found)
+
+
+def measured(
+    root: Path, loaded: Loaded, args: argparse.Namespace, found: Mapping[tuple[int, str], Mapping[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Measure all models in turns with the dense one, a dozen at a time; yield the complete rows."""
+    names = list(found)
+    for first in range(0, len(names), 12):
+        part = names[first : first + 12]
+        files = {f"{seed}/{name}": root / f"{args.epochs}-epochs" / f"seed-{seed}" / name / "model.onnx" for seed, name in part}
+        times = timed(Device(load_target("cpu")), {"dense": export(loaded.model, loaded.example, root / "dense.onnx"), **files})
+        for seed, name in part:
+            us, dense_us = np.array(times[f"{seed}/{name}"]), np.array(times["dense"])
+            told = {
+                "us": float(np.median(us)),
+                "dense_us": float(np.median(dense_us)),
+                "of_dense": float(np.median(us / dense_us)),
+            }
+            asked = {"model": args.model, "row": name, "seed": seed, "epochs": args.epochs, "distill": args.distill}
+            yield {**asked, **found[seed, name], **told}
+
+
+def written(path: Path, fresh: list[dict[str, Any]]) -> None:
+    """Put the rows into the file, in place of those of the same model, name, seed, epochs and distillation."""
+    keys = ("model", "row", "seed", "epochs", "distill")
+    of: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda row: tuple(str(row[key]) for key in keys)  # noqa: E731
+    lines = path.read_text().splitlines() if path.is_file() else []
+    old = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    new = {of(row) for row in fresh}
+    rounded = [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in fresh]
+    with path.open("w", newline="") as file:
+        file.writelines(f"# {key}: {value}\n" for key, value in describe({"threads": 1}).items())
+        writer = csv.DictWriter(file, list(fresh[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([row for row in old if of(row) not in new] + rounded)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--model", default="resnet20", choices=list(MODELS))
+    parser.add_argument("--weights", type=Path, help="of the dense model; without them it is trained first")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--share", type=float, default=0.5, help="of the dense model's latency")
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--distill", type=float, default=0.5)
+    parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"], help="of training")
+    parser.add_argument("--until", choices=["plan", "train"], help="stop before training, or before measuring")
+    parser.add_argument("--work", type=Path, default=Path("runs/algorithms"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    found = list(rows(args))
+    if found:
+        written(RESULTS, found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Torch-Pruning as a peer: what it keeps within our budget, as one of our plans."""
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deploypipe.cost import CostTable
+from deploypipe.plan import KeepPlan
+from deploypipe.types import Graph
+
+HALVINGS = 10
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+def torch_pruning(
+    model: nn.Module,
+    example: tuple[Tensor, ...],
+    graph: Graph,
+    table: CostTable,
+    budget: float,
+    taylor: Batches | None = None,
+) -> KeepPlan:
+    """Return what Torch-Pruning keeps: global ranking, widths rounded to 8, the ratio found by bisection to the budget.
+
+    Args:
+        model: Trained.
+        example: Of its inputs.
+        graph: Of the model.
+        table: Prices what it keeps; the ratio is the largest share pruned in the search that still fits.
+        budget: In the table's unit.
+        taylor: Batches whose gradients it ranks by; None ranks by the norms of groups.
+    """
+    import torch_pruning as tp  # noqa: PLC0415 - in the dependency group `bench`
+
+    head = next(name for name, module in reversed(list(model.named_modules())) if isinstance(module, nn.Linear))
+
+    def pruned(ratio: float) -> KeepPlan:
+        importance = tp.importance.GroupTaylorImportance() if taylor else tp.importance.GroupMagnitudeImportance()
+        with _followable(copy.deepcopy(model).eval().requires_grad_(True)) as copied:
+            pruner = tp.pruner.BasePruner(
+                copied, example, importance=importance, global_pruning=True, pruning_ratio=ratio, round_to=8,
+                ignored_layers=[copied.get_submodule(head)],
+            )  # fmt: skip
+            for inputs, labels in taylor or ():
+                nn.functional.cross_entropy(copied(inputs), labels).backward()
+            pruner.step()
+            return _plan(model, copied, graph)
+
+    low, high = 0.0, 0.95
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        fits = table.predict(graph, pruned(middle)) <= budget
+        low, high = (low, middle) if fits else (middle, high)
+    return pruned(high)
+
+
+@contextmanager
+def _followable(model: nn.Module) -> Iterator[nn.Module]:
+    """Write option-A shortcuts as convolutions that are modules: it only follows those."""
+    for stage in (getattr(model, "layer2", None), getattr(model, "layer3", None)):
+        weight = getattr(getattr(stage[0], "shortcut", None), "weight", None) if isinstance(stage, nn.Sequential) else None
+        if weight is not None and not isinstance(stage[0].shortcut, nn.Conv2d):
+            stage[0].shortcut = nn.Conv2d(weight.shape[1], weight.shape[0], 1, 2, bias=False)
+            stage[0].shortcut.weight = nn.Parameter(weight.clone())
+    yield model
+
+
+def _plan(model: nn.Module, small: nn.Module, graph: Graph) -> KeepPlan:
+    """Find what was kept again in our groups, by the scales of the batch norms, which it slices."""
+    before, after, keep = dict(model.named_parameters()), dict(small.named_parameters()), {}
+    for group in graph.prunable:
+        name = next(m.param for m in group.members if m.role == "carries" and m.param.endswith("weight"))
+        keep[group.name] = tuple(np.flatnonzero(torch.isin(before[name], after[name]).numpy()).tolist())
+        assert len(keep[group.name]) == len(after[name]), f"scales of {name} are not all different"
+    return KeepPlan(keep, fingerprint=graph.fingerprint)
