@@ -1,12 +1,12 @@
 """What 2:4 weights cost in the values that widths are chosen by: as much as narrowing that keeps the same magnitude.
 
 A mask keeps a share of a layer's summed magnitude (Mishra et al. 2021, the measure of its permutations too). So does narrowing
-what the layer reads, and what that costs the algorithm has said: the value of keeping the first w channels. The mask is taken to
-cost what the layer would lose by being narrowed, in the algorithm's own order, to where it keeps the same share. So it is in the
-same unit as the values, whichever they are; for values that are logarithms of shares it is `-log(share)`.
+what the layer reads, and what that costs the algorithm has said: the value of keeping the first w channels. The mask is taken
+to cost what the layer would lose by being narrowed, in the algorithm's own order, to where it keeps the same share. So it is in
+the same unit as the values, whichever they are; for values that are logarithms of shares it is `-log(share)`.
 
-This is our own exchange rate: the paper prunes every layer that can be and prices none. It knows nothing of what fine-tuning wins
-back, and takes weights as they lie, before channels are permuted and cut.
+This is our own exchange rate: the paper prunes every layer that can be and prices none. It knows nothing of what fine-tuning
+wins back, and takes weights as they lie, before channels are permuted and cut.
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,8 +29,8 @@ def mask_losses(
 ) -> dict[str, float]:
     """Return layer -> value given up when its weight becomes 2:4, in the unit of `values`, at least 0.
 
-    What a layer reads decides; of several groups (a concat), each by its share of the layer's magnitude. Where no values tell of
-    them, those of the channels that it writes do. A layer of which no values tell at all is left out.
+    What a layer reads decides; of several groups (a concat), each by its share of the layer's magnitude. Where no values tell
+    of them, those of the channels that it writes do. A layer of which no values tell at all is left out.
 
     Args:
         graph: The model.

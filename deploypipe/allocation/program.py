@@ -15,7 +15,7 @@ pair of widths at which that saves something: they sum up to the binary, and tho
 so that exactly the saving of the chosen pair is taken off the cost.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import gcd

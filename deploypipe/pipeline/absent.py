@@ -20,6 +20,7 @@ from deploypipe.cost import CostTable
 from deploypipe.errors import TargetError
 from deploypipe.latency.estimate import estimated
 from deploypipe.latency.table import LatencyTable
+from deploypipe.pipeline.request import AUTO
 from deploypipe.pipeline.stages import Device
 from deploypipe.plan import KeepPlan
 from deploypipe.reports.figures import microseconds
@@ -31,7 +32,7 @@ REFERENCE = "cpu"  # the target that runs exported files here, as a check
 RETURNED = "returned.json"  # in the run folder: what came back from the owner of a device
 
 
-def device_of(target: Target, run: Path | None = None, *, sparse: bool = False) -> Device:
+def device_of(target: Target, run: Path | None = None, sparsity: str = "") -> Device:
     """Return the device of `target`, or a stand-in if there is none at hand and the target file allows an estimate.
 
     At hand is this machine if the runtime is installed, and any device that a host is named for; whether that host answers is
@@ -40,10 +41,10 @@ def device_of(target: Target, run: Path | None = None, *, sparse: bool = False) 
     Args:
         target: With the host that was asked for.
         run: The run folder, in which measurements by the owner may lie.
-        sparse: Whether an estimate may count on 2:4 weights.
+        sparsity: As in a request: with any, an estimate prices 2:4 weights too; with "auto" a stored profile must do so.
     """
     at_hand = load_backend(target).available()[0] if load_runner(target).here else bool(target.reach.host)
-    return Device(target) if at_hand or not target.rates.known else Absent(target, run, sparse=sparse)
+    return Device(target) if at_hand or not target.rates.known else Absent(target, run, sparsity)
 
 
 class Absent(Device):
@@ -51,9 +52,9 @@ class Absent(Device):
 
     present: ClassVar[bool] = False
 
-    def __init__(self, target: Target, run: Path | None = None, *, sparse: bool = False) -> None:
+    def __init__(self, target: Target, run: Path | None = None, sparsity: str = "") -> None:
         super().__init__(target)
-        self.sparse = sparse
+        self.sparsity = sparsity
         self._returned = read_returned(run)
 
     @property
@@ -107,8 +108,8 @@ class Absent(Device):
         """
         return (
             super().known_table(graph, given)
-            or stored_table(self.target, graph)
-            or estimated(graph, self.target, sparse=self.sparse)
+            or stored_table(self.target, graph, two_four=self.sparsity == AUTO)
+            or estimated(graph, self.target, sparse=bool(self.sparsity))
         )
 
     def within_reach(self, limit: float, cost: CostTable, graph: Graph) -> float:
@@ -131,8 +132,11 @@ class Absent(Device):
         return taken
 
 
-def stored_table(target: Target, graph: Graph) -> LatencyTable | None:
-    """Return the profile of the model that was kept for this kind of device; a measured one before one that was calibrated."""
+def stored_table(target: Target, graph: Graph, *, two_four: bool = False) -> LatencyTable | None:
+    """Return the profile of the model that was kept for this kind of device; a measured one before one that was calibrated.
+
+    With `two_four`, only one that prices such weights.
+    """
     found = []
     for path in sorted((cache_folder() / "profiles").glob("*/device.json")):
         try:
@@ -140,7 +144,7 @@ def stored_table(target: Target, graph: Graph) -> LatencyTable | None:
             facts = table.facts
             if facts.get("target") in {target.name, target.like} and facts.get("precision") == target.build.precision:
                 table.predict(graph)
-                found.append(table.only(graph))
+                found += [part for part in (table.only(graph),) if part.knows_two_four or not two_four]
         except TargetError:  # of an older version, or of other models
             continue
     return max(found, key=lambda table: (table.source == "measured", str(table.facts.get("date"))), default=None)

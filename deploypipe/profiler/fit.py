@@ -32,12 +32,13 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Form:
-    """One form of the model, measured."""
+    """One form of the model, measured; `two_four` names the layers whose weights held that pattern."""
 
     name: str
     kept: Kept
     whole: Timing
     profile: Profile
+    two_four: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,14 @@ class _Seen:
 
     def _layer(self, layer: Layer) -> _Row:
         widths = [(layer.n_in.at(form.kept), layer.n_out.at(form.kept)) for form in self.forms]
-        alone = np.array([self.table.kernel_us(layer, *pair) for pair in widths])
+        alone = np.array([self._alone(layer, *pair, form) for pair, form in zip(widths, self.forms, strict=True)])
         at = np.array([n_in * n_out for n_in, n_out in widths], float)
         return _Row(np.full(len(widths), np.nan), np.zeros(len(widths)), at, alone)
+
+    def _alone(self, layer: Layer, n_in: int, n_out: int, form: Form) -> float:
+        """Return what the layer's kernel takes alone: the quicker one where its weight permits a sparse one."""
+        dense = self.table.kernel_us(layer, n_in, n_out)
+        return min(dense, self.table.kernel_us(layer, n_in, n_out, "2:4")) if layer.name in form.two_four else dense
 
     def _other(self, feeds: tuple[str, ...]) -> _Row:
         width = width_of(self.graph, feeds)
