@@ -128,9 +128,14 @@ class Search:
         raise BudgetError(
             f"the budget of {self.budget:,.6g} {unit} ({100 * self.budget / dense:.1f} % of the dense model) is out of reach: "
             f"the smallest reachable cost {'' if proved else 'found '}is {smallest:,.6g} {unit} ({share:.1f} %)",
-            at=f"{len(self.widths)} groups to choose from, {len(self.graph.fixed)} fixed",
+            at=f"{len(self.widths)} groups to choose from, {len(self.graph.fixed)} fixed{self._source()}",
             fix=f"ask for at least {np.ceil(10 * share) / 10:.1f}%, or allow narrower widths",
         )
+
+    def _source(self) -> str:
+        """Say so if costs are latencies that nobody measured."""
+        source = getattr(self.table, "source", "measured")  # counts have none
+        return "" if source in {"measured", "fitted"} else f"; latencies are {source}, not measured"
 
     def certificate(self, choice: Choice, bound: float, status: str, start: float) -> Certificate:
         """Return what is known about a choice: its value, the proven `bound` of any, its cost."""

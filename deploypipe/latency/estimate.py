@@ -59,6 +59,12 @@ def estimated(graph: Graph, target: Target, *, sparse: bool = False) -> LatencyT
     return table.with_context(replace(context, whole_us=table.predict(graph)))
 
 
+def launches_us(table: LatencyTable, graph: Graph) -> float:
+    """Return what an estimate of the dense model takes for launches: of each layer, and of the other kernels."""
+    apart = sum(kernel.fixed_us for kernel in table.context(graph).overhead)
+    return float(table.facts["rates"]["launch_us"]) * len(graph.layers) + apart
+
+
 def kernel_us(shape: Shape, n_in: int, n_out: int, rates: Rates, *, sparse: bool = False) -> float:
     """Return the microseconds of one kernel by the roofline; `sparse` if its weights hold the 2:4 pattern.
 

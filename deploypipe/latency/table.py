@@ -1,6 +1,5 @@
 """Measured latency of a model under any plan: kernel times by shape and width, and the context they run in."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -16,7 +15,7 @@ from deploypipe.latency import files as latency_file
 from deploypipe.latency.context import Context
 from deploypipe.latency.files import Entry, Shape, Sparsity
 from deploypipe.latency.grid import Grid
-from deploypipe.latency.widths import AllSteps, legal_widths, steps_of
+from deploypipe.latency.widths import AllSteps, legal_widths, steps_of, two_four_widths
 from deploypipe.plan import KeepPlan
 from deploypipe.two_four import PLAIN, allowed
 from deploypipe.types import Graph, Layer, Width
@@ -100,8 +99,7 @@ class LatencyTable:
         """
         if graph not in self._terms:
             context = self.context(graph)
-            calls = Counter(layer.weight for layer in graph.layers)
-            layers = [self._layer_term(layer, context, alone=calls[layer.weight] == 1) for layer in graph.layers]
+            layers = [self._layer_term(layer, graph, context) for layer in graph.layers]
             self._terms[graph] = (*layers, *overhead_terms(graph, context))
         return self._terms[graph]
 
@@ -194,8 +192,8 @@ class LatencyTable:
         """
         return cls(*latency_file.read_table(Path(folder)))
 
-    def _layer_term(self, layer: Layer, context: Context, *, alone: bool) -> CostTerm:
-        """Price a layer; `alone` if no other layer uses its weight, so that it may be given the pattern for this one."""
+    def _layer_term(self, layer: Layer, graph: Graph, context: Context) -> CostTerm:
+        """Price a layer, and if it may be chosen for that, with 2:4 weights: some widths allow it, no other layer shares them."""
 
         @cache
         def price(n_in: int, n_out: int) -> float:
@@ -213,7 +211,9 @@ class LatencyTable:
             return CostTerm(layer.name, layer.n_in, layer.n_out, price)
         if self.masks == "everywhere":
             return CostTerm(layer.name, layer.n_in, layer.n_out, two_four)
-        return CostTerm(layer.name, layer.n_in, layer.n_out, price, two_four if alone else None)
+        alone = sum(other.weight == layer.weight for other in graph.layers) == 1
+        possible = alone and two_four_widths(layer, self.candidates(graph), graph.kept(), 2, 2)
+        return CostTerm(layer.name, layer.n_in, layer.n_out, price, two_four if possible else None)
 
     def _layer_us(self, layer: Layer, context: Context, n_in: int, n_out: int, sparsity: Sparsity = "dense") -> float:
         """Return what a layer takes in the model, where a sparse kernel is taken to be slowed down as the dense one is."""

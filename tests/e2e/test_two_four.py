@@ -1,0 +1,140 @@
+"""`--sparsity 2:4` and `--sparsity auto` by the real command line, on the stand-in for trtexec; nothing here has met hardware.
+
+The stand-in is quicker with 2:4 weights from 64 input channels on, if `--sparsity=enable` is given (see `trtexec_standin.py`).
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import trtexec_standin
+from command_line import FACTORY
+
+import deploypipe as dp
+from deploypipe.cli.main import run
+from deploypipe.latency.table import LatencyTable
+from deploypipe.latency.widths import Steps
+from deploypipe.pipeline import stages
+from deploypipe.profiler import bench, context
+from deploypipe.profiler import measure as profiler
+from deploypipe.two_four import holds
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+NET = """from torch import nn
+
+
+class Net(nn.Sequential):
+    input_size = (2, 12, 12)
+
+
+def net():
+    convs = [nn.Conv2d(2, 32, 3), nn.ReLU(), nn.Conv2d(32, 128, 3), nn.ReLU(), nn.Conv2d(128, 128, 3), nn.ReLU()]
+    return Net(*convs, nn.Conv2d(128, 32, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 3))
+"""
+TARGET = """name = "box"
+run_on_hardware = false
+[device]
+accelerator = "nvidia-ampere"
+[build]
+backend = "tensorrt"
+precision = "fp16"
+opset = 18
+[measure]
+runs = 8
+warmup = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a model, a target and a cache; TensorRT is 'installed'. How a device is learned is tested elsewhere."""
+    folder = tmp_path_factory.mktemp("box")
+    trtexec_standin.install(folder / "bin", (10, 3, 0))
+    (folder / "small.py").write_text(NET)
+    (folder / "box.toml").write_text(TARGET)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
+        for name in ("HOME", "DEPLOYPIPE_CACHE", "DEPLOYPIPE_DATA"):
+            patch.setenv(name, str(folder / name.lower()))
+        patch.setattr(profiler, "learn_steps", lambda measure: {"conv": Steps(32), "linear": Steps(8)})
+        patch.setattr(bench.Bench, "cost_of_measuring", lambda self: (0.0, 2.0, 0.0))
+        patch.setattr(bench, "_AGAIN", 0)
+        patch.setattr(context, "_SHARES", ())
+        patch.setattr(context, "N_PLANS", 1)
+        patch.setattr(stages, "N_INPUTS", 1)
+        yield folder
+
+
+def built(box: Path, name: str, *more: str) -> dict[str, Any]:
+    """Run a build; return its report."""
+    model = ["--model", f"{box / 'small.py'}:net", "--data", f"{FACTORY}:data", "--target", str(box / "box.toml")]
+    options = ["--algo", "l2", "--budget", "75%", "--epochs", "0", "--out", str(box / name)]
+    assert run(["build", *model, *options, *more, "--json"]) == 0
+    found: dict[str, Any] = json.loads((box / name / "report.json").read_text())
+    return found
+
+
+def holding(folder: Path) -> set[str]:
+    """Return the layers of a run's model whose weights hold the pattern."""
+    small = dp.load(folder)
+    weights = {name: p.detach().numpy() for name, p in small.named_parameters() if p.dim() > 1}
+    return {name.removesuffix(".weight") for name, weight in weights.items() if holds(weight) and weight.shape[1] >= 16}
+
+
+def test_the_allocator_chooses_and_exactly_those_layers_hold_the_pattern(box: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dense = built(box, "dense")
+    auto = built(box, "auto", "--sparsity", "auto")
+    capsys.readouterr()
+    assert dense["two_four"] is None
+    table = LatencyTable.load(box / "auto" / "table")
+    assert table.knows_two_four, "the profiler measured both"
+    assert {entry.runs > 0 for entry in table.kernels} == {True}
+    plan = dp.KeepPlan.load(box / "auto" / "plan.json")
+    rows = {row["name"]: row for row in auto["two_four"]["layers"]}
+    chosen = {name for name, row in rows.items() if row["pattern"] == "2:4"}
+    assert chosen == set(plan.two_four) == set(auto["certificate"]["two_four"]) == holding(box / "auto")
+    assert chosen, "at three quarters of the latency a mask is cheaper than channels"
+    assert all(rows[name]["saved_us"] > 0 for name in chosen)
+    assert rows["0"]["reason"] == "2 input channels are no multiple of 16"
+    assert all(entry in ("dense", "2:4") for entry in {row["pattern"] for row in rows.values()})
+    narrow = rows["2"]
+    assert (narrow["pattern"], narrow["reason"]) == ("dense", "no quicker than dense by the latency table"), "32 inputs"
+    assert auto["pruned"]["n_parameters"] > dense["pruned"]["n_parameters"], "masks took the place of channels"
+    kept = sum(np.log(group["kept"] / group["size"]) for group in auto["groups"] if not group["fixed"])
+    assert kept > sum(np.log(group["kept"] / group["size"]) for group in dense["groups"] if not group["fixed"])
+    measured = auto["budget"]["rounds"][-1]
+    assert measured["pruned"]["median_us"] == pytest.approx(measured["predicted_us"], rel=0.05), "measured with the masks"
+    (evidence,) = auto["two_four"]["evidence"]
+    assert evidence.startswith("TensorRT found")
+    assert evidence.endswith(f"chose them for {len(chosen)}")
+    page = (box / "auto" / "report.md").read_text()
+    assert "## 2:4 weights" in page
+    assert "measured" in page.split("## 2:4 weights")[1].split("\n")[2]
+
+
+def test_all_that_can_hold_it_do_where_the_pattern_is_asked_for(box: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    forced = built(box, "forced", "--sparsity", "2:4")
+    err = capsys.readouterr().err
+    rows = {row["name"]: row for row in forced["two_four"]["layers"]}
+    held = {name for name, row in rows.items() if row["pattern"] == "2:4"}
+    assert held == holding(box / "forced") == {"2", "4", "6"}
+    assert rows["2"]["saved_us"] == 0.0, "asked for, though it saves nothing"
+    assert forced["dense"]["predicted_us"] == pytest.approx(forced["dense"]["latency"]["median_us"], rel=0.05)
+    assert "profile kernels" in err
+    assert dp.KeepPlan.load(box / "forced" / "plan.json").two_four == ()
+
+
+def test_a_choice_needs_a_runtime_a_latency_and_scores(capsys: pytest.CaptureFixture[str]) -> None:
+    cases = (
+        (["--target", "cpu"], 4, "has no kernels for 2:4 weights"),
+        (["--target", "jetson", "--metric", "macs"], 2, "--metric latency"),
+        (["--target", "jetson", "--value", "measured"], 2, "--value scores"),
+        (["--target", "jetson", "--sparsity", "1:4"], 2, "use 2:4 or auto"),
+    )
+    for more, code, words in cases:
+        assert run(["build", "--sparsity", "auto", *more]) == code
+        assert words in capsys.readouterr().err
