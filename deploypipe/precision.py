@@ -1,6 +1,7 @@
 """Put a precision into an ONNX graph: strongly typed runtimes compute each operation in the type that the graph states."""
 
 import re
+from collections.abc import Callable
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def _tiled(node: onnx.NodeProto, block: NDArray[np.generic], times: NDArray[np.g
     return np.tile(block, tuple(int(n) for n in times))
 
 
-_FILLS = {"ConstantOfShape": _filled, "Tile": _tiled}
+_FILLS: dict[str, Callable[..., NDArray[np.generic]]] = {"ConstantOfShape": _filled, "Tile": _tiled}
 
 
 def _sort_nodes(graph: onnx.GraphProto) -> None:

@@ -263,7 +263,7 @@ def microseconds(model, nodes, sparse):
         if node.op_type in LAYERS:
             positions = np.prod(shapes[node.output[0]][2:], dtype=float) if node.op_type == "Conv" else 1
             k, c, *rest = constants[node.input[1]]
-            work = positions * np.prod(rest, dtype=float) * (8 * -(-k // 8)) * (8 * -(-c // 8)) / 4e6
+            work = positions * np.prod(rest, dtype=float) * (8 * -(-k // 8)) * (8 * -(-c // 8)) / 4e5
             us += work * (SPARSE if node.output[0] in sparse else 1)
     return us
 

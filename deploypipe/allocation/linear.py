@@ -1,6 +1,5 @@
 """A mixed-integer linear program under construction: variables, rows, and the solver."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ class Linear:
         """Number of variables, binary and continuous."""
         return self._n
 
-    def _minimise(self, objective: Floats, row: tuple[Floats, float], options: Mapping[str, Any]) -> Any:
+    def _minimise(self, objective: Floats, row: tuple[Floats, float], gap: float, time_limit_s: float) -> Any:
         """Return the solver's answer; `row` is one more: factors of all variables, and the most that their sum may be."""
         with stdout_to_stderr():
             result = milp(
@@ -38,7 +37,7 @@ class Linear:
                 integrality=np.concatenate(self._integer),
                 bounds=Bounds(np.concatenate(self._lower), np.concatenate(self._upper)),
                 constraints=self._constraints(*row),
-                options=dict(options),
+                options={"mip_rel_gap": gap, "time_limit": max(time_limit_s, 1e-3)},
             )
         if result.status not in (0, 1, 2):
             raise ArithmeticError(f"HiGHS: {result.message}")  # unbounded or numerically broken: a bug in the program

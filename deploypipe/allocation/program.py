@@ -106,12 +106,12 @@ class Program(Linear):
         for name, loss in (losses or {}).items():
             objective[self.groups[name].columns] = loss
         if losses is not None:
-            for column, loss in self.masks.values():
-                objective[column] = loss
+            for column, lost in self.masks.values():
+                objective[column] = lost
         factor = LOSS_SCALE / max(float(np.abs(objective).max(initial=0.0)), 1e-300)
         scale = COST_SCALE / max(abs(budget), float(np.abs(cost).max(initial=0.0)) * 1e-3, 1e-300)
         row = (cost * scale, np.inf if losses is None else (budget - self.constant) * scale)
-        result = self._minimise(objective * factor, row, {"mip_rel_gap": gap, "time_limit": max(time_limit_s, 1e-3)})
+        result = self._minimise(objective * factor, row, gap, time_limit_s)
         bound = getattr(result, "mip_dual_bound", None)
         bound = -np.inf if bound is None else bound / factor + (self.constant if losses is None else 0.0)
         status = ("optimal", "time limit", "infeasible")[result.status]

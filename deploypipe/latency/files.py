@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from deploypipe.errors import TargetError
 from deploypipe.latency.context import Context, Overhead
@@ -206,7 +206,7 @@ def _entry(row: list[str]) -> Entry:
     if sparsity not in SPARSITIES:
         raise ValueError(f"sparsity is '{sparsity}', not one of {', '.join(SPARSITIES)}")
     times = (float(median), float(p10), float(p90))
-    entry = Entry(shape, int(n_in), int(n_out), *times, int(runs), cast("Sparsity", sparsity))
+    entry = Entry(shape, int(n_in), int(n_out), *times, int(runs), sparsity)
     if not (0 < entry.median_us < float("inf")):
         raise ValueError(f"latency is {entry.median_us}")
     return entry

@@ -193,7 +193,7 @@ class LatencyTable:
         return cls(*latency_file.read_table(Path(folder)))
 
     def _layer_term(self, layer: Layer, graph: Graph, context: Context) -> CostTerm:
-        """Price a layer, and if it may be chosen for that, with 2:4 weights: some widths allow it, no other layer shares them."""
+        """Price a layer, also with 2:4 weights if it may be given these alone: widths allow it, no other layer shares them."""
 
         @cache
         def price(n_in: int, n_out: int) -> float:

@@ -131,8 +131,8 @@ class Absent(Device):
         self.notes = (
             f"{UNVERIFIED}: {microseconds(limit)} is out of reach by the estimate, though only by what it takes for launches "
             f"({microseconds(launches)} of {microseconds(dense)}), its least certain figure: the narrowest widths take "
-            f"{microseconds(least)}. The plan was made for {microseconds(taken)}, the budget's share of what widths can change; "
-            "measure a device before you rely on it",
+            f"{microseconds(least)}. The plan was made for {microseconds(taken)}, the budget's share of what widths can "
+            "change; measure a device before you rely on it",
         )
         return taken
 

@@ -77,7 +77,7 @@ class TwoFour:
 def sentence(found: TwoFour) -> str:
     """Say in one line what became of it."""
     patterns = Counter(layer.pattern for layer in found.layers)
-    parts = [f"{patterns['2:4']} of {len(found.layers)} layers have 2:4 weights"]
+    parts = [f"2:4 weights in {patterns['2:4']} of {len(found.layers)} layers"]
     if found.saved_us is not None:
         parts.append(f"{microseconds(found.saved_us)} saved by the latency table ({_words(found)})")
     return "; ".join([*parts, *found.evidence])
