@@ -11,8 +11,8 @@ affine or convex in the total (MACs, parameters) and otherwise never too high, s
 says which of both it was.
 
 A layer that may have 2:4 weights adds a binary "it has", which costs the loss of its mask, and one continuous variable for each
-pair of widths at which that saves something: they sum up to the binary, and those of one width to at most that width's binary,
-so that exactly the saving of the chosen pair is taken off the cost.
+pair of widths at which that saves something: they sum up to the binary, and each is at most the variable of its pair, so that
+exactly the saving of the chosen pair is taken off the cost.
 """
 
 from collections.abc import Mapping, Sequence
@@ -77,6 +77,7 @@ class Program(Linear):
         self._sizes = sizes
         self._order = {name: i for i, name in enumerate(sizes)}
         self._selectors: dict[Key, Selector] = {}
+        self._pairings: dict[tuple[Key, Key], Ints] = {}
         self.groups: dict[str, Selector] = {}
         for name, widths in candidates.items():
             columns = self._variables(len(widths), integer=True)
@@ -181,11 +182,17 @@ class Program(Linear):
         self.masks[term.name] = (mask, loss)
         self._costs.append((shares, -np.atleast_1d(savings[tuple(used.T)])))
         self._equal(mask, shares)
-        for axis, key in enumerate(keys):
-            columns = self._selector(key).columns
-            for place in np.unique(used[:, axis]):
-                mine = shares[used[:, axis] == place]
-                self._row(np.append(mine, columns[place]), np.append(np.ones(len(mine)), -1.0), -np.inf, 0)
+        if keys:
+            for share, pair in zip(shares, self._chosen(keys)[tuple(used.T)], strict=True):
+                self._row(np.array([share, pair]), np.array([1.0, -1.0]), -np.inf, 0)
+
+    def _chosen(self, keys: Sequence[Key]) -> Ints:
+        """Return the variables that say which width, or which pair of two widths, is chosen; an axis for each key."""
+        if len(keys) == 1:
+            return self._selector(keys[0]).columns
+        left, right = sorted(keys)
+        pairs = self._paired(left, right)
+        return pairs if keys[0] == left else pairs.T
 
     # --- prices
 
@@ -235,8 +242,13 @@ class Program(Linear):
             widest = max(range(len(several)), key=lambda i: len(several[i][2]))
             key, other, matrix = several[widest]
             return self._envelope(key, self._selector(other), hulls[widest], matrix)
-        pairs = self._pairs(self._selector(left).columns, self._selector(right).columns)
-        return self._costs.append((pairs.ravel(), prices.ravel()))
+        return self._costs.append((self._paired(left, right).ravel(), prices.ravel()))
+
+    def _paired(self, left: Key, right: Key) -> Ints:
+        """Return the variables of the pairs of two widths, one axis for each."""
+        if (left, right) not in self._pairings:
+            self._pairings[left, right] = self._pairs(self._selector(left).columns, self._selector(right).columns)
+        return self._pairings[left, right]
 
     def _envelope(self, key: Key, other: Selector | None, hulls: list[Ints], prices: Floats) -> None:
         """Price `key` as a number: one share of it for each choice of the other end, and the envelope over each share."""
