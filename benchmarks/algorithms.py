@@ -1,6 +1,7 @@
 """Every structured method at equal milliseconds: one network, one latency budget, one number of epochs in all.
 
     python benchmarks/algorithms.py --data imagefolder:DIR --weights resnet20.safetensors --epochs 15 --seeds 0
+    python benchmarks/algorithms.py ... --images 10000 --epochs 6 --distill 0 --seeds 0 1 2    # minutes a method
 
 CIFAR-10, ResNet-20 with trained weights (or `--model mobilenetv2`, trained by this bench first), a share of the dense model's
 latency on ONNX Runtime, one thread. Rows:
@@ -10,7 +11,8 @@ latency on ONNX Runtime, one thread. Rows:
 - `uniform`: equal shares, largest filters. `random`: one draw for each seed.
 - `torch-pruning`, `torch-pruning-taylor`: its global ranking by group norms, and by Taylor terms; widths rounded to 8, the
   ratio by bisection to the same budget; its own channels. Trained as the others are.
-- `taylor-sums`: the recipe with the exact allocator on sums, where branches may go. `...-measured`: `--value measured`.
+- `taylor-sums`: the exact allocator on sums of Taylor scores, where branches may go. `norms`: `depgraph` without training.
+- `...-measured`: `--value measured`; `-steps` with 50 steps of training for each plan, `-finalists` with three finalists.
 
 All plans are made on one latency table, then trained, then measured in turns with the dense model: the budget is a little below
 the share, so that the measured latency is at or below it. Steps lie in `--work`: the command can be stopped and run again, and
@@ -41,8 +43,9 @@ from deploypipe.algorithms import make
 from deploypipe.algorithms.base import Problem
 from deploypipe.compact import compact
 from deploypipe.count import macs, params
-from deploypipe.data.batches import batches
+from deploypipe.data.batches import batches, count, split
 from deploypipe.data.load import Data, load_data
+from deploypipe.errors import DeployPipeError
 from deploypipe.export import export_onnx, simplify_onnx
 from deploypipe.graph import trace
 from deploypipe.latency.table import LatencyTable
@@ -62,9 +65,10 @@ from deploypipe.types import Graph
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results") / "algorithms.csv"
-SPARE = 0.01  # of the budget, left unused by the plans: the table's error
+SPARE = 0.005  # of the budget, left unused by the plans: the table's error
 LEARN = 1 / 3  # of all epochs, for methods that train before they prune
 TAYLOR_BATCHES, BATCH = 16, 128
+ASKED = ("model", "images", "epochs", "distill", "batch_size")  # what differs between tables
 DENSE_EPOCHS, DENSE_LR = 40, 0.1  # of a network that the bench trains itself
 
 
@@ -86,6 +90,7 @@ class Row:
 
 
 LEARNER = ("train_epochs",)
+NORMS = {"train_epochs": 0, "steps": 1}  # channels by the norm of all that they own, batch norms and readers included
 ROWS: Mapping[str, Row] = {
     "uniform": Row("erk", {"rule": "uniform"}),
     "random": Row("random"),
@@ -112,10 +117,15 @@ ROWS: Mapping[str, Row] = {
     "autocompress": Row("autocompress", {"rounds": 1, "retrain_epochs": 0}, learns=LEARNER),
     "torch-pruning": Row(),
     "torch-pruning-taylor": Row(),
-    "taylor-sums": Row("taylor", {"widths": "sums"}),
+    "taylor-sums": Row("taylor", {"widths": "sums", "steps": 1, "interval": 16, "batch": 128, "lr": 0.0}),
     "l2-measured": Row("l2", measured={}),
     "thinet-measured": Row("thinet", measured={}),
     "l2-measured-finalists": Row("l2", measured={"value_finalists": 3}),
+    "l2-measured-steps": Row("l2", measured={"value_steps": 50}),
+    "norms": Row("depgraph", {"train_epochs": 0}),
+    "norms-measured": Row("depgraph", NORMS, measured={}),
+    "norms-measured-steps": Row("depgraph", NORMS, measured={"value_steps": 50, "value_rounds": 1}),
+    "norms-measured-finalists": Row("depgraph", NORMS, measured={"value_finalists": 3}),
 }
 MODELS = {"resnet20": ("cifar_resnet.py", "resnet20"), "mobilenetv2": ("cifar_mobilenet.py", "mobilenetv2")}
 
@@ -143,7 +153,15 @@ class Bench:
     def request(self, row: Row) -> Request:
         """Return what a user would ask for."""
         extra = {} if row.measured is None else {"value": "measured", **row.measured}
-        return Request(algo=row.algo, options=self.options(row), epochs=self.settings.epochs, seed=self.settings.seed, **extra)
+        settings, options = self.settings, self.options(row)
+        return Request(
+            algo=row.algo,
+            options=options,
+            epochs=settings.epochs,
+            seed=settings.seed,
+            train_precision=settings.precision,
+            **extra,
+        )
 
     def options(self, row: Row) -> dict[str, Any]:
         """Return a method's options, the epochs before pruning among them."""
@@ -260,21 +278,34 @@ def claimed(folder: Path) -> Iterator[bool]:
             yield True
 
 
+def folder_of(args: argparse.Namespace) -> Path:
+    """Return where the rows of one network and schedule are kept."""
+    return Path(args.work, args.model, "-".join(str(getattr(args, key)) for key in ASKED[1:]))
+
+
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield one row for each name and seed that is complete."""
-    root = args.work / args.model
-    loaded = dense(args.model, args.weights, args.data, root)
+    root, loaded = folder_of(args), dense(args.model, args.weights, args.data, args.work / args.model)
     found: dict[tuple[int, str], dict[str, Any]] = {}
     for seed in args.seeds:
         data = load_data(args.data, normalise=loaded.normalise, size=loaded.input_shape, seed=seed, reporter=Silent())
-        settings = TrainSettings(epochs=args.epochs, distill=args.distill, seed=seed, precision=args.precision)
+        if args.images:
+            part = split(data.train, args.images / count(data.train), seed)[1]
+            data = replace(data, train=part, key=f"{data.key}, {args.images} images")
+        settings = TrainSettings(
+            epochs=args.epochs, distill=args.distill, seed=seed, precision=args.precision, batch_size=args.batch_size
+        )
         bench = Bench(args.model, loaded, data, settings, args.share)
         for name in args.rows:
-            row, folder = ROWS[name], root / f"{args.epochs}-epochs" / f"seed-{seed}" / name
+            row, folder = ROWS[name], root / f"seed-{seed}" / name
             with claimed(folder) as mine:
                 if not mine:
                     continue
-                before = planned(bench, name, row, folder)
+                try:
+                    before = planned(bench, name, row, folder)
+                except DeployPipeError as error:
+                    print(seed, name, error, flush=True)
+                    continue
                 print(seed, name, json.dumps(before), flush=True)
                 if args.until != "plan":
                     found[seed, name] = before | finished(bench, row, before, folder)
@@ -291,7 +322,7 @@ def measured(
     names = list(found)
     for first in range(0, len(names), 12):
         part = names[first : first + 12]
-        files = {f"{seed}/{name}": root / f"{args.epochs}-epochs" / f"seed-{seed}" / name / "model.onnx" for seed, name in part}
+        files = {f"{seed}/{name}": root / f"seed-{seed}" / name / "model.onnx" for seed, name in part}
         times = timed(Device(load_target("cpu")), {"dense": export(loaded.model, loaded.example, root / "dense.onnx"), **files})
         for seed, name in part:
             us, dense_us = np.array(times[f"{seed}/{name}"]), np.array(times["dense"])
@@ -300,13 +331,13 @@ def measured(
                 "dense_us": float(np.median(dense_us)),
                 "of_dense": float(np.median(us / dense_us)),
             }
-            asked = {"model": args.model, "row": name, "seed": seed, "epochs": args.epochs, "distill": args.distill}
+            asked = {key: getattr(args, key) for key in ASKED} | {"row": name, "seed": seed}
             yield {**asked, **found[seed, name], **told}
 
 
 def written(path: Path, fresh: list[dict[str, Any]]) -> None:
     """Put the rows into the file, in place of those of the same model, name, seed, epochs and distillation."""
-    keys = ("model", "row", "seed", "epochs", "distill")
+    keys = (*ASKED, "row", "seed")
     of: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda row: tuple(str(row[key]) for key in keys)  # noqa: E731
     lines = path.read_text().splitlines() if path.is_file() else []
     old = list(csv.DictReader(line for line in lines if not line.startswith("#")))
@@ -329,6 +360,8 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.5, help="of the dense model's latency")
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--distill", type=float, default=0.5)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--images", type=int, default=0, help="of the training set that are used; 0 for all")
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"], help="of training")
     parser.add_argument("--until", choices=["plan", "train"], help="stop before training, or before measuring")
     parser.add_argument("--work", type=Path, default=Path("runs/algorithms"))

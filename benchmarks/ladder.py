@@ -14,6 +14,8 @@ the part of the training set that is not held out; the rungs differ in how many 
 - `macs-curves`, `table-curves`: the exact allocator on measured loss curves; `-remove` with whole branches. `...-search`: the
   curves measured again around the solution, up to three times.
 - `torch-pruning`: its global group norm, widths rounded to 8, by bisection to the same predicted latency; its own channels.
+- `torch-pruning-by-taylor`: its widths, Taylor's channels. `table-sum-by-norm`: the widths of `table-sum`, its filters of the
+  largest norm. `uniform-by-norm` likewise.
 
 Then all plans get the same fine-tuning and are measured in turns with the dense model. Results of every step are kept in
 `--work`, so that the command can be stopped and run again. The test set is read once for each trained model.
@@ -36,6 +38,7 @@ from machine import describe
 from peers import torch_pruning
 from torch import nn
 
+from deploypipe.algorithms.base import filter_norms
 from deploypipe.allocation.allocate import allocate_widths, first_channels, ranking
 from deploypipe.compact import compact
 from deploypipe.cost import CostTable
@@ -47,6 +50,7 @@ from deploypipe.export import export_onnx, simplify_onnx
 from deploypipe.graph import trace
 from deploypipe.ingredients.gradients import gate_gradient
 from deploypipe.ingredients.removal import removable
+from deploypipe.ingredients.statistics import weights
 from deploypipe.models.load import Loaded, load_model
 from deploypipe.pipeline.stages import Device
 from deploypipe.plan import KeepPlan
@@ -149,6 +153,12 @@ class Bench:
 
         return self.by_latency(attempt)
 
+    def by_norm(self, plan: KeepPlan) -> KeepPlan:
+        """Return the plan of the same widths that keeps the filters of the largest norm."""
+        given = weights(self.loaded.model)
+        orders = {group.name: ranking(filter_norms(group, given, 2).numpy()) for group in self.graph.prunable}
+        return KeepPlan(first_channels(orders, self.graph.kept(plan)), fingerprint=self.graph.fingerprint)
+
     def plan(self, kept: Kept) -> KeepPlan:
         """Return the plan of these widths, by the scores."""
         return KeepPlan(first_channels(self.orders, kept), fingerprint=self.graph.fingerprint)
@@ -195,6 +205,9 @@ RUNGS: dict[str, Callable[[Bench], KeepPlan]] = {
     "threshold": lambda b: ranked(b, threshold_widths),
     "table-sum-remove": lambda b: summed(b, "table", "raw", True),
     "torch-pruning": peer,
+    "torch-pruning-by-taylor": lambda b: b.plan(b.graph.kept(peer(b))),
+    "table-sum-by-norm": lambda b: b.by_norm(summed(b, "table", "raw", False)),
+    "uniform-by-norm": lambda b: b.by_norm(ranked(b, uniform_widths)),
     "table-curves-search": lambda b: measured(b, "table", ROUNDS, False),
     "table-curves-remove": lambda b: measured(b, "table", 0, True),
     "table-share": lambda b: summed(b, "table", "share", False),
@@ -264,7 +277,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Plan, train and measure; yield one row for each rung and seed that is complete."""
     target = load_target("cpu")
     device = Device(target)
-    settings = TrainSettings(epochs=args.epochs, distill=args.distill)
+    settings = TrainSettings(epochs=args.epochs, distill=args.distill, precision=args.precision)
     for seed in args.seeds:
         loaded = load_model(MODEL, args.weights)
         loaded.model.eval()
@@ -310,6 +323,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.5, help="of the dense model's latency")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--distill", type=float, default=0.0)
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="of training")
     parser.add_argument("--until", choices=["plan", "train"], help="stop before training, or before measuring")
     parser.add_argument("--work", type=Path, default=Path("runs/ladder"))
     args = parser.parse_args()

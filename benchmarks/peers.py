@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.cost import CostTable
+from deploypipe.errors import BudgetError
 from deploypipe.plan import KeepPlan
 from deploypipe.types import Graph
 
@@ -38,24 +39,30 @@ def torch_pruning(
 
     head = next(name for name, module in reversed(list(model.named_modules())) if isinstance(module, nn.Linear))
 
-    def pruned(ratio: float) -> KeepPlan:
+    def pruned(ratio: float, most: float) -> KeepPlan:
         importance = tp.importance.GroupTaylorImportance() if taylor else tp.importance.GroupMagnitudeImportance()
         with _followable(copy.deepcopy(model).eval().requires_grad_(True)) as copied:
             pruner = tp.pruner.BasePruner(
                 copied, example, importance=importance, global_pruning=True, pruning_ratio=ratio, round_to=8,
-                ignored_layers=[copied.get_submodule(head)],
+                max_pruning_ratio=most, ignored_layers=[copied.get_submodule(head)],
             )  # fmt: skip
             for inputs, labels in taylor or ():
                 nn.functional.cross_entropy(copied(inputs), labels).backward()
             pruner.step()
             return _plan(model, copied, graph)
 
-    low, high = 0.0, 0.95
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        fits = table.predict(graph, pruned(middle)) <= budget
-        low, high = (low, middle) if fits else (middle, high)
-    return pruned(high)
+    for most in (1.0, 0.9, 0.8, 0.7, 0.6):  # it leaves a group whole that it would empty, unless it is told to leave a part
+        low, high, found = 0.0, 0.95, None
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            plan = pruned(middle, most)
+            if table.predict(graph, plan) <= budget:
+                high, found = middle, plan
+            else:
+                low = middle
+        if found:
+            return found
+    raise BudgetError("no ratio keeps the budget", at="Torch-Pruning")
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import numpy as np
 
 FEW, MANY = 6, 12  # the runs of each model come in so many turns, so that slow drift meets all models alike
 REWARM = 2  # runs at the start of a turn that do not count
+LEAST_US = 1500.0  # of a run: of a faster model as many are made, so that short disturbances weigh no more than for slow ones
 
 Request = Dict[str, Any]
 
@@ -100,9 +101,10 @@ def quiet_turns(turn: Callable[[], Any], cores: Cores, request: Request, wanted:
 def bench(runs: Mapping[str, Callable[[], Any]], cores: Cores, request: Request) -> dict[str, Any]:
     """Time whole models, each run by a call, in turns."""
     wanted, per_block = turns_of(request)
-    for once in runs.values():
-        for _ in range(request["warmup"]):
-            once()
+    often = {}
+    for name, once in runs.items():
+        takes = [timed(once)[0] for _ in range(max(1, request["warmup"]))]
+        often[name] = per_block * max(1, int(LEAST_US / min(takes)))
 
     times: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in runs}
 
@@ -110,7 +112,7 @@ def bench(runs: Mapping[str, Callable[[], Any]], cores: Cores, request: Request)
         for name, once in runs.items():
             for _ in range(REWARM):  # not counted: fetch back what the other models threw out of the cache
                 once()
-            times[name].append([timed(once) for _ in range(per_block)])
+            times[name].append([timed(once) for _ in range(often[name])])
 
     chosen, load = quiet_turns(turn, cores, request, wanted)
     rows = {}

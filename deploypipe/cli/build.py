@@ -33,6 +33,7 @@ Sparsity = Annotated[
     str, typer.Option(metavar="2:4|auto", help="2:4 weights (NVIDIA since Ampere): wherever they can be, or where it pays.")
 ]
 ValueRounds = Annotated[int, typer.Option(min=0, help="With --value measured: measure around the solution this often.")]
+ValueSteps = Annotated[int, typer.Option(min=0, help="With --value measured: train every plan so many steps first.")]
 ValueFinalists = Annotated[int, typer.Option(min=1, help="With --value measured: train this many plans an epoch to choose.")]
 Weights = Annotated[Path | None, typer.Option(help="Trained weights: .safetensors, or a state dict of tensors (.pt, .pth).")]
 
@@ -60,6 +61,7 @@ def build(
     table: Annotated[Path | None, typer.Option(help="Use this latency table (from `profile --save`).")] = None,
     value: Value = "scores",
     value_rounds: ValueRounds = 2,
+    value_steps: ValueSteps = 0,
     sparsity: Sparsity = "",
     value_finalists: ValueFinalists = 1,
     host: HostName = None,
@@ -71,7 +73,8 @@ def build(
     request = pipeline.Request(
         model, weights, data, target, algo, budget, metric, epochs, out, seed, parse_settings(settings or ()),
         distill=distill, lr=lr, batch_size=batch_size, threads=threads, accuracy_floor=accuracy_floor,
-        keep=tuple(keep or ()), table=table, value=value, value_rounds=value_rounds, value_finalists=value_finalists,
+        keep=tuple(keep or ()), table=table, value=value, value_rounds=value_rounds, value_steps=value_steps,
+        value_finalists=value_finalists,
         host=host, sparsity=sparsity, train_precision=train_precision, command=shlex.join(["deploypipe", *(context.obj or ())]),
     )  # fmt: skip
     with console.progress() as reporter:

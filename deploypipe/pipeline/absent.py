@@ -20,7 +20,7 @@ from deploypipe.cost import CostTable
 from deploypipe.errors import TargetError
 from deploypipe.latency.estimate import ESTIMATED, estimated, launches_us
 from deploypipe.latency.table import LatencyTable
-from deploypipe.pipeline.request import AUTO
+from deploypipe.pipeline.request import BY_CHOICE
 from deploypipe.pipeline.stages import Device
 from deploypipe.plan import KeepPlan
 from deploypipe.reports.figures import UNVERIFIED, microseconds
@@ -108,7 +108,7 @@ class Absent(Device):
         """
         return (
             super().known_table(graph, given)
-            or stored_table(self.target, graph, two_four=self.sparsity == AUTO)
+            or stored_table(self.target, graph, two_four=self.sparsity == BY_CHOICE)
             or estimated(graph, self.target, sparse=bool(self.sparsity))
         )
 

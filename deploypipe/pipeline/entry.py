@@ -3,6 +3,7 @@
 from typing import Any
 
 from deploypipe.errors import BudgetError
+from deploypipe.pipeline.recipe import resolved
 from deploypipe.pipeline.request import Request
 from deploypipe.pipeline.run import Run
 from deploypipe.progress import Reporter, Silent
@@ -25,7 +26,7 @@ def build(request: Request | None = None, reporter: Reporter | None = None, **ch
         >>> build(model="demo", budget="60%", epochs=0, out="runs/x").budget.met  # doctest: +SKIP
         True
     """
-    request = request or Request.of(**changes)
+    request = resolved(request or Request.of(**changes))
     reporter = reporter or Silent()
     request.check()
     with Store(request.folder, reporter) as store:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
@@ -15,11 +16,14 @@ from deploypipe.count import MacTable, ParamTable
 from deploypipe.data.load import load_data
 from deploypipe.errors import UsageError
 from deploypipe.graph import trace
+from deploypipe.pipeline.recipe import resolved
 from deploypipe.pipeline.request import Request
 from deploypipe.pipeline.training import trained
+from deploypipe.pipeline.valuing import choose, held_back, held_out
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler.measure import profile
 from deploypipe.progress import Reporter, Silent
+from deploypipe.training.checkpoint import state_digest
 
 
 def prune(  # noqa: PLR0913, PLR0917 - the public surface, named arguments in practice
@@ -43,7 +47,7 @@ def prune(  # noqa: PLR0913, PLR0917 - the public surface, named arguments in pr
     Args:
         model: Trained; left as it is.
         example_inputs: A tensor or the tuple of `forward`'s arguments.
-        algo: Name of the algorithm.
+        algo: Name of the algorithm, or "auto".
         target: Name or file of the target whose latency counts.
         budget: "50%", "3ms", ...
         data: A (train, test) pair of Datasets of (input, label), one Dataset, or a `--data` string; only the training part is
@@ -58,9 +62,15 @@ def prune(  # noqa: PLR0913, PLR0917 - the public surface, named arguments in pr
     Raises:
         DeployPipeError: By class: see `errors`.
     """
-    request = Request(target=target, algo=algo, budget=budget, metric=metric, epochs=epochs, options=options or {}, seed=seed)
+    request = resolved(
+        Request(target=target, algo=algo, budget=budget, metric=metric, epochs=epochs, options=options or {}, seed=seed)
+    )
     request.check()
-    if getattr(make(algo, options or {}), "sparse", False):
+    if request.value == "measured" and data is None:
+        raise UsageError(
+            "widths are measured on images, and there are none", at=f"algo='{algo}'", fix="give data, or another algo"
+        )
+    if getattr(make(request.algo, request.options), "sparse", False):
         raise UsageError(
             f"'{algo}' leaves zeros in weights and cuts no channels",
             at="prune",
@@ -74,10 +84,14 @@ def prune(  # noqa: PLR0913, PLR0917 - the public surface, named arguments in pr
     else:
         cost = MacTable() if metric == "macs" else ParamTable()
     limit = parse_budget(budget, metric, cost.predict(graph))
-    loaded = None if data is None else load_data(data, size=tuple(example[0].shape[1:]), seed=seed)
-    algorithm = make(algo, options or {})
-    problem = Problem(model, graph, cost, limit, loaded.train if loaded else None, seed, reporter or Silent())
+    shape = tuple(example[0].shape[1:])  # of an image, or of something that no file of images holds
+    loaded = None if data is None else load_data(data, size=shape if len(shape) in {2, 3} else None, seed=seed)
+    algorithm = make(request.algo, request.options)
+    seen = held_back(request, loaded) if loaded and request.value == "measured" else loaded
+    problem = Problem(model, graph, cost, limit, seen.train if seen else None, seed, reporter or Silent())
     if hasattr(algorithm, "train"):
-        problem = replace(problem, model=trained(algorithm, problem, loaded, request.training)[0])
-    plan: KeepPlan = algorithm.plan(problem)
+        problem = replace(problem, model=trained(algorithm, problem, seen, request.training)[0])
+    meter = held_out(request, problem.model, state_digest(problem.model), graph, loaded) if loaded and seen != loaded else None
+    with TemporaryDirectory(prefix="deploypipe-") as folder:
+        plan = choose(request, problem, meter, Path(folder))
     return plan.replace(fingerprint=graph.fingerprint)

@@ -15,9 +15,10 @@ from deploypipe.targets import Target, load_target
 from deploypipe.training.settings import TrainSettings
 
 METRICS = ("latency", "macs", "params")
-TWO_FOUR, AUTO = "2:4", "auto"
-PATTERNS = ("", TWO_FOUR, AUTO)
+TWO_FOUR, BY_CHOICE = "2:4", "auto"
+PATTERNS = ("", TWO_FOUR, BY_CHOICE)
 VALUES = ("scores", "measured")
+AUTO = "auto"
 KEPT_BY_USER = "kept whole by --keep"
 
 
@@ -30,7 +31,7 @@ class Request:
         weights: File of trained weights.
         data: What `data.load_data` takes.
         target: Name or file of a target; several with commas between them: planned for the first, built for all.
-        algo: Name of a pruning algorithm.
+        algo: Name of a pruning algorithm, or "auto" for the recipe that did best (see `recipe`).
         budget: "50%", "3ms", "1.2M", ...
         metric: What the budget counts: latency, macs or params.
         epochs: Of fine-tuning; 0 only renews the batch norms.
@@ -47,6 +48,7 @@ class Request:
         table: Folder of a latency table to use instead of measuring one; refused if it does not hold on this device.
         value: What a width is worth: what the algorithm's "scores" say, or the "measured" rise of the loss on held-out images.
         value_rounds: How often widths are measured again around the solution, at most.
+        value_steps: Optimizer steps that every plan is trained before its loss is measured.
         sparsity: "2:4" gives the pruned model 2:4 weights wherever it can, before it is fine-tuned; "auto" lets the allocator
             choose the layers; "" leaves them dense.
         value_finalists: How many of the plans tried are trained for one epoch each before one is taken; 1: none.
@@ -74,6 +76,7 @@ class Request:
     table: str | Path | None = None
     value: str = "scores"
     value_rounds: int = 2
+    value_steps: int = 0
     sparsity: str = ""
     value_finalists: int = 1
     host: str | None = None
@@ -139,6 +142,8 @@ class Request:
             raise UsageError(f"unknown value '{self.value}'", at="--value", fix=nearest(self.value, VALUES))
         if self.value_rounds < 0:
             raise UsageError(f"value_rounds is {self.value_rounds}", at="--value-rounds", fix="use 0 or more")
+        if self.value_steps < 0:
+            raise UsageError(f"value_steps is {self.value_steps}", at="--value-steps", fix="use 0 or more")
         if self.value_finalists < 1:
             raise UsageError(f"value_finalists is {self.value_finalists}", at="--value-finalists", fix="use 1 or more")
         parse_budget(self.budget, self.metric, float("inf"))
@@ -150,7 +155,7 @@ class Request:
             )
         target = self.resolved_target()
         load_runner(target)
-        if self.sparsity == AUTO:
+        if self.sparsity == BY_CHOICE:
             self._check_auto(target)
         if self.metric == "latency" and load_backend(target).pricing == "never":
             message = f"what is built for target {target.name} cannot be run here: there is no latency to plan by"
@@ -165,11 +170,11 @@ class Request:
             raise UsageError(
                 "2:4 weights are weighed against channels by what both save in latency, and by what scores say both cost",
                 at=f"--sparsity auto --metric {self.metric} --value {self.value}",
-                fix="use --metric latency and --value scores, or --sparsity 2:4 for all layers that can",
+                fix="use --metric latency and a method's scores (--algo l2 --value scores), or --sparsity 2:4 for all layers",
             )
         if not load_backend(target).two_four:
             raise TargetError(
                 f"backend {target.build.backend} has no kernels for 2:4 weights: there is nothing to choose",
                 at=f"--target {target.name} --sparsity auto",
-                fix="leave --sparsity out, or name a target with TensorRT, such as jetson or nvidia-gpu",
+                fix="leave --sparsity out, or name a target whose runtime has them, such as jetson or nvidia-gpu",
             )

@@ -19,7 +19,7 @@ from deploypipe.graph import trace
 from deploypipe.latency.estimate import ESTIMATED, kernel_us
 from deploypipe.latency.files import Shape
 from deploypipe.latency.table import LatencyTable
-from deploypipe.pipeline.request import AUTO, TWO_FOUR
+from deploypipe.pipeline.request import BY_CHOICE, TWO_FOUR
 from deploypipe.pipeline.stages import COMPACT_TOLERANCE
 from deploypipe.plan import KeepPlan
 from deploypipe.reports.pattern import LayerPattern, TwoFour
@@ -43,13 +43,13 @@ def priced(table: LatencyTable, pattern: str, target: Target) -> LatencyTable:
     Raises:
         TargetError: A choice is wanted, and nothing prices 2:4 weights.
     """
-    if pattern == AUTO and table.source == ESTIMATED and not table.knows_two_four:
+    if pattern == BY_CHOICE and table.source == ESTIMATED and not table.knows_two_four:
         raise TargetError(
             "the target file does not state what 2:4 weights gain there, and nothing is taken for granted",
             at=f"{target.path}: rates.sparse",
             fix="state sparse with its sparse_source in [rates], measure a device (--host), or leave --sparsity out",
         )
-    if pattern == AUTO:
+    if pattern == BY_CHOICE:
         return table.offering()
     return table.aligned(IN).masked() if pattern else table
 
@@ -221,7 +221,7 @@ def _reasons(root: Path) -> dict[str, str]:
 
 def _any(pattern: str, plan: KeepPlan) -> bool:
     """Return whether any weight is to become 2:4."""
-    return pattern == TWO_FOUR or (pattern == AUTO and bool(plan.two_four))
+    return pattern == TWO_FOUR or (pattern == BY_CHOICE and bool(plan.two_four))
 
 
 def _project(model: nn.Module, weights: Sequence[str]) -> None:

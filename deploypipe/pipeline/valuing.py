@@ -18,7 +18,7 @@ from deploypipe.data.load import Data
 from deploypipe.errors import BudgetError, UsageError
 from deploypipe.ingredients.removal import removable
 from deploypipe.pipeline.given import given
-from deploypipe.pipeline.request import AUTO, Request
+from deploypipe.pipeline.request import BY_CHOICE, Request
 from deploypipe.plan import Certificate, KeepPlan
 from deploypipe.profiler.measure import profile
 from deploypipe.progress import Reporter, Silent
@@ -41,9 +41,14 @@ def held_out(request: Request, model: nn.Module, key: str, graph: Graph, data: D
         graph: Of the model.
         data: Whose training set is split.
     """
-    effort = Effort()
+    effort = Effort(steps=request.value_steps, precision=request.train_precision if trains(request) else "fp32")
     memo = cache_folder() / "sensitivity" / memo_name(key, graph.fingerprint, data.key, request.seed, effort)
     return HeldOut(model, graph, data, memo, seed=request.seed, effort=effort)
+
+
+def trains(request: Request) -> bool:
+    """Say whether plans are trained before they are judged."""
+    return request.value_steps > 0 or request.value_finalists > 1
 
 
 def held_back(request: Request, data: Data) -> Data:
@@ -62,7 +67,7 @@ def choose(request: Request, problem: Problem, meter: Meter | None, folder: Path
     """
     if meter is None:
         plan: KeepPlan = make(request.algo, request.options).plan(problem)
-        if request.sparsity == AUTO and (plan.certificate is None or plan.certificate.bound is None):
+        if request.sparsity == BY_CHOICE and (plan.certificate is None or plan.certificate.bound is None):
             raise UsageError(
                 f"algorithm '{request.algo}' chooses widths itself, so that nothing weighs 2:4 weights against fewer channels",
                 at="--sparsity auto",

@@ -1,6 +1,7 @@
 """Train a pruned model: SGD with warm-up and cosine decay, distilled from the dense model, resumable after every epoch."""
 
 import copy
+import logging
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -54,9 +55,14 @@ def finetune(
         ModelError: The model cannot be run or trained on this data.
         UsageError: The loss is no longer finite.
     """
-    fabric = fabric or Fabric(accelerator="auto", devices=1, precision=PRECISIONS[settings.precision])  # type: ignore[arg-type]
+    fabric = fabric or _fabric(settings.precision)
     trainer = _Trainer(fabric, data, settings, reporter or Silent(), tuple(hooks))
     return trainer.train(_copied(model), None if teacher is None else _copied(teacher), checkpoint)
+
+
+def _fabric(precision: str) -> Fabric:
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces what it was asked for
+    return Fabric(accelerator="auto", devices=1, precision=PRECISIONS[precision])  # type: ignore[arg-type]
 
 
 def _copied(model: nn.Module) -> nn.Module:

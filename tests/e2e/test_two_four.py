@@ -135,5 +135,5 @@ def test_a_choice_needs_a_runtime_a_latency_and_scores(capsys: pytest.CaptureFix
         (["--target", "jetson", "--sparsity", "1:4"], 2, "use 2:4 or auto"),
     )
     for more, code, words in cases:
-        assert run(["build", "--sparsity", "auto", *more]) == code
+        assert run(["build", "--algo", "l2", "--sparsity", "auto", *more]) == code
         assert words in capsys.readouterr().err

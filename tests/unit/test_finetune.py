@@ -297,7 +297,7 @@ def test_distillation_alone_follows_the_teacher_and_not_the_labels(data):
     assert agreement > 0.8
 
 
-def test_bfloat16_trains_much_like_fp32_and_leaves_fp32_weights(data):
+def test_bfloat16_trains_much_like_fp32_and_leaves_fp32_weights(data, capsys):
     teacher = make_net(9, dropout=0.0)
     ways = {
         how: finetune(make_net(), data, replace(SETTINGS, epochs=6, precision=how), teacher=teacher) for how in ("fp32", "bf16")
@@ -307,6 +307,7 @@ def test_bfloat16_trains_much_like_fp32_and_leaves_fp32_weights(data):
         (a - b).norm()
         for a, b in ((ways["fp32"].head.weight, make_net().head.weight), (ways["fp32"].head.weight, ways["bf16"].head.weight))
     )
+    assert capsys.readouterr() == ("", "")
     assert 0 < apart < 0.3 * moved  # another rounding: neither the same bits nor another way
 
 

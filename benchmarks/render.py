@@ -1,0 +1,107 @@
+"""Write what the evidence bench found into docs/algorithms.md: one table for each network and schedule, and a plot.
+
+    python benchmarks/render.py
+
+It reads benchmarks/results/algorithms.csv and measures nothing.
+"""
+
+import csv
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib as mpl
+
+mpl.use("svg")
+import matplotlib.pyplot as plt
+
+RESULTS = Path(__file__).with_name("results") / "algorithms.csv"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "algorithms.md"
+BEGIN, END = "<!-- evidence: written by `python benchmarks/render.py` -->", "<!-- end of evidence -->"
+HEAD = (
+    "| row | epochs before + after | before tuning | accuracy | seeds | of dense, measured | us | MACs | parameters | minutes |"
+)
+Row = Mapping[str, str]
+Part = tuple[str, str, str, str, str]  # model, training images (0: all), epochs, distillation, batch size
+
+
+def column(rows: Sequence[Row], name: str) -> list[float]:
+    return [float(row[name]) for row in rows]
+
+
+def line(name: str, rows: Sequence[Row]) -> str:
+    """Return one row of the table: means over the seeds."""
+    accuracy = [100 * value for value in column(rows, "accuracy")]
+    error = f" +- {stdev(accuracy) / len(accuracy) ** 0.5:.2f}" if len(accuracy) > 1 else ""
+    minutes = mean(a + b for a, b in zip(column(rows, "plan_s"), column(rows, "train_s"), strict=True)) / 60
+    cells = [
+        f"`{name}`",
+        f"{rows[0]['epochs_before']} + {rows[0]['epochs_after']}",
+        f"{100 * mean(column(rows, 'before')):.1f} %",
+        f"{mean(accuracy):.2f}{error} %",
+        str(len(rows)),
+        f"{100 * mean(column(rows, 'of_dense')):.1f} %",
+        f"{mean(column(rows, 'us')):.0f}",
+        f"{mean(column(rows, 'macs')) / 1e6:.1f} M",
+        f"{mean(column(rows, 'params')) / 1e3:.0f} k",
+        f"{minutes:.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def by_name(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return the rows of every name, the most accurate name first."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[row["row"]].append(row)
+    return dict(sorted(found.items(), key=lambda item: -mean(column(item[1], "accuracy"))))
+
+
+def section(part: Part, rows: Sequence[Row]) -> str:
+    """Return the table of one network and schedule."""
+    model, images, epochs, distill, batch = part
+    which = "all" if images == "0" else images
+    taught = f"distillation {float(distill):g}" if float(distill) else "no distillation"
+    lines = [line(name, same) for name, same in by_name(rows).items()]
+    return "\n".join(
+        [
+            f"**{model}, {epochs} epochs in all on {which} training images, batch {batch}, {taught}**",
+            "",
+            HEAD,
+            "|" + " --- |" * (HEAD.count(" | ") + 1),
+            *lines,
+        ]
+    )
+
+
+def plot(parts: Mapping[Part, Sequence[Row]], file: Path) -> None:
+    """Draw accuracy against measured latency."""
+    figure, axes = plt.subplots(1, len(parts), figsize=(6 * len(parts), 5), squeeze=False)
+    for ax, (part, rows) in zip(axes[0], parts.items(), strict=True):
+        for name, same in by_name(rows).items():
+            x, y = 100 * mean(column(same, "of_dense")), 100 * mean(column(same, "accuracy"))
+            ax.plot(x, y, "s" if name.startswith("torch-pruning") else "o", color="C1" if name.startswith("torch") else "C0")
+            ax.annotate(name, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        ax.set(
+            xlabel="% of the dense model's latency, measured",
+            ylabel="accuracy, %",
+            title=f"{part[0]}, {part[2]} epochs" + (f", {part[1]} images" if part[1] != "0" else ""),
+        )
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None})
+
+
+def main() -> None:
+    rows = list(csv.DictReader(text for text in RESULTS.read_text().splitlines() if not text.startswith("#")))
+    parts: dict[Part, list[Row]] = defaultdict(list)
+    for row in rows:
+        parts[row["model"], row["images"], row["epochs"], row["distill"], row["batch_size"]].append(row)
+    plot(parts, DOCUMENT.with_name("algorithms.svg"))
+    text = "\n\n".join(["![accuracy against latency](algorithms.svg)", *(section(part, parts[part]) for part in parts)])
+    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
+    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+
+
+if __name__ == "__main__":
+    main()

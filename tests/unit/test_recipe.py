@@ -1,0 +1,54 @@
+"""`--algo auto` stands for fields of the request, and for nothing that the user has asked for otherwise."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import deploypipe as dp
+from deploypipe.algorithms import ALGORITHMS
+from deploypipe.count import macs
+from deploypipe.errors import UsageError
+from deploypipe.graph import trace
+from deploypipe.pipeline.recipe import Recipe, resolved
+from deploypipe.pipeline.request import Request
+
+
+def test_auto_is_another_method_in_the_same_folder() -> None:
+    asked = Request(algo="auto", budget="40%", seed=3)
+    found = resolved(asked)
+    assert found.folder == asked.folder
+    assert found.algo in ALGORITHMS
+    found.check()
+    values = {name: getattr(asked, name) for name in Recipe.__dataclass_fields__}
+    assert replace(found, **values, out=None) == asked
+
+
+def test_what_the_user_asks_for_counts_more_than_the_recipe() -> None:
+    found = resolved(Request(algo="auto", value_rounds=7, value_steps=3, value_finalists=5, options={}))
+    assert (found.value_rounds, found.value_steps, found.value_finalists) == (7, 3, 5)
+
+
+def test_a_named_method_stays_as_it_is() -> None:
+    asked = Request(algo="l2", options={"x": 1})
+    assert resolved(asked) is asked
+
+
+def test_a_recipe_has_no_options() -> None:
+    with pytest.raises(UsageError, match="no option 'images'"):
+        resolved(Request(algo="auto", options={"images": 5}))
+
+
+def test_prune_measures_widths_on_the_data_that_it_is_given() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    x = torch.randn(200, 8)
+    data = TensorDataset(x, model(x).argmax(1))
+    graph = trace(model, x[:1])
+    plan = dp.prune(model, x[:1], algo="auto", metric="macs", budget="60%", data=data)
+    assert macs(graph, plan) <= 0.6 * macs(graph)
+    assert plan.keep == dp.prune(model, x[:1], algo="auto", metric="macs", budget="60%", data=data).keep
+    with pytest.raises(UsageError, match="measured on images"):
+        dp.prune(model, x[:1], algo="auto", metric="macs")
