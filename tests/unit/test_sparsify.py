@@ -8,12 +8,16 @@ import torch
 import trtexec_standin
 from torch import nn
 
+from deploypipe.algorithms.base import Problem
 from deploypipe.backends.tensorrt import TensorRt
 from deploypipe.backends.trt_hand import sparsity_verdict
-from deploypipe.errors import ModelError
+from deploypipe.count import MacTable
+from deploypipe.errors import ModelError, UsageError
 from deploypipe.export import export_onnx
 from deploypipe.graph import trace
+from deploypipe.pipeline.request import Request
 from deploypipe.pipeline.sparsify import choice, named, patterned, sparse_hooks, sparsified
+from deploypipe.pipeline.valuing import choose
 from deploypipe.plan import KeepPlan
 from deploypipe.runners.local import Local
 from deploypipe.targets import Rates, Reach, load_target
@@ -114,3 +118,13 @@ def test_the_builder_s_evidence_becomes_a_verdict(width, verdict, tmp_path, monk
 
 def test_without_the_pattern_there_is_nothing_to_say():
     assert sparsity_verdict({"sparse_found": 0, "sparse_chose": 0}) == sparsity_verdict({}) == ()
+
+
+def test_a_method_that_chooses_widths_itself_cannot_weigh_a_choice(tmp_path):
+    model = net()
+    graph = trace(model, INPUTS[0])
+    problem = Problem(model, graph, MacTable(), 0.6 * MacTable().predict(graph))
+    with pytest.raises(UsageError, match=r"'erk' chooses widths itself[\s\S]*--set widths=shares"):
+        choose(Request(algo="erk", sparsity="auto"), problem, None, tmp_path)
+    assert choose(Request(algo="erk", sparsity="2:4"), problem, None, tmp_path).two_four == ()
+    assert choose(Request(algo="l2", sparsity="auto"), problem, None, tmp_path).certificate.two_four == ()
