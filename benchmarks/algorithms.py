@@ -11,8 +11,8 @@ latency on ONNX Runtime, one thread. Rows:
 - `uniform`: equal shares, largest filters. `random`: one draw for each seed.
 - `torch-pruning`, `torch-pruning-taylor`: its global ranking by group norms, and by Taylor terms; widths rounded to 8, the
   ratio by bisection to the same budget; its own channels. Trained as the others are.
-- `taylor-sums`: the exact allocator on sums of Taylor scores, where branches may go. `norms`: `depgraph` without training.
-- `...-measured`: `--value measured`; `-steps` with 50 steps of training for each plan, `-finalists` with three finalists.
+- `auto`: the recipe, channels by group norms, widths by first-order terms, branches may go. `norms`: its channels alone.
+  `taylor-by-taylor`: its widths alone. `...-measured`: `--value measured`; `-finalists`: with three finalists.
 
 All plans are made on one latency table, then trained, then measured in turns with the dense model: the budget is a little below
 the share, so that the measured latency is at or below it. Steps lie in `--work`: the command can be stopped and run again, and
@@ -79,17 +79,19 @@ class Row:
     Attributes:
         algo: Its method; empty for a peer.
         options: Of the method.
-        measured: Widths by measured loss; else None. Fields of the request.
+        value: What decides widths, if not the method's scores: fields of the request.
         learns: Options that share the epochs before pruning.
     """
 
     algo: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
-    measured: Mapping[str, Any] | None = None
+    value: Mapping[str, Any] = field(default_factory=dict)
     learns: tuple[str, ...] = ()
 
 
 LEARNER = ("train_epochs",)
+MEASURED = {"value": "measured"}
+ONCE = {"steps": 1, "interval": 16, "batch": 128, "lr": 0.0}
 NORMS = {"train_epochs": 0, "steps": 1}  # channels by the norm of all that they own, batch norms and readers included
 ROWS: Mapping[str, Row] = {
     "uniform": Row("erk", {"rule": "uniform"}),
@@ -117,15 +119,14 @@ ROWS: Mapping[str, Row] = {
     "autocompress": Row("autocompress", {"rounds": 1, "retrain_epochs": 0}, learns=LEARNER),
     "torch-pruning": Row(),
     "torch-pruning-taylor": Row(),
-    "taylor-sums": Row("taylor", {"widths": "sums", "steps": 1, "interval": 16, "batch": 128, "lr": 0.0}),
-    "l2-measured": Row("l2", measured={}),
-    "thinet-measured": Row("thinet", measured={}),
-    "l2-measured-finalists": Row("l2", measured={"value_finalists": 3}),
-    "l2-measured-steps": Row("l2", measured={"value_steps": 50}),
+    "auto": Row("depgraph", NORMS, value={"value": "taylor"}),
+    "taylor-by-taylor": Row("taylor", ONCE, value={"value": "taylor"}),
+    "l2-measured": Row("l2", value=MEASURED),
+    "thinet-measured": Row("thinet", value=MEASURED),
+    "l2-measured-finalists": Row("l2", value={**MEASURED, "value_finalists": 3}),
     "norms": Row("depgraph", {"train_epochs": 0}),
-    "norms-measured": Row("depgraph", NORMS, measured={}),
-    "norms-measured-steps": Row("depgraph", NORMS, measured={"value_steps": 50, "value_rounds": 1}),
-    "norms-measured-finalists": Row("depgraph", NORMS, measured={"value_finalists": 3}),
+    "norms-measured": Row("depgraph", NORMS, value=MEASURED),
+    "norms-measured-finalists": Row("depgraph", NORMS, value={**MEASURED, "value_finalists": 3}),
 }
 MODELS = {"resnet20": ("cifar_resnet.py", "resnet20"), "mobilenetv2": ("cifar_mobilenet.py", "mobilenetv2")}
 
@@ -152,7 +153,6 @@ class Bench:
 
     def request(self, row: Row) -> Request:
         """Return what a user would ask for."""
-        extra = {} if row.measured is None else {"value": "measured", **row.measured}
         settings, options = self.settings, self.options(row)
         return Request(
             algo=row.algo,
@@ -160,7 +160,7 @@ class Bench:
             epochs=settings.epochs,
             seed=settings.seed,
             train_precision=settings.precision,
-            **extra,
+            **row.value,
         )
 
     def options(self, row: Row) -> dict[str, Any]:
@@ -190,14 +190,14 @@ def planned(bench: Bench, name: str, row: Row, folder: Path) -> dict[str, Any]:
         request, data = bench.request(row), bench.data
         problem = bench.problem(data)
         if row.algo:
-            if row.measured is not None:
+            measures = request.value == "measured"
+            if measures:
                 data = held_back(request, data)
                 problem = replace(problem, data=data.train)
             algorithm = make(row.algo, bench.options(row))
             if hasattr(algorithm, "train"):
                 model, epochs = trained(algorithm, problem, data, bench.settings, folder / "training")
                 problem = replace(problem, model=model)
-            measures = row.measured is not None
             meter = held_out(request, problem.model, bench.loaded.key, bench.graph, bench.data) if measures else None
             plan = choose(request, problem, meter, folder)
         else:

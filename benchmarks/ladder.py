@@ -15,7 +15,7 @@ the part of the training set that is not held out; the rungs differ in how many 
   curves measured again around the solution, up to three times.
 - `torch-pruning`: its global group norm, widths rounded to 8, by bisection to the same predicted latency; its own channels.
 - `torch-pruning-by-taylor`: its widths, Taylor's channels. `table-sum-by-norm`: the widths of `table-sum`, its filters of the
-  largest norm. `uniform-by-norm` likewise.
+  largest norm. `table-sum-remove-by-norm`, `uniform-by-norm` likewise.
 
 Then all plans get the same fine-tuning and are measured in turns with the dense model. Results of every step are kept in
 `--work`, so that the command can be stopped and run again. The test set is read once for each trained model.
@@ -38,7 +38,7 @@ from machine import describe
 from peers import torch_pruning
 from torch import nn
 
-from deploypipe.algorithms.base import filter_norms
+from deploypipe.algorithms.depgraph import group_squares
 from deploypipe.allocation.allocate import allocate_widths, first_channels, ranking
 from deploypipe.compact import compact
 from deploypipe.cost import CostTable
@@ -50,7 +50,7 @@ from deploypipe.export import export_onnx, simplify_onnx
 from deploypipe.graph import trace
 from deploypipe.ingredients.gradients import gate_gradient
 from deploypipe.ingredients.removal import removable
-from deploypipe.ingredients.statistics import weights
+from deploypipe.ingredients.statistics import trained_weights
 from deploypipe.models.load import Loaded, load_model
 from deploypipe.pipeline.stages import Device
 from deploypipe.plan import KeepPlan
@@ -154,9 +154,9 @@ class Bench:
         return self.by_latency(attempt)
 
     def by_norm(self, plan: KeepPlan) -> KeepPlan:
-        """Return the plan of the same widths that keeps the filters of the largest norm."""
-        given = weights(self.loaded.model)
-        orders = {group.name: ranking(filter_norms(group, given, 2).numpy()) for group in self.graph.prunable}
+        """Return the plan of the same widths that keeps the channels whose weights and scales have the largest norm."""
+        given = trained_weights(self.loaded.model)
+        orders = {group.name: ranking(group_squares(group, given).numpy()) for group in self.graph.prunable}
         return KeepPlan(first_channels(orders, self.graph.kept(plan)), fingerprint=self.graph.fingerprint)
 
     def plan(self, kept: Kept) -> KeepPlan:
@@ -207,6 +207,7 @@ RUNGS: dict[str, Callable[[Bench], KeepPlan]] = {
     "torch-pruning": peer,
     "torch-pruning-by-taylor": lambda b: b.plan(b.graph.kept(peer(b))),
     "table-sum-by-norm": lambda b: b.by_norm(summed(b, "table", "raw", False)),
+    "table-sum-remove-by-norm": lambda b: b.by_norm(summed(b, "table", "raw", True)),
     "uniform-by-norm": lambda b: b.by_norm(ranked(b, uniform_widths)),
     "table-curves-search": lambda b: measured(b, "table", ROUNDS, False),
     "table-curves-remove": lambda b: measured(b, "table", 0, True),

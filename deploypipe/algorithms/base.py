@@ -13,13 +13,12 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from deploypipe.allocation.allocate import allocate_widths, plan_of, ranking, vanishing
+from deploypipe.allocation.allocate import allocate_widths, plan_of, ranking
 from deploypipe.allocation.pattern import mask_losses
 from deploypipe.allocation.pattern import n_readers as n_readers  # noqa: PLC0414 - part of what an algorithm may import from here
 from deploypipe.allocation.threshold import threshold_widths, uniform_widths
 from deploypipe.cost import CostTable
 from deploypipe.errors import NotApplicable, UsageError
-from deploypipe.ingredients.removal import removable
 from deploypipe.ingredients.stacks import rows as rows  # noqa: PLC0414 - part of what an algorithm may import from here
 from deploypipe.ingredients.statistics import weights
 from deploypipe.plan import Certificate, KeepPlan
@@ -44,20 +43,15 @@ def by_values(problem: "Problem", orders: Orders, values: Values) -> tuple[dict[
 
     Where the table prices 2:4 weights, a layer may also get these; what its mask costs follows from the values and the orders.
     """
-    return best_widths(problem, orders, values)
+    masks = masks_of(problem, orders, values)
+    return allocate_widths(problem.graph, values, problem.table, problem.budget, masks=masks)
 
 
-def best_widths(
-    problem: "Problem", orders: Orders, values: Values, candidates: Mapping[str, tuple[int, ...]] | None = None
-) -> tuple[dict[str, int], Certificate]:
-    """Return the widths, and the layers with 2:4 weights, of the largest summed value; widths from `candidates` if given."""
-    graph, table = problem.graph, problem.table
-    offered = [term.name for term in table.terms(graph) if term.two_four]
-    masks = None
-    if offered:
-        arrays = {name: tensor.cpu().numpy() for name, tensor in weights(problem.model).items()}
-        masks = mask_losses(graph, arrays, orders, values, offered)
-    return allocate_widths(graph, values, table, problem.budget, candidates=candidates, masks=masks)
+def masks_of(problem: "Problem", orders: Orders, values: Values) -> dict[str, float]:
+    """Return layer -> value given up by 2:4 weights there, for the layers that the problem's table offers them for."""
+    offered = [term.name for term in problem.table.terms(problem.graph) if term.two_four]
+    arrays = {name: tensor.cpu().numpy() for name, tensor in weights(problem.model).items()} if offered else {}
+    return mask_losses(problem.graph, arrays, orders, values, offered)
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +170,7 @@ def allocated(
     return signed(algorithm, plan_of(problem.graph, orders, kept, certificate), skipped)
 
 
-SHARED_OUT = ("threshold", "uniform", "shares", "sums")
+SHARED_OUT = ("threshold", "uniform", "shares")
 
 
 def shared_out(
@@ -189,17 +183,10 @@ def shared_out(
         problem: What was asked. An allocator other than the default decides the widths instead.
         scores: Group -> (C,) scores, higher = keep; comparable across groups if one threshold is to cut them.
         skipped: Group -> why it was not judged and stays whole.
-        how: One "threshold" over all channels; the same share of every group ("uniform"); "shares", the exact allocator on
-            `log_share` of the scores; or "sums", the exact allocator on the scores as they are, for scores that say what the
-            loss of a channel costs: a branch that costs less than it takes may then go as a whole.
+        how: One "threshold" over all channels; the same share of every group ("uniform"); or "shares", the exact allocator on
+            `log_share` of the scores.
     """
     orders = {name: ranking(score) for name, score in scores.items()}
-    if how == "sums" and problem.allocator is by_values:
-        values = {name: _sums(score[orders[name]]) for name, score in scores.items()}
-        gone = [name for name in removable(problem.model, problem.graph) if name in values]
-        widths = vanishing(problem.table.candidates(problem.graph), gone)
-        kept, certificate = best_widths(problem, orders, values, widths)
-        return signed(algorithm, plan_of(problem.graph, orders, kept, certificate), skipped)
     if how == "shares" or problem.allocator is not by_values:
         graph = problem.graph
         values = {name: n_readers(graph.group(name)) * log_share(score[orders[name]]) for name, score in scores.items()}
@@ -246,11 +233,6 @@ def log_share(scores: NDArray[np.float64]) -> NDArray[np.float64]:
         shifted = np.ones_like(shifted)  # nothing tells the channels apart: every one is an equal share
     with np.errstate(divide="ignore"):
         return np.concatenate([[-np.inf], np.log(np.cumsum(shifted) / shifted.sum())])
-
-
-def _sums(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the (C + 1,) sums of the first w scores; channels that are gone already (negative) are worth nothing."""
-    return np.concatenate([[0.0], np.cumsum(scores.clip(min=0.0))])
 
 
 def producers(group: Group, weights: Mapping[str, Tensor]) -> list[Member]:

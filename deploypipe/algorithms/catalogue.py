@@ -121,7 +121,7 @@ SCORERS: dict[str, Info] = {
             Option(
                 "widths",
                 "threshold",
-                "what decides widths: one threshold, equal shares, or exactly by shares or by sums",
+                "what decides widths: one threshold, equal shares, or the exact allocator",
                 choices=("threshold", "uniform", "shares"),
             ),
         ),

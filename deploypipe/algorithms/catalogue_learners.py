@@ -3,7 +3,7 @@
 from deploypipe.algorithms.info import Info
 from deploypipe.algorithms.options import Option
 
-_WIDTHS = ("threshold", "uniform", "shares")
+_WIDTHS = ("threshold", "uniform", "shares", "sums")
 _TRAINING = ("data", "labels", "gradients", "training")
 
 
@@ -23,7 +23,7 @@ LEARNERS: dict[str, Info] = {
             Option("reg", 5e-4, "weight of the regulariser", 0),
             Option("alpha", 4.0, "the weakest channel of a group decays 2^alpha times as fast as the strongest", 0, 20),
             Option("steps", 10, "rounds of scoring and cutting on the way to the budget", 1),
-            _widths("threshold", "what decides widths: one threshold, equal shares, or exactly by shares or by sums"),
+            _widths("threshold", "what decides widths: one threshold, equal shares, or the exact allocator"),
         ),
     ),
     "fpgm": Info(
@@ -35,7 +35,7 @@ LEARNERS: dict[str, Info] = {
         (
             Option("train_epochs", 0, "epochs of training, filters zeroed softly after each; 0 prunes at once", 0),
             Option("norm_share", 0.0, "share of what goes that goes by the smallest norm first (mix)", 0, 1),
-            _widths("uniform", "what decides widths: equal shares, one threshold, or exactly by shares or by sums"),
+            _widths("uniform", "what decides widths: equal shares, one threshold, or the exact allocator"),
         ),
     ),
     "scp": Info(
@@ -48,7 +48,7 @@ LEARNERS: dict[str, Info] = {
             Option("train_epochs", 5, "epochs of training with sampled masks, before channels are chosen", 0),
             Option("lambda_", 0.0, "weight of the penalty on the number of channels that stay; 0 lets reach decide", 0),
             Option("reach", 3.0, "how far a gradient of 1 times the penalty's weight moves a shift during the training", 0),
-            _widths("threshold", "what decides widths: one threshold, equal shares, or exactly by shares or by sums"),
+            _widths("threshold", "what decides widths: one threshold, equal shares, or the exact allocator"),
         ),
     ),
     "slimming": Info(
@@ -61,7 +61,7 @@ LEARNERS: dict[str, Info] = {
             Option("train_epochs", 5, "epochs of training with the penalty, before channels are chosen", 0),
             Option("lambda_", 0.0, "weight of the penalty; 0 lets reach decide", 0),
             Option("reach", 1.0, "how far the penalty alone can move a scale during the training", 0),
-            _widths("threshold", "what decides widths: one threshold, equal shares, or exactly by shares or by sums"),
+            _widths("threshold", "what decides widths: one threshold, equal shares, or the exact allocator"),
         ),
     ),
     "smcp": Info(

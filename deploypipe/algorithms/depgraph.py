@@ -40,7 +40,7 @@ class DepGraph:
     reg: float = option(5e-4, "weight of the regulariser", low=0)
     alpha: float = option(4.0, "the weakest channel of a group decays 2^alpha times as fast as the strongest", low=0, high=20)
     steps: int = option(10, "rounds of scoring and cutting on the way to the budget", low=1)
-    widths: str = option("threshold", "what decides widths: one threshold, equal shares, or exactly by shares or by sums",
+    widths: str = option("threshold", "what decides widths: one threshold, equal shares, or the exact allocator",
                          choices=SHARED_OUT)  # fmt: skip
 
     def train(self, problem: Problem, trainer: Trainer) -> nn.Module:

@@ -40,7 +40,7 @@ class Fpgm:
     name: ClassVar[str] = "fpgm"
     train_epochs: int = option(0, "epochs of training, filters zeroed softly after each; 0 prunes at once", low=0)
     norm_share: float = option(0.0, "share of what goes that goes by the smallest norm first (mix)", low=0, high=1)
-    widths: str = option("uniform", "what decides widths: equal shares, one threshold, or exactly by shares or by sums",
+    widths: str = option("uniform", "what decides widths: equal shares, one threshold, or the exact allocator",
                          choices=SHARED_OUT)  # fmt: skip
 
     def train(self, problem: Problem, trainer: Trainer) -> nn.Module:

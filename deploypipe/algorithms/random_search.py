@@ -5,7 +5,7 @@ authors' repository holds no code.
 
 Deviations: the number of networks, the smallest keep ratio and the tolerance are our choices. A network is taken if its
 cost is at most the budget and at least `1 - tolerance` of it; ratios are never rescaled to fit, but while hardly any draw
-fits, the largest ratio is lowered by a fifth; where widths are too coarse for the tolerance, the nearest ones below the
+fits, both ends of the range are lowered by a fifth; where widths are too coarse for the tolerance, the nearest ones below the
 budget are taken. Networks are judged on held-out training images after renewing their batch norm statistics; the least
 squares update of weights, an option of the paper, is left to fine-tuning. If no draw fits at all, the cheapest widths are
 taken.
@@ -30,7 +30,7 @@ from deploypipe.progress import counted
 from deploypipe.training.evaluate import Accuracy, evaluate, recalibrate
 
 MOST_HELD_OUT = 0.5
-PATIENCE = 100  # draws for each network wanted, before the largest ratio is lowered
+PATIENCE = 100  # draws for each network wanted, before the range of ratios is lowered
 LOWER, LOWERINGS = 0.8, 15
 Widths = Mapping[str, int]
 
@@ -82,7 +82,7 @@ def accepted(problem: Problem, names: Sequence[str], options: RandomSearch) -> l
     high, below = 1.0, dict[tuple[int, ...], tuple[float, Widths]]()
     for lowering in range(LOWERINGS):
         found: dict[tuple[int, ...], Widths] = {}
-        stream = draws(problem, names, (min(options.r_min, high), high), lowering)
+        stream = draws(problem, names, (options.r_min * high, high), lowering)
         for _, kept in zip(range(PATIENCE * options.n), stream, strict=False):
             cost = problem.table.predict(problem.graph, KeepPlan.of_widths(kept))
             if cost <= problem.budget:

@@ -43,7 +43,7 @@ class Scp:
     train_epochs: int = option(5, "epochs of training with sampled masks, before channels are chosen", low=0)
     lambda_: float = option(0.0, "weight of the penalty on the number of channels that stay; 0 lets reach decide", low=0)
     reach: float = option(3.0, "how far a gradient of 1 times the penalty's weight moves a shift during the training", low=0)
-    widths: str = option("threshold", "what decides widths: one threshold, equal shares, or exactly by shares or by sums",
+    widths: str = option("threshold", "what decides widths: one threshold, equal shares, or the exact allocator",
                          choices=SHARED_OUT)  # fmt: skip
 
     def train(self, problem: Problem, trainer: Trainer) -> nn.Module:

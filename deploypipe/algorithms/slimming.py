@@ -35,7 +35,7 @@ class Slimming:
     train_epochs: int = option(5, "epochs of training with the penalty, before channels are chosen", low=0)
     lambda_: float = option(0.0, "weight of the penalty; 0 lets reach decide", low=0)
     reach: float = option(1.0, "how far the penalty alone can move a scale during the training", low=0)
-    widths: str = option("threshold", "what decides widths: one threshold, equal shares, or exactly by shares or by sums",
+    widths: str = option("threshold", "what decides widths: one threshold, equal shares, or the exact allocator",
                          choices=SHARED_OUT)  # fmt: skip
 
     def train(self, problem: Problem, trainer: Trainer) -> nn.Module:

@@ -48,7 +48,7 @@ class Taylor:
     batch: int = option(64, "images of one mini-batch", low=2)
     lr: float = option(0.001, "learning rate while the network adapts; 0 only measures", low=0)
     probes: int = option(1, "random probes of the Hessian for each mini-batch; 0 for its exact diagonal", low=0)
-    widths: str = option("threshold", "what decides widths: one threshold, equal shares, or exactly by shares or by sums",
+    widths: str = option("threshold", "what decides widths: one threshold, equal shares, or the exact allocator",
                          choices=SHARED_OUT)  # fmt: skip
 
     def plan(self, problem: Problem) -> KeepPlan:

@@ -28,12 +28,11 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime
 TrainPrecision = Annotated[
     str, typer.Option(metavar="fp32|bf16", help="Of training; bf16 is faster where the CPU or GPU has it.")
 ]
-Value = Annotated[str, typer.Option(help="What a width is worth: the algorithm's scores, or its measured loss.")]
+Value = Annotated[str, typer.Option(help="What widths are worth: scores, taylor (first order, blocks may go) or measured.")]
 Sparsity = Annotated[
     str, typer.Option(metavar="2:4|auto", help="2:4 weights (NVIDIA since Ampere): wherever they can be, or where it pays.")
 ]
 ValueRounds = Annotated[int, typer.Option(min=0, help="With --value measured: measure around the solution this often.")]
-ValueSteps = Annotated[int, typer.Option(min=0, help="With --value measured: train every plan so many steps first.")]
 ValueFinalists = Annotated[int, typer.Option(min=1, help="With --value measured: train this many plans an epoch to choose.")]
 Weights = Annotated[Path | None, typer.Option(help="Trained weights: .safetensors, or a state dict of tensors (.pt, .pth).")]
 
@@ -61,20 +60,18 @@ def build(
     table: Annotated[Path | None, typer.Option(help="Use this latency table (from `profile --save`).")] = None,
     value: Value = "scores",
     value_rounds: ValueRounds = 2,
-    value_steps: ValueSteps = 0,
     sparsity: Sparsity = "",
     value_finalists: ValueFinalists = 1,
     host: HostName = None,
     as_json: Json = False,
 ) -> None:
-    """Prune, compact, fine-tune, export, verify and measure a model."""
+    """Prune, fine-tune, export, verify and measure a model."""
     from deploypipe import pipeline
 
     request = pipeline.Request(
         model, weights, data, target, algo, budget, metric, epochs, out, seed, parse_settings(settings or ()),
-        distill=distill, lr=lr, batch_size=batch_size, threads=threads, accuracy_floor=accuracy_floor,
-        keep=tuple(keep or ()), table=table, value=value, value_rounds=value_rounds, value_steps=value_steps,
-        value_finalists=value_finalists,
+        distill=distill, lr=lr, batch_size=batch_size, threads=threads, accuracy_floor=accuracy_floor, keep=tuple(keep or ()),
+        table=table, value=value, value_rounds=value_rounds, value_finalists=value_finalists,
         host=host, sparsity=sparsity, train_precision=train_precision, command=shlex.join(["deploypipe", *(context.obj or ())]),
     )  # fmt: skip
     with console.progress() as reporter:

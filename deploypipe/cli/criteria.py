@@ -17,7 +17,7 @@ def criteria(
     keep: Keep = None,
     as_json: Json = False,
 ) -> None:
-    """Compare all scoring criteria on a model, and recommend which to try."""
+    """Compare all scores on a model, and recommend which to try."""
     from deploypipe import pipeline
     from deploypipe.worth import criteria as analysis
 

@@ -49,7 +49,7 @@ def bench(
     host: HostName = None,
     as_json: Json = False,
 ) -> None:
-    """Measure the latency of an artifact on the target, whole and kernel by kernel."""
+    """Measure an artifact's latency, whole and kernel by kernel."""
     from deploypipe import artifact as shown
     from deploypipe import pipeline
 

@@ -22,7 +22,7 @@ def sensitivity(
     out: Annotated[Path | None, typer.Option(metavar="FILE.csv", help="Write the table there, too.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure the loss of each group at each width, the others whole. Run again, it goes on where it was."""
+    """Measure the loss of each group at each width. Run again, it goes on where it was."""
     from deploypipe import pipeline
     from deploypipe.worth import curves
 

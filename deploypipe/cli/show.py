@@ -94,7 +94,7 @@ def doctor(
     host: HostName = None,
     as_json: Json = False,
 ) -> None:
-    """Show what is installed and where files are kept; with --target, whether the device can be used."""
+    """Show what is installed here. With --target, step by step, whether its device can be used."""
     if target is not None or host is not None:
         _doctor_device(target or "cpu", host, as_json)
         return
@@ -134,7 +134,7 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders of `deploypipe build`.")],
     as_json: Json = False,
 ) -> None:
-    """Lay finished runs side by side, the most accurate first: what they reached, and their widths."""
+    """Lay finished runs side by side. The most accurate comes first."""
     from deploypipe.reports import compare as shown
     from deploypipe.reports.report import Report
 
@@ -151,7 +151,7 @@ def compare(
 
 
 def ledger(target: Annotated[str | None, typer.Option(help="Only runs on this target.")] = None, as_json: Json = False) -> None:
-    """Show how far latency predictions were off in all builds so far."""
+    """Show how far latency predictions were off in builds so far."""
     from deploypipe.reports import drift
 
     found = drift.overview(target)

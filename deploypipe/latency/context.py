@@ -1,25 +1,74 @@
 """How the kernels of one model add up: what the latency table learned from forms of the model as a whole."""
 
-from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import log
+
+_CROWD = 8  # how fast the price of being among full layers falls with a layer's share of its full work
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a layer takes inside the model, from what it takes alone: there, nothing that it touches is in the cache.
+
+    Alone, a kernel finds inputs, weights and place for its output where it left them. Inside the model it fetches them from
+    further away, which takes time in proportion to how much they are, not to how long the kernel computes. All parts are sums
+    over pairs of widths, so that an allocator may price each pair exactly.
+
+    Attributes:
+        alone: Multiple of the time alone.
+        fixed_us: Constant.
+        input_us: For each input channel.
+        output_us: For each output channel.
+        weight_us: For each pair of an input and an output channel.
+        crowded_us: At full widths only, among layers that are full as well: the whole model then leaves the cache. Falls with
+            the eighth power of the share of work.
+        full: Work at full widths: their product.
+    """
+
+    alone: float = 1.0
+    fixed_us: float = 0.0
+    input_us: float = 0.0
+    output_us: float = 0.0
+    weight_us: float = 0.0
+    crowded_us: float = 0.0
+    full: int = 1
+
+    def us(self, alone_us: float, n_in: int, n_out: int) -> float:
+        """Return the time inside the model at two widths at which the kernel takes `alone_us` alone."""
+        cold = self.fixed_us + self.input_us * n_in + self.output_us * n_out + self.weight_us * n_in * n_out
+        return self.alone * alone_us + cold + self.crowded_us * self.crowding(n_in, n_out)
+
+    def crowding(self, n_in: int, n_out: int) -> float:
+        """Return the part of `crowded_us` that counts at two widths: one at full widths."""
+        return float((n_in * n_out / self.full) ** _CROWD)
 
 
 @dataclass(frozen=True)
 class Overhead:
     """Kernels of one operation that are no layers, as they ran inside the model: a constant and a part in proportion.
 
-    `layers` feed them; they take `fixed_us`, and `per_channel_us` for each of the output channels of those layers.
+    `layers` feed them; they take `fixed_us`, and `per_channel_us` for each of the output channels of those layers. A runtime
+    that keeps channels in blocks handles tensors that fill their blocks in another way than those that do not: the latter take
+    `ragged_us` and `ragged_per_channel_us` more.
+
+    Attributes:
+        block: Channels of a block, as the steps of the feeding layers show it.
     """
 
     op: str
     layers: tuple[str, ...]
     fixed_us: float
     per_channel_us: float = 0.0
+    ragged_us: float = 0.0
+    ragged_per_channel_us: float = 0.0
+    block: int = 1
 
-
-Anchors = tuple[tuple[int, float], ...]
+    def us(self, widths: Sequence[int]) -> float:
+        """Return the time when the feeding layers have these output widths."""
+        fixed, slope = self.fixed_us, self.per_channel_us
+        if any(width % self.block for width in widths):
+            fixed, slope = fixed + self.ragged_us, slope + self.ragged_per_channel_us
+        return fixed + slope * sum(widths)
 
 
 @dataclass(frozen=True)
@@ -28,12 +77,12 @@ class Context:
 
     Attributes:
         structure: Which model, by `structure_of`.
-        scale: Layer -> anchors (product of its two widths, time inside the model over time alone), ascending: learned from
-            several forms of the model, the last one where the dense form is. In between, the ratio is interpolated.
+        prices: Layer -> what it takes inside the model; a layer that is not named takes what it takes alone.
         overhead: All other kernels.
         whole_us: The dense model, measured as a whole without profiling.
-        factor: `whole_us` over the sum of layers and overhead.
-        additivity: Sum of the dense model's profiled kernels, less what profiling adds to each, over `whole_us`.
+        factor: By what the sum of layers and overhead is multiplied, so that measured forms come out right on average.
+        additivity: Sum of the dense model's profiled kernels, less what profiling adds to each, over the model as a whole in
+            the same short turn of measurement; the median of several turns.
         foreign_load: Of the measurement of the whole; None if unknown.
         runs: Of the measurement of the whole.
         errors: Relative errors on whole models, each of a form that nothing was learned from when it was predicted; none if
@@ -41,7 +90,7 @@ class Context:
     """
 
     structure: str
-    scale: Mapping[str, Anchors]
+    prices: Mapping[str, Price]
     overhead: tuple[Overhead, ...]
     whole_us: float
     factor: float
@@ -55,15 +104,7 @@ class Context:
         """Mean absolute relative error on whole models that the table never saw; None if unchecked."""
         return sum(map(abs, self.errors)) / len(self.errors) if self.errors else None
 
-    def ratio(self, layer: str, work: int) -> float:
-        """Return the time of a layer inside the model over its time alone, at a product of widths.
-
-        Between anchors it follows the logarithm of the product: caches are passed in octaves.
-        """
-        anchors = self.scale.get(layer, ((work, 1.0),))
-        index = min(max(bisect_left(anchors, work, key=lambda anchor: anchor[0]), 1), len(anchors) - 1)
-        if index == 0:
-            return anchors[0][1]
-        (low, at_low), (high, at_high) = anchors[index - 1], anchors[index]
-        share = min(1.0, max(0.0, log(work / low) / log(high / low)))
-        return at_low + share * (at_high - at_low)
+    def us(self, layer: str, alone_us: float, n_in: int, n_out: int) -> float:
+        """Return what a layer adds to the model at two widths at which its kernel takes `alone_us` alone."""
+        price = self.prices.get(layer)
+        return self.factor * (price.us(alone_us, n_in, n_out) if price else alone_us)

@@ -10,11 +10,11 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from deploypipe.errors import TargetError
-from deploypipe.latency.context import Context, Overhead
+from deploypipe.latency.context import Context, Overhead, Price
 from deploypipe.latency.widths import AllSteps, Steps, title
 from deploypipe.types import Layer
 
-SCHEMA = 4
+SCHEMA = 5
 _MEASURE = "measure it again: deploypipe profile --model MODEL --target TARGET"
 
 
@@ -191,7 +191,8 @@ def _lines(kernels: Iterable[Entry]) -> list[str]:
 
 
 def _state(context: Context) -> dict[str, Any]:
-    return {**vars(context), "scale": dict(context.scale), "overhead": [vars(kernel) for kernel in context.overhead]}
+    prices = {layer: vars(price) for layer, price in context.prices.items()}
+    return {**vars(context), "prices": prices, "overhead": [vars(kernel) for kernel in context.overhead]}
 
 
 def _columns(sparse: bool) -> list[str]:
@@ -214,9 +215,9 @@ def _entry(row: list[str]) -> Entry:
 
 def _context(state: dict[str, Any]) -> Context:
     state = {name: value for name, value in state.items() if name != "schema"}
-    scale = {layer: tuple((int(work), float(ratio)) for work, ratio in anchors) for layer, anchors in state["scale"].items()}
+    prices = {layer: Price(**price) for layer, price in state["prices"].items()}
     overhead = tuple(Overhead(**{**kernel, "layers": tuple(kernel["layers"])}) for kernel in state["overhead"])
-    return Context(**{**state, "overhead": overhead, "scale": MappingProxyType(scale), "errors": tuple(state["errors"])})
+    return Context(**{**state, "overhead": overhead, "prices": MappingProxyType(prices), "errors": tuple(state["errors"])})
 
 
 def _channels(layer: Layer) -> tuple[int, int]:

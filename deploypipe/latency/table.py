@@ -1,6 +1,6 @@
 """Measured latency of a model under any plan: kernel times by shape and width, and the context they run in."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from math import lcm
@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 from deploypipe.cost import CostTerm
 from deploypipe.errors import TargetError
 from deploypipe.latency import files as latency_file
-from deploypipe.latency.context import Context
+from deploypipe.latency.context import Context, Overhead
 from deploypipe.latency.files import Entry, Shape, Sparsity
 from deploypipe.latency.grid import Grid
 from deploypipe.latency.widths import AllSteps, legal_widths, steps_of, two_four_widths
@@ -29,9 +29,10 @@ PAYS = 0.99  # of the dense kernel's time: a kernel with 2:4 weights that takes 
 class LatencyTable:
     """Kernel times of one runtime on one device, and how they add up in the models that were profiled.
 
-    A model costs `factor * (sum of its layers + overhead)`. A layer costs what its kernel took alone at these widths, times
-    what the same kernel took inside the model over what it took alone, learned from several forms of the model. Overhead are
-    all other kernels, likewise learned inside the model; they follow the widths of the layers that feed them.
+    A model costs `factor * (sum of its layers + overhead)`. A layer costs what its kernel took alone at these widths, and what
+    it takes inside the model to fetch all that it touches, learned from several forms of the model (see `Price`). Overhead are
+    all other kernels, likewise learned inside the model; they follow the widths of the layers that feed them. The unpruned
+    model comes out as it was measured.
 
     Attributes:
         facts: Runtime, version, threads, precision, processor, date, and the two constants of the measuring method:
@@ -216,10 +217,10 @@ class LatencyTable:
         return CostTerm(layer.name, layer.n_in, layer.n_out, price, two_four if possible else None)
 
     def _layer_us(self, layer: Layer, context: Context, n_in: int, n_out: int, sparsity: Sparsity = "dense") -> float:
-        """Return what a layer takes in the model, where a sparse kernel is taken to be slowed down as the dense one is."""
+        """Return what a layer takes in the model, where a sparse kernel is taken to fetch as much as the dense one."""
         if not (n_in and n_out):
             return 0.0  # its branch is gone
-        return context.factor * context.ratio(layer.name, n_in * n_out) * self.kernel_us(layer, n_in, n_out, sparsity)
+        return context.us(layer.name, self.kernel_us(layer, n_in, n_out, sparsity), n_in, n_out)
 
     def _unmeasured(self, message: str, layer: str = "") -> TargetError:
         target = self.facts.get("target", "cpu")
@@ -232,42 +233,45 @@ def structure_of(graph: Graph) -> str:
     return latency_file.hashed([[layer.name, *vars(Shape.of(layer)).values()] for layer in graph.layers])
 
 
-def width_of(graph: Graph, layers: tuple[str, ...]) -> Width:
-    """Return the sum of the output widths of the named layers."""
-    const, parts = 0, dict[str, int]()
+def widths_of(graph: Graph, layers: tuple[str, ...]) -> tuple[Width, ...]:
+    """Return the output widths of the named layers; a name that the graph does not have is left out."""
     by_name = {layer.name: layer.n_out for layer in graph.layers}
-    for name in layers:
-        width = by_name[name]
-        const += width.const
-        for group, slots in width.parts:
-            parts[group] = parts.get(group, 0) + slots
-    return Width(const, tuple(parts.items()))
+    return tuple(by_name[name] for name in layers if name in by_name)
 
 
 def overhead_terms(graph: Graph, context: Context) -> list[CostTerm]:
-    """Price the other kernels: each is a constant plus a part in proportion to the widths that feed it.
+    """Price the other kernels: one term for each group, and a constant one.
 
-    Being linear, the cost of a kernel fed by several groups splits exactly into one part per group. What one group alone feeds
-    is gone when that group has no channels left.
+    What several groups feed is linear in their widths, so that it splits exactly into one part for each. What one group alone
+    feeds is gone when that group has no channels left.
     """
-    known = {layer.name for layer in graph.layers}
-    constant, fixed, per_channel = 0.0, dict[str, float](), dict[str, float]()
+    constant, slopes, own = 0.0, dict[str, float](), dict[str, list[tuple[Overhead, tuple[Width, ...]]]]()
     for kernel in context.overhead:
-        width = width_of(graph, tuple(name for name in kernel.layers if name in known))
-        for group, slots in width.parts:
-            per_channel[group] = per_channel.get(group, 0.0) + kernel.per_channel_us * slots
-        if len(width.parts) == 1 and not width.const:
-            group = width.parts[0][0]
-            fixed[group] = fixed.get(group, 0.0) + kernel.fixed_us
-        else:
-            constant += kernel.fixed_us + kernel.per_channel_us * width.const
+        widths = widths_of(graph, kernel.layers)
+        groups = dict.fromkeys(group for width in widths for group in width.groups)
+        if len(groups) == 1:
+            own.setdefault(next(iter(groups)), []).append((kernel, widths))
+            continue
+        constant += kernel.us([width.const for width in widths])
+        for group, slots in (part for width in widths for part in width.parts):
+            slopes[group] = slopes.get(group, 0.0) + kernel.per_channel_us * slots
     total = context.factor * constant
     terms = [CostTerm("overhead", Width(0), Width(0), lambda n_in, n_out: total)]
-    for group, us in per_channel.items():
-        price = _linear(context.factor * fixed.get(group, 0.0), context.factor * us)
+    for group in dict.fromkeys((*own, *slopes)):
+        price = _group_price(group, own.get(group, ()), slopes.get(group, 0.0), context.factor)
         terms.append(CostTerm(f"overhead:{group}", Width(0), Width(0, ((group, 1),)), price))
     return terms
 
 
-def _linear(fixed: float, slope: float) -> Callable[[int, int], float]:
-    return lambda n_in, n_out: fixed + slope * n_out if n_out else 0.0
+def _group_price(
+    group: str, own: Sequence[tuple[Overhead, tuple[Width, ...]]], slope: float, factor: float
+) -> Callable[[int, int], float]:
+    @cache
+    def price(n_in: int, n_out: int) -> float:
+        total = slope * n_out
+        for kernel, widths in own:
+            at = [width.at({group: n_out}) for width in widths]
+            total += kernel.us(at) if any(at) else 0.0
+        return factor * total
+
+    return price

@@ -66,16 +66,7 @@ def prune(  # noqa: PLR0913, PLR0917 - the public surface, named arguments in pr
         Request(target=target, algo=algo, budget=budget, metric=metric, epochs=epochs, options=options or {}, seed=seed)
     )
     request.check()
-    if request.value == "measured" and data is None:
-        raise UsageError(
-            "widths are measured on images, and there are none", at=f"algo='{algo}'", fix="give data, or another algo"
-        )
-    if getattr(make(request.algo, request.options), "sparse", False):
-        raise UsageError(
-            f"'{algo}' leaves zeros in weights and cuts no channels",
-            at="prune",
-            fix="use deploypipe.build: it keeps the weights",
-        )
+    _check(request, algo, data)
     example = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
     graph = trace(model, example)
     cost: CostTable
@@ -95,3 +86,13 @@ def prune(  # noqa: PLR0913, PLR0917 - the public surface, named arguments in pr
     with TemporaryDirectory(prefix="deploypipe-") as folder:
         plan = choose(request, problem, meter, Path(folder))
     return plan.replace(fingerprint=graph.fingerprint)
+
+
+def _check(request: Request, algo: str, data: Any) -> None:
+    """Refuse what ends in no plan of channels."""
+    if request.value != "scores" and data is None:
+        message, fix = "widths are judged on images, and there are none", "give data, or another algo"
+        raise UsageError(message, at=f"algo='{algo}'", fix=fix)
+    if getattr(make(request.algo, request.options), "sparse", False):
+        message, fix = f"'{algo}' leaves zeros in weights and cuts no channels", "use deploypipe.build: it keeps the weights"
+        raise UsageError(message, at="prune", fix=fix)

@@ -16,23 +16,17 @@ class Recipe:
         algo: Says which channels of a group go first.
         options: Of that method.
         value: What says how many.
-        value_rounds: See `Request`.
-        value_steps: See `Request`.
-        value_finalists: See `Request`.
     """
 
     algo: str = "depgraph"
     options: Mapping[str, Any] = field(default_factory=lambda: {"train_epochs": 0, "steps": 1})
-    value: str = "measured"
-    value_rounds: int = 2
-    value_steps: int = 0
-    value_finalists: int = 1
+    value: str = "taylor"
 
 
 def resolved(request: Request) -> Request:
     """Return the request with the recipe's fields in place of "auto"; any other stays as it is.
 
-    Rounds, steps and finalists that the user asks for count.
+    Another value of widths than the default one counts more than the recipe.
 
     Raises:
         UsageError: The recipe was given options: it is not one method.
@@ -46,13 +40,7 @@ def resolved(request: Request) -> Request:
             at=f"--set {option}",
             fix="name a method with --algo; `deploypipe algos` lists them",
         )
-    recipe = {name: value for name, value in asdict(Recipe()).items() if name in _DECIDES or not _is_set(request, name)}
+    recipe = asdict(Recipe())
+    if request.value != Request.value:
+        del recipe["value"]  # the user knows better
     return replace(request, **recipe, out=request.folder)
-
-
-_DECIDES = ("algo", "options", "value")
-
-
-def _is_set(request: Request, name: str) -> bool:
-    """Say whether the user asked for something else than the default."""
-    return bool(getattr(request, name) != Request.__dataclass_fields__[name].default)

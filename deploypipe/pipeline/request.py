@@ -17,7 +17,7 @@ from deploypipe.training.settings import TrainSettings
 METRICS = ("latency", "macs", "params")
 TWO_FOUR, BY_CHOICE = "2:4", "auto"
 PATTERNS = ("", TWO_FOUR, BY_CHOICE)
-VALUES = ("scores", "measured")
+VALUES = ("scores", "taylor", "measured")
 AUTO = "auto"
 KEPT_BY_USER = "kept whole by --keep"
 
@@ -46,9 +46,9 @@ class Request:
         accuracy_floor: Fail below this share of the test set.
         keep: Groups to leave whole.
         table: Folder of a latency table to use instead of measuring one; refused if it does not hold on this device.
-        value: What a width is worth: what the algorithm's "scores" say, or the "measured" rise of the loss on held-out images.
+        value: What a width is worth: what the algorithm's "scores" say; the change of the loss to first order ("taylor"); or
+            the "measured" rise of the loss on held-out images. With the latter two, whole branches may go.
         value_rounds: How often widths are measured again around the solution, at most.
-        value_steps: Optimizer steps that every plan is trained before its loss is measured.
         sparsity: "2:4" gives the pruned model 2:4 weights wherever it can, before it is fine-tuned; "auto" lets the allocator
             choose the layers; "" leaves them dense.
         value_finalists: How many of the plans tried are trained for one epoch each before one is taken; 1: none.
@@ -76,7 +76,6 @@ class Request:
     table: str | Path | None = None
     value: str = "scores"
     value_rounds: int = 2
-    value_steps: int = 0
     sparsity: str = ""
     value_finalists: int = 1
     host: str | None = None
@@ -142,8 +141,6 @@ class Request:
             raise UsageError(f"unknown value '{self.value}'", at="--value", fix=nearest(self.value, VALUES))
         if self.value_rounds < 0:
             raise UsageError(f"value_rounds is {self.value_rounds}", at="--value-rounds", fix="use 0 or more")
-        if self.value_steps < 0:
-            raise UsageError(f"value_steps is {self.value_steps}", at="--value-steps", fix="use 0 or more")
         if self.value_finalists < 1:
             raise UsageError(f"value_finalists is {self.value_finalists}", at="--value-finalists", fix="use 1 or more")
         parse_budget(self.budget, self.metric, float("inf"))
@@ -165,12 +162,12 @@ class Request:
         _ = self.training
 
     def _check_auto(self, target: Target) -> None:
-        """Raise unless 2:4 weights can be weighed against channels: by latency, by scores, on a runtime that gains by them."""
-        if self.metric != "latency" or self.value != "scores":
+        """Raise unless 2:4 weights can be weighed against channels: by latency, by values, on a runtime that gains by them."""
+        if self.metric != "latency" or self.value == "measured":
             raise UsageError(
-                "2:4 weights are weighed against channels by what both save in latency, and by what scores say both cost",
+                "2:4 weights are weighed against channels by what both save in latency and cost in scores or first-order terms",
                 at=f"--sparsity auto --metric {self.metric} --value {self.value}",
-                fix="use --metric latency and a method's scores (--algo l2 --value scores), or --sparsity 2:4 for all layers",
+                fix="use --metric latency and --value scores or taylor, or --sparsity 2:4 for all layers that can",
             )
         if not load_backend(target).two_four:
             raise TargetError(

@@ -119,7 +119,7 @@ class Run:
         request = self.request
         source = self.table if request.metric == "latency" else request.metric
         key = [request.algo, asdict(self.algorithm), self.budget, source, self.data.key, request.seed, request.keep]
-        more = [request.value] if request.value == "measured" else []
+        more = [request.value] if request.value != "scores" else []
         return [*key, self.dense_key, *more, *([request.sparsity] if request.sparsity else [])]
 
     @cached_property

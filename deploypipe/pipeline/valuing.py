@@ -25,6 +25,7 @@ from deploypipe.progress import Reporter, Silent
 from deploypipe.targets import cache_folder
 from deploypipe.types import Graph
 from deploypipe.worth.curves import Curves, curves_table
+from deploypipe.worth.first_order import by_first_order
 from deploypipe.worth.heldout import HELD_OUT, Effort, HeldOut, Meter, memo_name
 from deploypipe.worth.sensitivity import Curve, Found, Sensitivity, Trial
 
@@ -41,14 +42,9 @@ def held_out(request: Request, model: nn.Module, key: str, graph: Graph, data: D
         graph: Of the model.
         data: Whose training set is split.
     """
-    effort = Effort(steps=request.value_steps, precision=request.train_precision if trains(request) else "fp32")
+    effort = Effort()
     memo = cache_folder() / "sensitivity" / memo_name(key, graph.fingerprint, data.key, request.seed, effort)
     return HeldOut(model, graph, data, memo, seed=request.seed, effort=effort)
-
-
-def trains(request: Request) -> bool:
-    """Say whether plans are trained before they are judged."""
-    return request.value_steps > 0 or request.value_finalists > 1
 
 
 def held_back(request: Request, data: Data) -> Data:
@@ -65,6 +61,8 @@ def choose(request: Request, problem: Problem, meter: Meter | None, folder: Path
         UsageError: Widths are to be measured, or 2:4 weights chosen, but the algorithm chooses widths itself.
         BudgetError: The budget cannot be reached.
     """
+    if request.value == "taylor":
+        return _by_first_order(request, problem, folder)
     if meter is None:
         plan: KeepPlan = make(request.algo, request.options).plan(problem)
         if request.sparsity == BY_CHOICE and (plan.certificate is None or plan.certificate.bound is None):
@@ -91,6 +89,19 @@ def choose(request: Request, problem: Problem, meter: Meter | None, folder: Path
     return plan
 
 
+def _by_first_order(request: Request, problem: Problem, folder: Path) -> KeepPlan:
+    asked: list[Certificate] = []
+
+    def widths(problem: Problem, orders: Orders, values: Values) -> tuple[dict[str, int], Certificate]:
+        kept, certificate = by_first_order(problem, orders, values)
+        asked.append(certificate)
+        return kept, certificate
+
+    plan = _ordered(request, problem, widths, asked)
+    (folder / VALUES_FILE).write_text(json.dumps({"by": "taylor"}) + "\n")
+    return plan
+
+
 def _scored(
     problem: Problem, orders: Orders, values: Values, sensitivity: Sensitivity
 ) -> tuple[dict[str, int], Certificate] | None:
@@ -111,6 +122,8 @@ def value_notes(folder: Path) -> list[str]:
     if not (folder / VALUES_FILE).is_file():
         return []
     state = json.loads((folder / VALUES_FILE).read_text())
+    if state.get("by") == "taylor":
+        return ["widths were chosen by how the loss changes to first order (gates on channels), before training"]
     dense, trials = state["dense"], state["trials"]
     loss = {trial["origin"]: trial["loss"] for trial in trials} | {"taken": trials[state["chosen"]]["loss"]}
     taken = trials[state["chosen"]]

@@ -1,9 +1,9 @@
 """Learn from measured forms of a model how its kernels add up, and how large an error that leaves on forms left out.
 
-A layer's ratio (time inside the model over time alone) depends on what else the caches hold, so it is learned at three amounts
-of work; another kernel's time is a constant and a part in proportion to the widths that feed it. Both are fits over all forms
-with few parameters. What then is wrong in all narrow forms alike is taken out by two factors on the ratios that are not the
-dense form's.
+The prices of layers and of other kernels are fits over all forms with few parameters (see `prices`). A profile of one form may
+have been taken while the machine was slower or faster: each form's kernels are scaled so that they add up to its whole. What
+then is wrong in all narrow forms alike is taken out by one factor, and what the dense form takes beyond, where everything is
+full, is a price of full layers.
 """
 
 from collections.abc import Sequence
@@ -12,22 +12,20 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 
 from deploypipe.backends.base import Profile, Timing
-from deploypipe.latency.context import Anchors, Context, Overhead
-from deploypipe.latency.table import LatencyTable, structure_of, width_of
+from deploypipe.latency.context import Context, Overhead
+from deploypipe.latency.table import LatencyTable, Shape, structure_of, widths_of
+from deploypipe.latency.widths import steps_of
+from deploypipe.profiler.prices import Floats, LayerTimes, OtherTimes, layer_prices, overhead_price
 from deploypipe.types import Graph, Kept, Layer
 
 DENSE, RANDOM = "dense", "random"
-_WEIGHT = 3.0  # of the dense form, to whose latency budgets refer
-_SMOOTH = 0.1  # how strongly a layer's three ratios are drawn towards each other
-_UNSURE_US = 1.0  # a profile counts whole microseconds
 _LEAST_US = 0.05  # a kernel is never free, whatever noise says
-_CAUTIOUS = 0.1  # how strongly these factors are drawn towards one
 _TRUST_TIMER = 0.05  # weight of what profiling adds to a kernel as it was measured apart
+_ALIKE = 0.5  # narrow forms whose layers are as full as that do not tell what only full ones take; nor is that less than it
 
-Floats = NDArray[np.float64]
+Turn = tuple[Timing, Profile]  # of one model, right after each other
 
 
 @dataclass(frozen=True)
@@ -41,21 +39,7 @@ class Form:
     two_four: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One layer, or all kernels of one operation fed by the same layers, in all forms (axis 0).
-
-    `us` as profiled, NaN where a form has no such kernel; `count` of kernels; `at` product of a layer's widths, or sum of the
-    widths that feed others; `alone` a layer's time alone.
-    """
-
-    us: Floats
-    count: Floats
-    at: Floats
-    alone: Floats
-
-
-def learned(graph: Graph, table: LatencyTable, forms: Sequence[Form], timer_us: float) -> Context:
+def learned(graph: Graph, table: LatencyTable, forms: Sequence[Form], timer_us: float, turns: Sequence[Turn] = ()) -> Context:
     """Return the context of `graph`, with the error on each random form when that one is left out.
 
     Args:
@@ -63,6 +47,7 @@ def learned(graph: Graph, table: LatencyTable, forms: Sequence[Form], timer_us: 
         table: Prices every layer of it alone.
         forms: The dense form first.
         timer_us: What profiling adds to a kernel, measured apart.
+        turns: Of the dense form, for its additivity; by default those measurements that it was learned from.
     """
     seen = _Seen(graph, table, tuple(forms), timer_us)
     everything = np.ones(len(forms), bool)
@@ -72,7 +57,8 @@ def learned(graph: Graph, table: LatencyTable, forms: Sequence[Form], timer_us: 
             others = everything.copy()
             others[index] = False
             errors.append(float(seen.predicted(seen.context(others))[index] / seen.whole[index] - 1))
-    return replace(seen.context(everything), errors=tuple(errors))
+    additivity = seen.additivity(turns or [(forms[0].whole, forms[0].profile)])
+    return replace(seen.context(everything), errors=tuple(errors), additivity=additivity)
 
 
 @dataclass(frozen=True)
@@ -86,13 +72,17 @@ class _Seen:
     def whole(self) -> Floats:
         return np.array([form.whole.quiet_us for form in self.forms])
 
+    @property
+    def session_us(self) -> float:
+        return float(self.table.facts["session_us"])
+
     @cached_property
-    def rows(self) -> tuple[dict[str, _Row], dict[tuple[str, tuple[str, ...]], _Row]]:
-        """Return the layers by name, and all other kernels by operation and layers that feed them."""
+    def rows(self) -> tuple[dict[str, LayerTimes], dict[tuple[str, tuple[str, ...]], OtherTimes]]:
+        """Return the layers by name, and all other kernels by operation and layers that feed them, in times as profiled."""
         calls = dict[str, list[Layer]]()
         for layer in self.graph.layers:
             calls.setdefault(layer.weight, []).append(layer)
-        layers, others = dict[str, _Row](), dict[tuple[str, tuple[str, ...]], _Row]()
+        layers, others = dict[str, LayerTimes](), dict[tuple[str, tuple[str, ...]], OtherTimes]()
         for index, form in enumerate(self.forms):
             waiting = {weight: list(same) for weight, same in calls.items()}
             for kernel in form.profile.kernels:
@@ -100,80 +90,114 @@ class _Seen:
                     # A shared layer runs once for each of its calls, in order.
                     layer = waiting[kernel.weight].pop(0)
                     row = layers.get(layer.name) or layers.setdefault(layer.name, self._layer(layer))
-                    row.us[index], row.count[index] = kernel.median_us, 1
+                    row.us[index] = kernel.median_us
                 else:
                     feeds = sorted({calls[weight][0].name for weight in kernel.feeds if weight in calls})
                     key = (kernel.op, tuple(feeds))
-                    row = others.get(key) or others.setdefault(key, self._other(key[1]))
-                    row.us[index] += kernel.median_us
-                    row.count[index] += 1
+                    other = others.get(key) or others.setdefault(key, self._other(key[1]))
+                    other.us[index] += kernel.median_us
+                    other.count[index] += 1
         return layers, others
 
-    def _layer(self, layer: Layer) -> _Row:
-        widths = [(layer.n_in.at(form.kept), layer.n_out.at(form.kept)) for form in self.forms]
-        alone = np.array([self._alone(layer, *pair, form) for pair, form in zip(widths, self.forms, strict=True)])
-        at = np.array([n_in * n_out for n_in, n_out in widths], float)
-        return _Row(np.full(len(widths), np.nan), np.zeros(len(widths)), at, alone)
+    def _layer(self, layer: Layer) -> LayerTimes:
+        widths = np.array([(layer.n_in.at(form.kept), layer.n_out.at(form.kept)) for form in self.forms])
+        alone = np.array([self._alone(layer, *map(int, pair), form) for pair, form in zip(widths, self.forms, strict=True)])
+        return LayerTimes(Shape.of(layer), np.full(len(widths), np.nan), alone, *widths.T.astype(float))
 
     def _alone(self, layer: Layer, n_in: int, n_out: int, form: Form) -> float:
         """Return what the layer's kernel takes alone: the quicker one where its weight permits a sparse one."""
         dense = self.table.kernel_us(layer, n_in, n_out)
         return min(dense, self.table.kernel_us(layer, n_in, n_out, "2:4")) if layer.name in form.two_four else dense
 
-    def _other(self, feeds: tuple[str, ...]) -> _Row:
-        width = width_of(self.graph, feeds)
-        at = np.array([width.at(form.kept) for form in self.forms], float)
-        return _Row(np.zeros(len(at)), np.zeros(len(at)), at, np.zeros(len(at)))
+    def _other(self, feeds: tuple[str, ...]) -> OtherTimes:
+        widths = widths_of(self.graph, feeds)
+        at = np.array([[width.at(form.kept) for width in widths] for form in self.forms]).reshape(len(self.forms), len(widths))
+        block = max((steps_of(layer, self.table.steps).step for layer in self.graph.layers if layer.name in feeds), default=1)
+        single = len({group for width in widths for group in width.groups}) == 1
+        return OtherTimes(np.zeros(len(at)), np.zeros(len(at)), at, block, single)
 
     def context(self, use: NDArray[np.bool_]) -> Context:
-        """Learn from the forms in `use`."""
-        speed, timer = self._clock(use)
-        session = float(self.table.facts["session_us"])
+        """Learn from the forms in `use`; the dense one is always among them."""
+        timer, weights = self.timer(use), use / self.whole
+        speed = self._speeds(timer)
         layers, others = self.rows
-        scale = {name: _anchors(row, speed * (row.us - timer), use) for name, row in layers.items()}
-        overhead = [_overhead(*key, row, speed * (row.us - timer * row.count), use) for key, row in others.items()]
-        dense = self.forms[0]
-        spent = dense.profile.sum_us - self.timer_us * len(dense.profile.kernels) + session
-        additivity = spent / dense.whole.quiet_us
-        context = Context(
-            structure_of(self.graph), scale, (*overhead, Overhead("session", (), session)), dense.whole.quiet_us, 1.0,
-            additivity, dense.whole.foreign_load, dense.whole.runs,
+        timed = {name: replace(row, us=speed * (row.us - timer)) for name, row in layers.items()}
+        found = layer_prices(timed, weights)
+        prices = {name: row.price(found[name], int(row.n_in[0] * row.n_out[0])) for name, row in timed.items()}
+        overhead = [
+            overhead_price(*key, replace(row, us=speed * (row.us - timer * row.count)), weights) for key, row in others.items()
+        ]
+        dense = self.forms[0].whole
+        return self._exact(
+            Context(
+                structure_of(self.graph), prices, (*overhead, Overhead("session", (), self.session_us)), dense.quiet_us, 1.0,
+                1.0, dense.foreign_load, dense.runs,
+            ),
+            use,
         )  # fmt: skip
-        return self._trimmed(context, use)
 
-    def _clock(self, use: NDArray[np.bool_]) -> tuple[float, float]:
-        """Return by what profiled times are multiplied, and what profiling adds to each, so that sums become wholes.
+    def timer(self, use: NDArray[np.bool_]) -> float:
+        """Return what profiling adds to each kernel of this model.
 
         Least squares over the forms of `speed * (sum - timer * kernels) = whole - session`, as shares of the whole; the
         machine may have been slower or faster while it profiled.
         """
-        sums = np.array([form.profile.sum_us for form in self.forms])
-        counts = np.array([len(form.profile.kernels) for form in self.forms])
-        weight = (_weights(self.forms) / self.whole)[use]
+        sums, counts = self._sums
+        weight = 1 / self.whole[use]
         apart = _TRUST_TIMER / max(self.timer_us, _LEAST_US)
         system = np.vstack([np.stack([sums[use], -counts[use]], 1) * weight[:, None], [[-self.timer_us * apart, apart]]])
-        wanted = np.append((self.whole[use] - float(self.table.facts["session_us"])) * weight, 0.0)
-        speed, product = np.linalg.lstsq(system, wanted, rcond=None)[0]
-        return float(speed), max(0.0, float(product / speed))
-
-    def _trimmed(self, context: Context, use: NDArray[np.bool_]) -> Context:
-        """Make the dense form exact, and the others right in the middle: narrow ones and those in between."""
-        exact, narrow = self._dense_exact(context), use.copy()
-        narrow[0] = False
-        if not narrow.any():
-            return exact
-        # The dense form does not change with the factors, so that predictions are linear in them.
-        plain, *moved = (self.predicted(trimmed(exact, *pair)) for pair in ((1.0, 1.0), (2.0, 1.0), (1.0, 2.0)))
-        slopes = np.stack([(other - plain)[narrow] / self.whole[narrow] for other in moved], 1)
-        system = np.vstack([slopes, _CAUTIOUS * np.eye(2)])
-        more = np.linalg.lstsq(system, np.append(1 - plain[narrow] / self.whole[narrow], [0.0, 0.0]), rcond=None)[0]
-        return self._dense_exact(trimmed(exact, *(1 + more)))
-
-    def _dense_exact(self, context: Context) -> Context:
-        return replace(context, factor=context.factor * context.whole_us / float(self.predicted(context)[0]))
+        speed, product = np.linalg.lstsq(system, np.append((self.whole[use] - self.session_us) * weight, 0.0), rcond=None)[0]
+        return max(0.0, float(product / speed))
 
     @cached_property
-    def priced(self) -> dict[str, _Row]:
+    def _sums(self) -> tuple[Floats, Floats]:
+        profiles = [form.profile for form in self.forms]
+        return np.array([found.sum_us for found in profiles]), np.array([len(found.kernels) for found in profiles], float)
+
+    def _speeds(self, timer: float) -> Floats:
+        """Return by what each form's kernels are multiplied, so that they add up to its whole."""
+        sums, counts = self._sums
+        least = _LEAST_US * np.maximum(counts, 1)
+        speeds: Floats = np.maximum(self.whole - self.session_us, least) / np.maximum(sums - timer * counts, least)
+        return speeds
+
+    def additivity(self, turns: Sequence[Turn]) -> float:
+        """Return what the dense form's kernels add up to, over its whole in the same turn: the median of turns."""
+        timer = self.timer(np.ones(len(self.forms), bool))
+        sums = [profile.sum_us - timer * len(profile.kernels) + self.session_us for _, profile in turns]
+        return float(np.median([us / whole.quiet_us for us, (whole, _) in zip(sums, turns, strict=True)]))
+
+    def _exact(self, context: Context, use: NDArray[np.bool_]) -> Context:
+        """Make the narrow forms right on average, and the dense form exactly.
+
+        What it takes beyond is laid on its layers in proportion to their times, and falls quickly with their share of work: the
+        narrower a form, the more of it stays in the cache.
+        """
+        plain, crowded = self.predicted(context), self._crowded(context)
+        narrow, dense_us = use.copy(), context.whole_us
+        narrow[0] = False
+        if narrow.any():
+            sums, full = (float(np.mean(us[narrow] / self.whole[narrow])) for us in (plain, crowded))
+            if full * plain[0] < _ALIKE * sums * crowded[0]:
+                factor, price = map(float, np.linalg.solve([[plain[0], crowded[0]], [sums, full]], [dense_us, 1.0]))
+                if factor > 0 and price > -_ALIKE * factor:
+                    return _crowded_by(replace(context, factor=factor), self._dense_us(context), price / factor)
+        return replace(context, factor=dense_us / float(plain[0]))
+
+    def _dense_us(self, context: Context) -> dict[str, float]:
+        rows = self.rows[0].items()
+        return {name: context.us(name, row.alone_us[0], int(row.n_in[0]), int(row.n_out[0])) for name, row in rows}
+
+    def _crowded(self, context: Context) -> Floats:
+        """Return what layers would take if each took its dense time, multiplied by how full it is."""
+        total = np.zeros(len(self.forms))
+        for name, us in self._dense_us(context).items():
+            row, price = self.rows[0][name], context.prices[name]
+            total += [us * price.crowding(int(n_in), int(n_out)) for n_in, n_out in zip(row.n_in, row.n_out, strict=True)]
+        return total
+
+    @cached_property
+    def priced(self) -> dict[str, LayerTimes]:
         """All layers, those without a kernel of their own included."""
         return {layer.name: self.rows[0].get(layer.name) or self._layer(layer) for layer in self.graph.layers}
 
@@ -181,50 +205,15 @@ class _Seen:
         """Return what the table with this context predicts for each form."""
         total = np.zeros(len(self.forms))
         for name, row in self.priced.items():
-            total += row.alone * [context.ratio(name, int(work)) for work in row.at]
+            at = zip(row.alone_us, row.n_in, row.n_out, strict=True)
+            total += [context.us(name, float(alone), int(n_in), int(n_out)) for alone, n_in, n_out in at]
         for kernel in context.overhead:
-            width = width_of(self.graph, kernel.layers)
-            total += kernel.fixed_us + kernel.per_channel_us * np.array([width.at(form.kept) for form in self.forms])
-        return context.factor * total
+            widths = widths_of(self.graph, kernel.layers)
+            total += [context.factor * kernel.us([width.at(form.kept) for width in widths]) for form in self.forms]
+        return total
 
 
-def trimmed(context: Context, least: float, middle: float) -> Context:
-    """Return the context with the ratios at the least and at the middle amount of work multiplied; the dense form's stay."""
-    factors = (least, middle)
-    scale = {
-        layer: (*((work, factor * ratio) for (work, ratio), factor in zip(anchors[:-1], factors, strict=False)), anchors[-1])
-        for layer, anchors in context.scale.items()
-    }
-    return replace(context, scale=scale)
-
-
-def _weights(forms: Sequence[Form]) -> Floats:
-    return np.array([_WEIGHT if form.name == DENSE else 1.0 for form in forms])
-
-
-def _anchors(row: _Row, inside: Floats, use: NDArray[np.bool_]) -> Anchors:
-    """Fit a layer's ratio at the least, the dense, and the middle amount of work (by its logarithm)."""
-    ratio = (np.maximum(inside, _LEAST_US) + _UNSURE_US) / (row.alone + _UNSURE_US)
-    known = use & np.isfinite(inside)
-    least, most = int(row.at[known].min()), int(row.at[0])
-    middle = round(np.sqrt(least * most))
-    if not least < middle < most:
-        return ((most, float(np.mean(ratio[known]))),)
-    knots, x = np.log([least, middle, most]), np.log(row.at[known])
-    basis = np.stack([np.interp(x, knots, unit) for unit in np.eye(3)], 1)
-    weight = np.where(np.arange(len(row.at)) == 0, _WEIGHT, 1.0)[known]
-    together = _SMOOTH * np.array([[1.0, -2.0, 1.0], [1.0, -1.0, 0.0], [0.0, 1.0, -1.0]])
-    system, wanted = np.vstack([basis * weight[:, None], together]), np.append(ratio[known] * weight, np.zeros(3))
-    fitted = np.maximum(np.linalg.lstsq(system, wanted, rcond=None)[0], _LEAST_US)
-    return tuple((work, float(value)) for work, value in zip((least, middle, most), fitted, strict=True))
-
-
-def _overhead(op: str, feeds: tuple[str, ...], row: _Row, inside: Floats, use: NDArray[np.bool_]) -> Overhead:
-    """Fit the time of other kernels to the widths that feed them; errors weigh as shares of what would be in proportion."""
-    inside = np.maximum(inside, 0.0)
-    if np.ptp(row.at[use]) == 0:
-        return Overhead(op, feeds, float(np.mean(inside[use])))
-    weight = 1 / np.sqrt(row.at[use] + 1)
-    system = np.stack([np.ones(int(use.sum())), row.at[use]], 1) * weight[:, None]
-    (fixed, slope), _ = nnls(system, inside[use] * weight)
-    return Overhead(op, feeds, float(fixed), float(slope))
+def _crowded_by(context: Context, dense_us: dict[str, float], share: float) -> Context:
+    """Return the context with a share of each layer's dense time as its price of being full."""
+    prices = {name: replace(price, crowded_us=share * dense_us[name]) for name, price in context.prices.items()}
+    return replace(context, prices=prices)

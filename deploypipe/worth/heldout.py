@@ -1,4 +1,4 @@
-"""The loss of a plan: compact, estimate the batch norms anew, train a few steps or none, and run on held-out training images.
+"""The loss of a plan before training: compact, estimate the batch norms anew, and run on training images held out for this.
 
 Every answer is written to a file the moment it is known. Whoever asks for the same plan again, after a crash, for another
 budget or in another run, reads it there.
@@ -16,12 +16,12 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from deploypipe.compact import compact
-from deploypipe.data.batches import Samples, count, n_batches, split, take
+from deploypipe.data.batches import Samples, count, split, take
 from deploypipe.data.load import Data
 from deploypipe.errors import ModelError
 from deploypipe.folder import explained
 from deploypipe.plan import KeepPlan
-from deploypipe.progress import Reporter, Silent
+from deploypipe.progress import Reporter
 from deploypipe.training.evaluate import Accuracy, evaluate, recalibrate
 from deploypipe.training.finetune import finetune
 from deploypipe.training.settings import TrainSettings
@@ -40,14 +40,10 @@ class Effort:
     Attributes:
         calibration: Images for the batch norm statistics.
         images: Held-out images for the loss. All plans meet the same ones, so that their differences are surer than each.
-        steps: Optimizer steps before that, the same batches for all plans, taught by the dense model; 0 takes the loss at once.
-        precision: Of these steps, "fp32" or "bf16".
     """
 
     calibration: int = 512
     images: int = 1000
-    steps: int = 0
-    precision: str = "fp32"
 
 
 class Meter(Protocol):
@@ -91,10 +87,6 @@ class HeldOut:
         return _loaded(self.part, self.effort.images, self._seed)
 
     @cached_property
-    def _lesson(self) -> TensorDataset:
-        return _loaded(self.fit, self.effort.steps * BATCH, self._seed + 1)
-
-    @cached_property
     def _memo(self) -> "Memo":
         return Memo(self._path, len(self._judges))
 
@@ -109,8 +101,6 @@ class HeldOut:
     def measure(self, plan: KeepPlan) -> Accuracy:
         """Return loss (mean cross entropy, nats) and accuracy of the compacted model, its batch norms estimated anew.
 
-        If the effort has steps, it is trained so long in between.
-
         Raises:
             ModelError: The smaller model cannot be run on this data, or its loss is not a number.
         """
@@ -119,9 +109,6 @@ class HeldOut:
             small = compact(self._model, self._graph, plan, check=False)
             data, n_images = self._calibration, len(self._calibration)
             fresh = recalibrate(small, data, n_images, self._seed, augment=self._augment, batch_size=BATCH)
-            if self.effort.steps:
-                passes = round(self.effort.steps / n_batches(self._lesson, BATCH, drop_last=True))
-                fresh = self._tuned(fresh, self._lesson, Silent(), passes)
             found = evaluate(fresh, self._judges)
             if not isfinite(found.loss):
                 raise ModelError(
@@ -143,14 +130,10 @@ class HeldOut:
         if key not in self._trials.found:
             small = compact(self._model, self._graph, plan, check=False)
             start = recalibrate(small, self.fit, self.effort.calibration, self._seed, augment=self._augment, batch_size=BATCH)
-            self._trials.add(key, evaluate(self._tuned(start, self.fit, reporter), self.part))
+            data = replace(self._data, train=self.fit)
+            tuned = finetune(start, data, TrainSettings(epochs=1, seed=self._seed), teacher=self._model, reporter=reporter)
+            self._trials.add(key, evaluate(tuned, self.part))
         return self._trials.found[key]
-
-    def _tuned(self, start: nn.Module, lesson: Samples, reporter: Reporter, passes: int = 1) -> nn.Module:
-        """Train on the lesson, taught by the dense model."""
-        settings = TrainSettings(epochs=passes, batch_size=BATCH, seed=self._seed, precision=self.effort.precision)
-        data = replace(self._data, train=lesson)
-        return finetune(start, data, settings, teacher=self._model, reporter=reporter)
 
 
 class Memo:

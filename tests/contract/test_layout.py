@@ -2,11 +2,14 @@
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from deploypipe.algorithms import ALGORITHMS
 from deploypipe.backends import BACKENDS
 from deploypipe.runners import RUNNERS
 
@@ -24,9 +27,13 @@ def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def functions(path: Path) -> Iterator[Function]:
-    tree = ast.parse(path.read_text())
-    return (node for node in ast.walk(tree) if isinstance(node, Function))
+    return (node for node in ast.walk(tree(path)) if isinstance(node, Function))
 
 
 def n_lines(function: Function) -> int:
@@ -37,40 +44,37 @@ def n_lines(function: Function) -> int:
     return function.end_lineno - function.lineno + 1 - explained
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_a_file_fits_in_the_head(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= LONGER.get(path.name, 300)
+def test_a_file_fits_in_the_head() -> None:
+    lines = {name(path): len(path.read_text().splitlines()) for path in FILES}
+    assert {file: n for file, n in lines.items() if n > LONGER.get(Path(file).name, 300)} == {}
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_a_function_fits_on_a_screen(path: Path) -> None:
-    assert {f.name: n_lines(f) for f in functions(path) if n_lines(f) > 40} == {}
+def test_a_function_fits_on_a_screen() -> None:
+    assert {f"{name(path)}: {f.name}": n_lines(f) for path in FILES for f in functions(path) if n_lines(f) > 40} == {}
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_a_file_is_called_after_what_it_does(path: Path) -> None:
-    assert path.stem not in WORDS_THAT_SAY_NOTHING
-    assert len(path.relative_to(PACKAGE).parts) <= 2
-    assert ast.get_docstring(ast.parse(path.read_text())), "a module says its purpose in its first line"
+def test_a_file_is_called_after_what_it_does() -> None:
+    assert [name(path) for path in FILES if path.stem in WORDS_THAT_SAY_NOTHING] == []
+    assert [name(path) for path in FILES if len(path.relative_to(PACKAGE).parts) > 2] == []
+    unsaid = [name(path) for path in FILES if not ast.get_docstring(tree(path))]
+    assert unsaid == [], "a module says its purpose in its first line"
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_nothing_is_left_to_do(path: Path) -> None:
-    assert not re.findall(r"\b(TODO|FIXME|XXX)\b", path.read_text())
+def test_nothing_is_left_to_do() -> None:
+    assert [name(path) for path in FILES if re.search(r"\b(TODO|FIXME|XXX)\b", path.read_text())] == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_a_command_is_short_and_only_the_command_line_exits(path: Path) -> None:
-    calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
-    if path.parent.name != "cli":
-        assert not calls & {"sys.exit", "exit", "quit", "print", "input"}
+def test_only_the_command_line_prints_asks_and_exits() -> None:
+    library = [path for path in FILES if path.parent.name != "cli"]
+    calls = {name(path): {ast.unparse(n.func) for n in ast.walk(tree(path)) if isinstance(n, ast.Call)} for path in library}
+    speaking = {"sys.exit", "exit", "quit", "print", "input"}
+    assert {file: called & speaking for file, called in calls.items() if called & speaking} == {}
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_the_environment_decides_nothing_in_the_library(path: Path) -> None:
+def test_the_environment_decides_nothing_in_the_library() -> None:
     """But for the cache folder, noise that the user accepts, and what a runner hands on to the process that it starts."""
-    if path.parent.name not in {"cli", "runners"} and path.name != "targets.py":
-        assert not re.findall(r"os\.environ\b|os\.getenv\b", path.read_text())
+    library = [path for path in FILES if path.parent.name not in {"cli", "runners"} and path.name != "targets.py"]
+    assert [name(path) for path in library if re.search(r"os\.environ\b|os\.getenv\b", path.read_text())] == []
 
 
 @pytest.mark.parametrize("folder", ["profiler", "allocation", "latency", "pipeline"])
@@ -84,6 +88,16 @@ def test_no_stage_knows_a_way_to_a_device(folder: str) -> None:
     words = re.compile(rf"\b({'|'.join(set(RUNNERS) - {'local'})})\b", re.IGNORECASE)  # "local" is also an ordinary word
     for path in (PACKAGE / folder).glob("*.py"):
         assert not words.findall(path.read_text()), path.name
+
+
+def test_every_algorithm_and_runner_is_kept_apart_from_its_likes() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    apart = [set(contract["modules"]) for contract in contracts if contract["type"] == "independence"]
+    assert apart == [{place.partition(":")[0] for place in table.values()} for table in (ALGORITHMS, RUNNERS)]
+
+
+def test_the_top_level_stays_small() -> None:
+    assert len(list(PACKAGE.glob("*.py"))) <= 30, "what belongs to one question lies in the folder named after it"
 
 
 def test_the_top_level_is_as_described() -> None:

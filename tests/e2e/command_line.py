@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+N_PLANS = 3  # random forms of a profile: each is exported, which takes most of the time of these tests
 FACTORY = Path(__file__).parent / "factory.py"
 
 

@@ -1,7 +1,6 @@
 """The real command line in processes of its own, and one uninterrupted run that the tests of this folder share."""
 
 import contextlib
-import multiprocessing
 import os
 import sys
 from dataclasses import dataclass
@@ -9,12 +8,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from command_line import Finished, Start, arguments
+from command_line import N_PLANS, Finished, Start, arguments
 
-_FORKSERVER = multiprocessing.get_context("forkserver")
-_FORKSERVER.set_forkserver_preload(
-    ["torch", "torchvision", "onnx", "onnxscript", "torch.onnx._internal.exporter._core", "deploypipe.pipeline"]
-)
+from tests.ready import READY
 
 
 def _child(argv: list[str], home: Path, log: Path) -> None:
@@ -26,7 +22,9 @@ def _child(argv: list[str], home: Path, log: Path) -> None:
     import torch  # noqa: PLC0415 - after the environment is set
 
     from deploypipe.cli.main import run  # noqa: PLC0415
+    from deploypipe.profiler import context  # noqa: PLC0415
 
+    context.N_PLANS = N_PLANS
     torch.set_num_threads(1)
     with open(1, "w", closefd=False) as sys.stdout, open(2, "w", closefd=False) as sys.stderr:
         code = run(argv)
@@ -59,7 +57,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
 
     def run(*argv: str) -> _Started:
         log = tmp_path_factory.mktemp("log")
-        process = _FORKSERVER.Process(target=_child, args=(list(argv), home, log))
+        process = READY.Process(target=_child, args=(list(argv), home, log))
         process.start()
         return _Started(process, log)
 

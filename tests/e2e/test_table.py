@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from command_line import FACTORY, Start, arguments
+from command_line import FACTORY, N_PLANS, Start, arguments
 
 import deploypipe as dp
 
@@ -17,7 +17,7 @@ def table(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tables") / "mine"
     done = start("profile", "--model", MODEL, "--save", str(folder), "--json").wait()
     assert done.code == 0, done.err
-    assert json.loads(done.out)["checked_plans"] == 8
+    assert json.loads(done.out)["checked_plans"] == N_PLANS
     return folder
 
 

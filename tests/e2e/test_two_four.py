@@ -131,7 +131,7 @@ def test_a_choice_needs_a_runtime_a_latency_and_scores(capsys: pytest.CaptureFix
     cases = (
         (["--target", "cpu"], 4, "has no kernels for 2:4 weights"),
         (["--target", "jetson", "--metric", "macs"], 2, "--metric latency"),
-        (["--target", "jetson", "--value", "measured"], 2, "--value scores"),
+        (["--target", "jetson", "--value", "measured"], 2, "--value scores or taylor"),
         (["--target", "jetson", "--sparsity", "1:4"], 2, "use 2:4 or auto"),
     )
     for more, code, words in cases:

@@ -120,7 +120,6 @@ def test_sensitivity_shows_loss_accuracy_and_saving_of_every_width(tmp_path: Pat
     [
         ({"value": "measurd"}, "did you mean 'measured'"),
         ({"value_rounds": -1}, "--value-rounds"),
-        ({"value_steps": -1}, "--value-steps"),
         ({"value_finalists": 0}, "--value-finalists"),
     ],
 )

@@ -19,7 +19,7 @@ from deploypipe.ingredients.sparsity import NONZERO
 from deploypipe.ingredients.stacks import Stack
 from deploypipe.training.evaluate import recalibrate
 from deploypipe.training.masked import MaskedWeights
-from tests.shapes import accuracy, data, problem, trained, trainer
+from tests.toy_task import EVEN, accuracy, problem_of, toy_data, trained_net, trainer
 from tests.toys import TOYS
 
 STRONG = {"train_epochs": 8, "rho": 0.3}  # 12 steps an epoch: a tenth of the usual number needs a stronger pull
@@ -46,7 +46,7 @@ def with_training(task: Problem, seed: int = 0, **options: Any) -> Problem:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_right_after_projection_it_knows_more_than_one_shot_magnitude(seed: int) -> None:
-    task = problem(trained(seed), 0.12, ParamTable())
+    task = problem_of(trained_net(seed, EVEN), 0.12, ParamTable())
     one_shot = with_training(task, seed, scheme="unstructured", train_epochs=0).model
     pulled = with_training(task, seed, scheme="unstructured", **STRONG).model
     assert accuracy(pulled) > accuracy(one_shot) + 0.3
@@ -56,7 +56,7 @@ def test_right_after_projection_it_knows_more_than_one_shot_magnitude(seed: int)
 
 
 def test_the_gap_falls_and_a_weak_pull_is_reported() -> None:
-    task, heard = problem(trained(), 0.12, ParamTable()), Gaps()
+    task, heard = problem_of(trained_net(widths=EVEN), 0.12, ParamTable()), Gaps()
     with_training(replace(task, reporter=heard), scheme="unstructured", **STRONG)
     assert heard.notes == []
     with_training(replace(task, reporter=heard), scheme="unstructured", train_epochs=6, rho=1e-3, growth=1)
@@ -67,7 +67,7 @@ def test_the_gap_falls_and_a_weak_pull_is_reported() -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_channels_are_near_zero_before_they_go(seed: int) -> None:
     """Without renewing batch norms: a channel that a norm blows up again would change everything behind it."""
-    task = problem(trained(seed), 0.3)
+    task = problem_of(trained_net(seed, EVEN), 0.3)
     models = {}
     for name, options in {"one-shot": {"train_epochs": 0}, "admm": STRONG}.items():
         after = with_training(task, seed, **options)
@@ -78,7 +78,7 @@ def test_channels_are_near_zero_before_they_go(seed: int) -> None:
 
 def test_the_widths_of_the_plan_are_those_that_training_was_told() -> None:
     """Another sparsity in the last projection than in training is the trap; a smaller budget later cuts further."""
-    task, method = problem(trained(), 0.3), make("admm", STRONG)
+    task, method = problem_of(trained_net(widths=EVEN), 0.3), make("admm", STRONG)
     asked = {c.stack.name: c.keep.n for c in method._of_groups(task)}
     after = with_training(task, **STRONG)
     plan = method.plan(after)
@@ -91,7 +91,7 @@ def test_the_widths_of_the_plan_are_those_that_training_was_told() -> None:
 
 def test_a_filter_has_the_scale_and_shift_of_its_norm_beside_it() -> None:
     """The trap: a filter alone is pulled to zero for nothing, because the norm behind it takes every scale back."""
-    task = problem(trained())
+    task = problem_of(trained_net(widths=EVEN))
     stacks = {s: Stack.of_group(task.graph, task.graph.group("1.0"), s) for s in ("filter", "channel")}
     assert {m.param for m in stacks["filter"].members} == {"1.0.weight", "1.1.weight", "1.1.bias"}
     assert {m.param for m in stacks["channel"].members} == {"2.0.weight"}
@@ -115,7 +115,7 @@ def test_the_joint_norm_decides_in_coupled_groups(scheme: str) -> None:
 
 
 def test_two_in_four_holds_in_every_block_and_through_training() -> None:
-    task, heard = problem(trained(), 0.6, ParamTable()), Gaps()
+    task, heard = problem_of(trained_net(widths=EVEN), 0.6, ParamTable()), Gaps()
     sparse = with_training(replace(task, reporter=heard), scheme="2:4", train_epochs=3, rho=0.3).model
     tuned = trainer().fit(sparse, 2, [MaskedWeights.of_zeros(sparse)])
     for model in (sparse, tuned):
@@ -131,7 +131,7 @@ def test_two_in_four_holds_in_every_block_and_through_training() -> None:
 
 @pytest.mark.parametrize("table", [MacTable(), ParamTable()], ids=["macs", "params"])
 def test_zeros_stay_through_momentum_and_decay(table: Any) -> None:
-    task = problem(trained(), 0.2, table)
+    task = problem_of(trained_net(widths=EVEN), 0.2, table)
     sparse = with_training(task, scheme="unstructured", train_epochs=2).model
     zeros = {name: p == 0 for name, p in sparse.named_parameters() if p.dim() >= 2}
     tuned = trainer(lr=0.2).fit(sparse, 2, [MaskedWeights.of_zeros(sparse)])
@@ -141,7 +141,7 @@ def test_zeros_stay_through_momentum_and_decay(table: Any) -> None:
 
 
 def test_the_plan_of_zeros_keeps_every_channel_and_counts_what_is_left() -> None:
-    task = problem(trained(), 0.2)
+    task = problem_of(trained_net(widths=EVEN), 0.2)
     method = make("admm", {"scheme": "unstructured", "train_epochs": 0})
     after = replace(task, model=method.train(task, trainer()))
     plan = method.plan(after)
@@ -162,11 +162,11 @@ def test_a_group_that_no_weight_makes_is_skipped() -> None:
 
 
 def test_the_users_model_is_left_alone() -> None:
-    task = problem(trained())
+    task = problem_of(trained_net(widths=EVEN))
     before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
     with_training(task, train_epochs=1)
     with_training(replace(task, table=ParamTable()), scheme="unstructured", train_epochs=1)
     assert all(torch.equal(tensor, before[name]) for name, tensor in task.model.state_dict().items())
     assert isinstance(task.model, nn.Module)
-    assert len(data().train) == 600  # type: ignore[arg-type]
+    assert len(toy_data().train) == 600  # type: ignore[arg-type]
     assert np.isfinite(accuracy(task.model))

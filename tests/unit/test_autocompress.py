@@ -18,7 +18,7 @@ from deploypipe.ingredients.judge import Judge
 from deploypipe.ingredients.purify import dead
 from deploypipe.plan import KeepPlan
 from deploypipe.training.evaluate import recalibrate
-from tests.shapes import accuracy, data, problem, trained, trainer
+from tests.toy_task import EVEN, accuracy, problem_of, toy_data, trained_net, trainer
 
 QUICK: dict[str, Any] = {"rounds": 2, "train_epochs": 4, "evaluations": 40, "rho": 0.3, "images": 200, "norm_images": 200}
 
@@ -28,7 +28,7 @@ def after(task: Problem, seed: int = 0, **options: Any) -> Problem:
 
 
 def test_the_plan_is_what_is_alive_and_within_the_budget() -> None:
-    task = problem(trained(), 0.3)
+    task = problem_of(trained_net(widths=EVEN), 0.3)
     found = after(task)
     plan = make("autocompress", QUICK).plan(found)
     assert plan.certificate is not None
@@ -41,7 +41,7 @@ def test_the_plan_is_what_is_alive_and_within_the_budget() -> None:
 
 
 def test_a_smaller_budget_later_is_searched_among_the_living() -> None:
-    task = problem(trained(), 0.3)
+    task = problem_of(trained_net(widths=EVEN), 0.3)
     found = after(task)
     method = make("autocompress", QUICK)
     plan, tighter = method.plan(found), method.plan(replace(found, budget=0.7 * task.budget))
@@ -52,7 +52,7 @@ def test_a_smaller_budget_later_is_searched_among_the_living() -> None:
 
 
 def test_rounds_go_down_by_the_same_factor(monkeypatch: pytest.MonkeyPatch) -> None:
-    task, budgets = problem(trained(), 0.25, ParamTable()), []
+    task, budgets = problem_of(trained_net(widths=EVEN), 0.25, ParamTable()), []
     method = make("autocompress", {**QUICK, "rounds": 3, "train_epochs": 0, "retrain_epochs": 0, "evaluations": 2, "delta": 0})
     kind, plan = type(method), type(method).plan
     monkeypatch.setattr(kind, "plan", lambda self, p: (budgets.append(p.budget), plan(self, p))[1])
@@ -63,7 +63,7 @@ def test_rounds_go_down_by_the_same_factor(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_rates_become_widths_on_offer_that_fit() -> None:
-    task = problem(trained(), 0.4, MacTable(multiple=4))
+    task = problem_of(trained_net(widths=EVEN), 0.4, MacTable(multiple=4))
     search = _Search(make("autocompress", QUICK), task)
     kept, value = search.rates_that_fit()
     assert search.cost(kept) <= task.budget
@@ -75,7 +75,7 @@ def test_rates_become_widths_on_offer_that_fit() -> None:
 def test_search_and_admm_beat_uniform_rates_and_admm_at_an_eighth_of_the_parameters() -> None:
     method, better = make("autocompress", {**QUICK, "rounds": 1, "evaluations": 60}), 0
     for seed in range(3):
-        task = problem(trained(seed), 0.12, ParamTable(multiple=1))
+        task = problem_of(trained_net(seed, EVEN), 0.12, ParamTable(multiple=1))
         search = _Search(method, task)
         uniform, _ = uniform_widths(task.graph, search.alive, task.table, task.budget)
         found = []
@@ -88,7 +88,7 @@ def test_search_and_admm_beat_uniform_rates_and_admm_at_an_eighth_of_the_paramet
 
 
 def test_purification_removes_what_is_dead_for_nothing() -> None:
-    task = problem(trained(), 1.0)
+    task = problem_of(trained_net(widths=EVEN), 1.0)
     model = trainer().fit(task.model, 0)
     with torch.no_grad():
         model[2][0].weight[:, [3, 8]] = 0
@@ -106,10 +106,10 @@ def test_purification_removes_what_is_dead_for_nothing() -> None:
 
 @pytest.mark.parametrize("delta", [0.0, 0.02, 0.5])
 def test_purification_stops_where_accuracy_would_fall_by_more_than_delta(delta: float) -> None:
-    task = problem(trained(), 1.0)
+    task = problem_of(trained_net(widths=EVEN), 1.0)
     method = make("autocompress", {**QUICK, "delta": delta, "evaluations": 40})
     pure = method._purified(task)
-    judge = Judge(task.graph, data().train, 200, 200, 0)
+    judge = Judge(task.graph, toy_data().train, 200, 200, 0)
     plan = method.plan(replace(task, model=pure))
     base, found = judge(task.model, KeepPlan({})).top1, judge(pure, plan).top1
     assert base - found <= delta + 1e-9
@@ -120,7 +120,7 @@ def test_purification_stops_where_accuracy_would_fall_by_more_than_delta(delta: 
 
 
 def test_fails_at_once_and_in_words() -> None:
-    task = problem(trained())
+    task = problem_of(trained_net(widths=EVEN))
     with pytest.raises(BudgetError, match="smallest reachable"):
         make("autocompress").train(replace(task, budget=1.0), trainer())
     with pytest.raises(UsageError, match="needs data"):

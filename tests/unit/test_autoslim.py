@@ -18,7 +18,7 @@ from deploypipe.errors import BudgetError, UsageError
 from deploypipe.ingredients.judge import Judge
 from deploypipe.plan import KeepPlan
 from deploypipe.training.evaluate import Accuracy, evaluate
-from tests.shapes import accuracy, data, problem, trained, trainer
+from tests.toy_task import EVEN, accuracy, problem_of, toy_data, trained_net, trainer
 
 QUICK = {"train_epochs": 6, "images": 200, "norm_images": 200}
 GRID = (2, 4, 6, 8, 10, 12, 14, 16)
@@ -29,7 +29,7 @@ LEGAL = dict.fromkeys(LAYERS, GRID)
 @cache
 def supernet() -> nn.Module:
     """Do not change it."""
-    return make("autoslim", QUICK).train(problem(trained(), 0.1), trainer())
+    return make("autoslim", QUICK).train(problem_of(trained_net(widths=EVEN), 0.1), trainer())
 
 
 def knows(kept: Mapping[str, int]) -> Accuracy:
@@ -84,7 +84,7 @@ def test_accuracy_per_saved_cost_is_another_choice() -> None:
 
 
 def test_the_start_is_the_same_network_with_its_strongest_channels_first() -> None:
-    task, method = problem(trained()), make("autoslim", {"train_epochs": 0})
+    task, method = problem_of(trained_net(widths=EVEN)), make("autoslim", {"train_epochs": 0})
     start = method.train(task, trainer())
     example = task.graph.example
     assert difference(run(task.model, example), run(start, example)) < 1e-5
@@ -95,8 +95,8 @@ def test_the_start_is_the_same_network_with_its_strongest_channels_first() -> No
 
 
 def test_the_supernet_holds_networks_that_work_which_the_plain_one_does_not() -> None:
-    task = problem(trained(), 0.1)
-    judge = Judge(task.graph, data().train, 200, 200, 0)
+    task = problem_of(trained_net(widths=EVEN), 0.1)
+    judge = Judge(task.graph, toy_data().train, 200, 200, 0)
     narrow = KeepPlan.of_widths({group.name: 4 for group in task.graph.prunable})
     plain = make("autoslim", {**QUICK, "train_epochs": 0}).train(task, trainer())
     assert judge(supernet(), narrow).top1 > 0.9
@@ -106,15 +106,16 @@ def test_the_supernet_holds_networks_that_work_which_the_plain_one_does_not() ->
 
 def test_running_statistics_of_the_largest_network_mislead() -> None:
     """The trap: a sub-network judged with the statistics of the whole one looks far worse than it is."""
-    task = problem(trained(), 0.1)
+    task = problem_of(trained_net(widths=EVEN), 0.1)
     narrow = KeepPlan.of_widths({group.name: 4 for group in task.graph.prunable})
-    renewed = Judge(task.graph, data().train, 200, 200, 0)(supernet(), narrow).top1
-    stale = Judge(task.graph, data().train, 200, 0, 0)(supernet(), narrow).top1
+    renewed = Judge(task.graph, toy_data().train, 200, 200, 0)(supernet(), narrow).top1
+    stale = Judge(task.graph, toy_data().train, 200, 0, 0)(supernet(), narrow).top1
     assert renewed > stale + 0.1
 
 
 def test_the_plan_is_the_first_channels_within_the_budget_and_repeatable() -> None:
-    task, method = problem(trained(), 0.25, MacTable(multiple=4)), make("autoslim", {**QUICK, "train_epochs": 3, "images": 100})
+    task = problem_of(trained_net(widths=EVEN), 0.25, MacTable(multiple=4))
+    method = make("autoslim", {**QUICK, "train_epochs": 3, "images": 100})
     plans = []
     for _ in range(2):
         after = replace(task, model=method.train(task, trainer()))
@@ -127,21 +128,21 @@ def test_the_plan_is_the_first_channels_within_the_budget_and_repeatable() -> No
     assert plan.certificate.value > 0.9
     small = compact(after.model, task.graph, plan)
     tuned = trainer().fit(small, 2)
-    assert evaluate(tuned, data().test).top1 > 0.95
+    assert evaluate(tuned, toy_data().test).top1 > 0.95
 
 
 def test_every_width_is_one_that_the_table_offers_and_is_trained() -> None:
-    task = problem(trained(), 0.4, MacTable(multiple=8))
+    task = problem_of(trained_net(widths=EVEN), 0.4, MacTable(multiple=8))
     method = make("autoslim", {**QUICK, "train_epochs": 1})
     assert set(method.plan(replace(task, model=method.train(task, trainer()))).keep) == {"0.0", "1.0", "2.0"}
     assert method._widths(task) == dict.fromkeys(("0.0", "1.0", "2.0"), (8, 16))
-    assert make("autoslim", {"least": 0, "bins": 4})._widths(problem(trained()))["0.0"] == (1, 6, 11, 16)
+    assert make("autoslim", {"least": 0, "bins": 4})._widths(problem_of(trained_net(widths=EVEN)))["0.0"] == (1, 6, 11, 16)
     narrow = make("autoslim", {"least": 0.6})._widths(task)
     assert narrow == dict.fromkeys(("0.0", "1.0", "2.0"), (16,))
 
 
 def test_fails_at_once_and_in_words() -> None:
-    task = problem(trained())
+    task = problem_of(trained_net(widths=EVEN))
     with pytest.raises(BudgetError, match="smallest reachable"):
         make("autoslim").plan(replace(task, budget=1.0))
     with pytest.raises(UsageError, match="needs data"):

@@ -77,7 +77,6 @@ class Request:
     keep: tuple[str, ...] = ()
     value: str = "scores"
     value_rounds: int = 2
-    value_steps: int = 0
     value_finalists: int = 1
     host: str | None = None
     sparsity: str = ""
@@ -148,13 +147,13 @@ def test_build_passes_every_option_on(pipeline: FakePipeline) -> None:
         "build --model net.py:make --weights w.safetensors --data imagefolder:d --target jetson --algo l1 --budget 3ms "
         "--metric latency --epochs 7 --out runs/x "
         "--seed 5 --set images=64 --set ridge=1e-4 --no-distill --lr 0.01 --batch-size 32 --threads 2 "
-        "--accuracy-floor 0.9 --keep stem --keep head --table tables/x --value measured --value-rounds 3 --value-steps 9 "
-        "--value-finalists 4 --host pi@box:2222 --sparsity 2:4 --train-precision bf16"
+        "--accuracy-floor 0.9 --keep stem --keep head --table tables/x --value measured --value-rounds 3 --value-finalists 4 "
+        "--host pi@box:2222 --sparsity 2:4 --train-precision bf16"
     )
     assert run(line.split()) == 0
     expected = Request(
         "net.py:make", Path("w.safetensors"), "imagefolder:d", "jetson", "l1", "3ms", "latency", 7, Path("runs/x"), 5,
-        {"images": "64", "ridge": "1e-4"}, False, 0.01, 32, 2, 0.9, ("stem", "head"), "measured", 3, 9, 4, "pi@box:2222", "2:4",
+        {"images": "64", "ridge": "1e-4"}, False, 0.01, 32, 2, 0.9, ("stem", "head"), "measured", 3, 4, "pi@box:2222", "2:4",
         "bf16", f"deploypipe {line}", Path("tables/x"),
     )  # fmt: skip
     assert pipeline.got == [expected]
@@ -372,6 +371,13 @@ def test_without_a_command_the_help_is_the_answer(capsys: pytest.CaptureFixture[
     assert "build" in capsys.readouterr().out
     assert run(["--version"]) == 0
     assert capsys.readouterr().out == f"deploypipe {deploypipe.__version__}\n"
+
+
+def test_every_command_is_summed_up_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    summary = capsys.readouterr().out.partition("Commands:\n")[2].partition("\n\n")[0]
+    assert len(summary.splitlines()) == len(app.registered_commands)
+    assert "..." not in summary, "cut off"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -12,7 +12,7 @@ from torch import nn
 from deploypipe.algorithms.scores import activation_scores, entropies, summed_distances
 from deploypipe.pipeline.criteria import all_scores
 from deploypipe.worth.criteria import Pair, analyse, clustered, normality, overlap, remarks, similarity, spread, variation
-from tests.toy_task import gratings, problem_of, trained_net
+from tests.toy_task import pictures, problem_of, trained_net
 
 Scores = NDArray[np.float64]
 
@@ -123,7 +123,7 @@ def test_activations_are_those_that_the_reader_meets() -> None:
         model[0][1].bias[3] = -50.0  # never on
         model[0][1].weight[5], model[0][1].bias[5] = 0.0, 2.0  # always the same
     problem = problem_of(model)
-    x = gratings(200).tensors[0]
+    x = pictures(200).tensors[0]
     found = activation_scores(model, problem.graph, x.split(64))
     with torch.no_grad():
         met = torch.relu(model[0][1](model[0][0](x)))
@@ -146,14 +146,14 @@ def test_all_criteria_judge_every_group_of_a_plain_net_alike_when_asked_twice() 
     expected = {"l1", "l2", "fpgm", "fermat", "gamma", "beta", "taylor-gate", "taylor-weight", "apoz", "entropy"}
     assert set(first) == expected
     for name, groups in first.items():
-        assert {g: len(s) for g, s in groups.items()} == {"0.0": 16, "1.0": 24, "3.0": 32}, name
+        assert {g: len(s) for g, s in groups.items()} == {"0.0": 16, "1.0": 24, "2.0": 32}, name
         assert all(np.array_equal(groups[g], second[name][g]) for g in groups), name
     assert all(torch.equal(value, before[name]) for name, value in problem.model.state_dict().items())
 
 
 def test_flattened_channels_are_read_whole() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 64, 2)).eval()
-    x = gratings(20).tensors[0]
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 36, 2)).eval()
+    x = pictures(20).tensors[0]
     graph = problem_of(nn.Sequential(model)).graph
     found = activation_scores(nn.Sequential(model), graph, [x])["apoz"]
     with torch.no_grad():

@@ -20,7 +20,7 @@ from deploypipe.ingredients.expand import expanded
 from deploypipe.ingredients.fusion import Fusing, fuse, importance, likeness, reseated, settle, sharpness
 from deploypipe.ingredients.statistics import weights
 from deploypipe.plan import KeepPlan
-from tests.shapes import accuracy, problem, trained, trainer
+from tests.toy_task import EVEN, accuracy, problem_of, trained_net, trainer
 from tests.toys import TOYS
 
 
@@ -157,7 +157,7 @@ def test_expansion_is_the_inverse_of_compaction(net: str) -> None:
 
 
 def test_a_fused_network_learns_and_is_what_the_plan_cuts_out() -> None:
-    task, method = problem(trained(), 0.3), make("dcff", {"train_epochs": 8})
+    task, method = problem_of(trained_net(widths=EVEN), 0.3), make("dcff", {"train_epochs": 8})
     after = replace(task, model=method.train(task, trainer(lr=0.1)))
     plan = method.plan(after)
     assert plan.certificate is not None
@@ -177,14 +177,14 @@ def _start(method: Any, task: Any) -> nn.Module:
 
 
 def test_it_starts_from_fresh_weights_or_from_the_users() -> None:
-    task = problem(trained(), 0.5)
+    task = problem_of(trained_net(widths=EVEN), 0.5)
     anew, given = (make("dcff", {"train_epochs": 0, "start": s}).train(task, trainer()) for s in ("fresh", "trained"))
     assert not torch.equal(anew[0][0].weight, task.model[0][0].weight)
     assert torch.equal(given[0][0].weight, task.model[0][0].weight)
 
 
 def test_more_budget_than_fused_channels_brings_no_dead_ones_back() -> None:
-    task, method = problem(trained(), 0.3), make("dcff", {"train_epochs": 1})
+    task, method = problem_of(trained_net(widths=EVEN), 0.3), make("dcff", {"train_epochs": 1})
     after = replace(task, model=method.train(task, trainer()))
     plan = method.plan(after)
     assert method.plan(replace(after, budget=1.5 * task.budget)).keep == plan.keep
@@ -196,7 +196,7 @@ def test_more_budget_than_fused_channels_brings_no_dead_ones_back() -> None:
 def test_groups_that_several_layers_make_stay_whole_with_the_reason() -> None:
     model, example = TOYS["residual"]()
     graph, table = trace(model, example), MacTable(multiple=1)
-    task = problem(trained())
+    task = problem_of(trained_net(widths=EVEN))
     task = replace(task, model=model, graph=graph, table=table, budget=0.8 * table.predict(graph))
     plan = make("dcff").plan(task)
     assert set(plan.keep) == {"b1.0", "d1.0"}
@@ -208,7 +208,7 @@ def test_groups_that_several_layers_make_stay_whole_with_the_reason() -> None:
 
 
 def test_dead_filters_come_last() -> None:
-    task = problem(trained())
+    task = problem_of(trained_net(widths=EVEN))
     model = copy.deepcopy(task.model)
     with torch.no_grad():
         model[1][0].weight[[3, 9]] = 0

@@ -19,7 +19,7 @@ from deploypipe.ingredients.sparsity import NONZERO
 from deploypipe.plan import KeepPlan
 from deploypipe.training.evaluate import recalibrate
 from deploypipe.training.masked import MaskedWeights
-from tests.shapes import accuracy, problem, trained, trainer
+from tests.toy_task import EVEN, accuracy, problem_of, trained_net, trainer
 
 QUICK: dict[str, Any] = {"train_epochs": 0, "images": 128, "heads": 1, "parts": 4}
 
@@ -30,7 +30,7 @@ def judged(task: Any, plan: KeepPlan) -> float:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_channels_that_it_takes_first_know_more_than_others(seed: int) -> None:
-    task, orders = problem(trained(seed)), dict[str, Any]()
+    task, orders = problem_of(trained_net(seed, EVEN)), dict[str, Any]()
     taken = replace(task, allocator=lambda p, o, v: _whole(p, o, orders))
     make("dcp", {**QUICK, "images": 600, "parts": 8}).plan(taken)
     first, last = ({name: order[part].tolist() for name, order in orders.items()} for part in (slice(8), slice(-8, None)))
@@ -54,7 +54,7 @@ def _whole(task: Any, found: Any, into: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("share", [0.2, 0.5])
 def test_the_allocator_gets_a_falling_loss_and_the_plan_is_within_the_budget(share: float) -> None:
-    task, seen = problem(trained(), share), {}
+    task, seen = problem_of(trained_net(widths=EVEN), share), {}
 
     def look(p: Any, orders: Any, values: Any) -> Any:
         seen.update(values)
@@ -73,7 +73,7 @@ def test_the_allocator_gets_a_falling_loss_and_the_plan_is_within_the_budget(sha
 
 
 def test_each_layer_is_judged_by_the_next_classifier() -> None:
-    task = problem(trained())
+    task = problem_of(trained_net(widths=EVEN))
     stages = Stages(task, 2, 64, 1.0)
     assert list(stages._heads) == ["0.0.weight", "1.0.weight"]
     losses = {weight: stages.loss(task.model, [weight]) for weight in ("0.0.weight", "1.0.weight", "2.0.weight")}
@@ -87,7 +87,7 @@ def test_each_layer_is_judged_by_the_next_classifier() -> None:
 
 
 def test_stages_train_the_model_in_parts_of_the_epochs() -> None:
-    task, own = problem(trained()), trainer()
+    task, own = problem_of(trained_net(widths=EVEN)), trainer()
     model = make("dcp", {**QUICK, "train_epochs": 3, "heads": 2}).train(task, own)
     assert own.n_epochs == 3
     assert accuracy(model) > 0.95
@@ -98,7 +98,7 @@ def test_stages_train_the_model_in_parts_of_the_epochs() -> None:
 
 
 def test_repair_lowers_the_error_of_the_outputs() -> None:
-    task = problem(trained(), 0.4)
+    task = problem_of(trained_net(widths=EVEN), 0.4)
     method = make("dcp", QUICK)
     plan = method.plan(task)
     small = compact(task.model, task.graph, plan)
@@ -110,7 +110,7 @@ def test_repair_lowers_the_error_of_the_outputs() -> None:
 
 
 def test_needs_data_and_a_budget_that_can_be_reached() -> None:
-    task = problem(trained())
+    task = problem_of(trained_net(widths=EVEN))
     with pytest.raises(UsageError, match="needs data"):
         make("dcp").plan(replace(task, data=None))
     with pytest.raises(BudgetError, match="smallest reachable"):
@@ -125,7 +125,7 @@ def kernels(model: Any, weight: str) -> int:
 
 
 def test_as_many_kernels_stay_as_were_asked_for_and_they_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    task = problem(trained(), 0.4, ParamTable())
+    task = problem_of(trained_net(widths=EVEN), 0.4, ParamTable())
     method = make("dkp", QUICK)
     monkeypatch.setattr(sys.modules["deploypipe.algorithms.dkp"], "silenced", lambda model, graph: model)
     asked = method.kernels(task)
@@ -138,7 +138,7 @@ def test_as_many_kernels_stay_as_were_asked_for_and_they_are_whole(monkeypatch: 
 
 
 def test_a_column_of_kernels_without_survivors_takes_its_filter_along() -> None:
-    task = problem(trained(), 0.12, MacTable())
+    task = problem_of(trained_net(widths=EVEN), 0.12, MacTable())
     model = make("dkp", {**QUICK, "lambda_": 0.0}).train(task, trainer())
     empty = (model[2][0].weight == 0).all(3).all(2).all(0)
     if not empty.any():
@@ -150,7 +150,7 @@ def test_a_column_of_kernels_without_survivors_takes_its_filter_along() -> None:
 def test_selected_kernels_know_more_than_the_largest_and_stay_zero_in_tuning() -> None:
     method, gains = make("dkp", {**QUICK, "images": 600, "parts": 8, "lambda_": 0.1}), []
     for seed in (1, 0):
-        task = problem(trained(seed), 0.3, ParamTable())
+        task = problem_of(trained_net(seed, EVEN), 0.3, ParamTable())
         selected, largest = method.train(task, trainer()), trainer().fit(task.model, 0)
         with torch.no_grad():
             for weight, n in method.kernels(task).items():
@@ -166,7 +166,7 @@ def test_selected_kernels_know_more_than_the_largest_and_stay_zero_in_tuning() -
 
 
 def test_the_model_of_the_user_is_left_alone() -> None:
-    task = problem(trained(), 0.4)
+    task = problem_of(trained_net(widths=EVEN), 0.4)
     before = run(task.model, task.graph.example)
     make("dkp", QUICK).train(task, trainer())
     make("dcp", QUICK).plan(task)

@@ -64,7 +64,7 @@ def test_training_with_it_separates_groups_and_without_it_does_not() -> None:
         method = make("depgraph", {"train_epochs": 5, "reg": reg})
         settings = TrainSettings(lr=0.05, batch_size=50, distill=0.0, weight_decay=0.0)
         model = method.train(problem_of(net()), Trainer(toy_data(), settings))
-        squares = group_squares(problem_of(model).graph.group("3.0"), weights(model))
+        squares = group_squares(problem_of(model).graph.group("2.0"), weights(model))
         spread[reg] = float(squares.quantile(0.9) / squares.quantile(0.1))
     assert spread[0.02] > 3 * spread[0.0]
 

@@ -1,14 +1,10 @@
 import copy
 import math
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
+import socket
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,42 +13,22 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from deploypipe.data.batches import CropFlip
-from deploypipe.data.load import Data, load_data
+from deploypipe.data.load import Data
 from deploypipe.errors import ModelError, UsageError
 from deploypipe.progress import Silent
 from deploypipe.training.checkpoint import state_digest
 from deploypipe.training.evaluate import logits
 from deploypipe.training.finetune import TrainHook, TrainSettings, distillation_loss, evaluate, finetune, recalibrate
+from tests.jobs import soon
+from tests.ready import READY
+from tests.trainings import SETTINGS, device, digits, make_net, shared_task, slow
 
 torch.set_num_threads(1)
-SETTINGS = TrainSettings(epochs=3, lr=0.05, batch_size=32, seed=3)
-
-
-class Net(nn.Module):
-    def __init__(self, dropout=0.2):
-        super().__init__()
-        self.conv = nn.Conv2d(1, 8, 3, padding=1)
-        self.norm = nn.BatchNorm2d(8)
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(8 * 16, 10)
-
-    def forward(self, x):
-        x = F.avg_pool2d(F.relu(self.norm(self.conv(x))), 4)
-        return self.head(self.dropout(x.flatten(1)))
-
-
-def make_net(seed=0, **options):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return Net(**options)
 
 
 @pytest.fixture(scope="module")
 def data() -> Data:
-    whole = load_data("demo")
-    part = TensorDataset(*whole.train.take(torch.arange(200)))
-    return Data(part, whole.test, whole.classes, "part", CropFlip(1, flip=False), "200 digits")
+    return digits()
 
 
 class Killed(Exception):
@@ -173,39 +149,23 @@ def replace_data(data, **changes):
     return Data(**(fields | changes))
 
 
-SCRIPT = """
-import sys, time
-from pathlib import Path
-sys.path[:0] = {path!r}
-import test_finetune as t
-whole = t.load_data("demo")
-part = t.TensorDataset(*whole.train.take(t.torch.arange(200)))
-data = t.Data(part, whole.test, whole.classes, "part", t.CropFlip(1, flip=False), "200 digits")
-class Slow(t.TrainHook):
-    def on_step_end(self, model, step):
-        time.sleep(float(sys.argv[2]))
-print("ready", flush=True)
-tuned = t.finetune(t.make_net(), data, t.SETTINGS, teacher=t.make_net(1), checkpoint=Path(sys.argv[1]), hooks=[Slow()])
-print(t.state_digest(tuned), flush=True)
-"""
-
-
 @pytest.mark.slow
 def test_a_run_killed_by_the_system_resumes_to_the_same_bits(data, tmp_path):
     wanted = state_digest(finetune(make_net(), data, SETTINGS, teacher=make_net(1)))
-    path = tmp_path / "state.safetensors"
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT.format(path=[str(Path(__file__).parent)]))
-    command = [sys.executable, str(script), str(path)]
-    process = subprocess.Popen([*command, "0.2"], stdout=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    process.stdout.close()
-    done = subprocess.run([*command, "0"], capture_output=True, text=True, check=True)
-    assert done.stdout.split()[-1] == wanted
+    path, out = tmp_path / "state.safetensors", tmp_path / "out.pt"
+    process = READY.Process(target=slow, args=(0.2, path, out))
+    process.start()
+    assert soon(path.exists, 120)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not out.exists()
+    again = READY.Process(target=slow, args=(0, path, out))
+    again.start()
+    again.join(120)
+    tuned = make_net()
+    tuned.load_state_dict(torch.load(out, weights_only=True))
+    assert state_digest(tuned) == wanted
 
 
 class Remembers(TrainHook):
@@ -442,40 +402,20 @@ def test_models_and_data_that_do_not_fit(data):
         evaluate(nn.Sequential(nn.Flatten(), nn.Linear(256, 5)), data.test)
 
 
-DEVICES = """
-import sys
-from pathlib import Path
-import torch
-from lightning_fabric import Fabric
-from torch.utils.data import TensorDataset
-from deploypipe.data.load import Data
-from deploypipe.training.finetune import TrainSettings, finetune
-
-torch.set_num_threads(1)
-n = int(sys.argv[1])
-fabric = Fabric(accelerator="cpu", devices=n, strategy="ddp" if n > 1 else "auto")
-fabric.launch()
-g = torch.Generator().manual_seed(0)
-train = TensorDataset(torch.randn(64, 3, 8, 8, generator=g), torch.randint(0, 4, (64,), generator=g))
-torch.manual_seed(0)
-net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 4))
-settings = TrainSettings(epochs=3, lr=0.1, batch_size=32)
-data = Data(train, train, tuple("abcd"), "key", None, "")
-tuned = finetune(net, data, settings, teacher=net, fabric=fabric, checkpoint=Path(sys.argv[2] + ".checkpoint"))
-if fabric.is_global_zero:
-    torch.save(tuned.state_dict(), sys.argv[2])
-"""
-
-
 @pytest.mark.slow
 def test_two_devices_train_like_one(tmp_path):
-    """Without batch norm, whose statistics are per device, the same samples make the same steps however they are shared out."""
-    script = tmp_path / "train.py"
-    script.write_text(DEVICES)
-    states = []
-    for n in ("1", "2"):
-        path = tmp_path / f"{n}.pt"
-        subprocess.run([sys.executable, str(script), n, str(path)], capture_output=True, check=True, timeout=120)
-        states.append(torch.load(path, weights_only=True))
-    for name, tensor in states[0].items():
-        torch.testing.assert_close(states[1][name], tensor, rtol=1e-5, atol=1e-6)
+    """The same samples make the same steps however they are shared out."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    out = tmp_path / "two.pt"
+    processes = [READY.Process(target=device, args=(rank, port, out)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    model, data, settings = shared_task()
+    one = finetune(model, data, settings, teacher=model)
+    for process in processes:
+        process.join(240)
+    assert [process.exitcode for process in processes] == [0, 0]
+    two = torch.load(out, weights_only=True)
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-6)

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from deploypipe.errors import TargetError
-from deploypipe.latency.context import Overhead
+from deploypipe.latency.context import Overhead, Price
 from deploypipe.latency.table import Context, Entry, LatencyTable, Shape, structure_of
 from deploypipe.latency.widths import Steps
 from deploypipe.plan import KeepPlan
@@ -42,9 +42,8 @@ def entries(layer, ins, outs):
     return [Entry(Shape.of(layer), n_in, n_out, us(n_in, n_out), 1.0, 2.0, 30) for n_in in ins for n_out in outs]
 
 
-def context(net, *overhead, scale=None, factor=1.0):
-    anchors = {name: ((1, ratio),) if isinstance(ratio, float) else ratio for name, ratio in (scale or {}).items()}
-    return Context(structure_of(net), anchors, overhead, 100.0, factor, 1.0, 0.0, 100)
+def context(net, *overhead, factor=1.0, **prices):
+    return Context(structure_of(net), prices, overhead, 100.0, factor, 1.0, 0.0, 100)
 
 
 @pytest.fixture
@@ -73,7 +72,7 @@ def test_a_model_costs_the_sum_of_its_layers(net, kernels):
 
 def test_terms_add_up_to_the_prediction(net, kernels):
     relu = Overhead("Relu", ("a", "b"), 0.5, 5.5 / 48)
-    table = LatencyTable({}, STEPS, kernels, (context(net, relu, scale={"b": 1.5}, factor=1.1),))
+    table = LatencyTable({}, STEPS, kernels, (context(net, relu, b=Price(1.5, 2.0, weight_us=0.01), factor=1.1),))
     for chosen in (plan(), plan(a=8), plan(a=16, b=4)):
         kept = net.kept(chosen)
         total = sum(term.price(term.n_in.at(kept), term.n_out.at(kept)) for term in table.terms(net))
@@ -100,22 +99,33 @@ def test_what_one_group_feeds_is_gone_with_it(net, kernels):
 
 def test_context_scales_layers_and_the_factor_everything(net, kernels):
     plain = LatencyTable({}, STEPS, kernels, (context(net),))
-    scaled = LatencyTable({}, STEPS, kernels, (context(net, scale={"b": 2.0}, factor=1.25),))
+    scaled = LatencyTable({}, STEPS, kernels, (context(net, b=Price(2.0), factor=1.25),))
     assert scaled.predict(net) == pytest.approx(1.25 * (plain.predict(net) + us(32, 16)))
 
 
-def test_between_its_anchors_a_layers_ratio_is_interpolated_and_kept_outside(net, kernels):
+def test_inside_the_model_a_layer_also_pays_for_what_it_touches(net, kernels):
     plain = LatencyTable({}, STEPS, kernels, (context(net),))
-    scaled = LatencyTable({}, STEPS, kernels, (context(net, scale={"b": ((16 * 8, 1.2), (32 * 16, 2.0))}),))
-
-    def ratio(a, b):
+    cold = LatencyTable({}, STEPS, kernels, (context(net, b=Price(0.9, 2.0, 0.3, 0.4, 0.05)),))
+    for a, b in ((32, 16), (16, 8), (8, 4)):
         chosen = plan(a=a, b=b)
-        return 1 + (scaled.predict(net, chosen) - plain.predict(net, chosen)) / us(a, b)
+        more = cold.predict(net, chosen) - plain.predict(net, chosen)
+        assert more == pytest.approx(2.0 + 0.3 * a + 0.4 * b + 0.05 * a * b - 0.1 * us(a, b))
 
-    assert ratio(32, 16) == pytest.approx(2.0)
-    assert ratio(16, 8) == pytest.approx(1.2)
-    assert ratio(8, 8) == pytest.approx(1.2)
-    assert ratio(32, 8) == pytest.approx(1.2 + 0.8 / 2), "an octave of two"
+
+def test_what_only_full_layers_pay_fades_quickly(net, kernels):
+    plain = LatencyTable({}, STEPS, kernels, (context(net),))
+    full = LatencyTable({}, STEPS, kernels, (context(net, b=Price(crowded_us=10.0, full=32 * 16)),))
+    more = [full.predict(net, plan(a=a)) - plain.predict(net, plan(a=a)) for a in (32, 16, 8)]
+    assert more[0] == pytest.approx(10.0)
+    assert 0 < more[2] < more[1] < 0.1
+
+
+def test_tensors_that_do_not_fill_their_blocks_cost_more(net, kernels):
+    pool, joint = Overhead("Pool", ("b",), 4.0, 0.5, 2.0, 0.25, block=8), Overhead("Add", ("a", "b"), 1.0, 0.5, block=8)
+    bare, full = (LatencyTable({}, STEPS, kernels, (context(net, *extra),)) for extra in ((), (pool, joint)))
+    for b, taken in ((16, 4.0 + 8.0), (8, 4.0 + 4.0), (4, 6.0 + 3.0)):
+        chosen = plan(b=b)
+        assert full.predict(net, chosen) - bare.predict(net, chosen) == pytest.approx(taken + 1.0 + 0.5 * (32 + b))
 
 
 @pytest.mark.parametrize(("n_in", "n_out", "same"), [(20, 16, (24, 16)), (8, 12, (8, 16)), (1, 8, None), (30, 16, None)])
@@ -180,7 +190,12 @@ def test_concatenated_inputs_are_priced_by_their_sum():
 
 def test_saving_and_loading_is_the_identity(net, kernels, tmp_path):
     relu = Overhead("Relu", ("a",), 0.0, 6.0 / 32)
-    table = LatencyTable({"runtime": "r", "threads": 1}, STEPS, kernels, (context(net, relu, scale={"a": 1.25}),))
+    table = LatencyTable(
+        {"runtime": "r", "threads": 1},
+        STEPS,
+        kernels,
+        (context(net, relu, a=Price(1.25, input_us=0.5, crowded_us=3.0, full=96)),),
+    )
     table.save(tmp_path)
     loaded = LatencyTable.load(tmp_path)
     assert (loaded.facts, loaded.steps, loaded.contexts) == (table.facts, table.steps, table.contexts)
@@ -209,7 +224,7 @@ def test_a_table_of_other_measurements_has_another_id(net, kernels):
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
-        ("device.json", '"schema": 4', '"schema": 9', "schema 9, this version reads 4"),
+        ("device.json", '"schema": 5', '"schema": 9', "schema 9, this version reads 5"),
         ("device.json", "{", "", "damaged"),
         ("device.json", '"steps"', '"stops"', "malformed"),
         ("kernels.csv", "n_in", "inputs", "other columns"),

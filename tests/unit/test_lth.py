@@ -24,7 +24,7 @@ from deploypipe.training.masked import MaskedWeights
 from deploypipe.training.rewind import Rewind
 from deploypipe.training.settings import TrainSettings
 from deploypipe.training.trainer import Trainer
-from tests.shapes import data, problem, trained, trainer
+from tests.toy_task import EVEN, problem_of, toy_data, trained_net, trainer
 
 QUICK: dict[str, Any] = {"rounds": 3, "train_epochs": 1}
 
@@ -41,11 +41,11 @@ class Watched(Trainer):
 
 
 def watched() -> Watched:
-    return Watched(data(), trainer().settings)
+    return Watched(toy_data(), trainer().settings)
 
 
 def small_problem(share: float = 0.2, table: Any = None) -> Problem:
-    return problem(trained(), share, table or ParamTable())
+    return problem_of(trained_net(widths=EVEN), share, table or ParamTable())
 
 
 def alive(masks: dict[str, Tensor]) -> int:
@@ -86,7 +86,7 @@ def test_rewinding_is_bitwise_with_batch_norm_statistics(step: int) -> None:
     if step:  # the same training again, stopped there by hand
         rewind = Rewind(step)
         first = replace(seen.settings, epochs=1, distill=0.0)
-        Trainer(data(), first).fit(origin, 1, [rewind], distill=0.0)
+        Trainer(toy_data(), first).fit(origin, 1, [rewind], distill=0.0)
         origin = rewind.rewound(origin)
     survivors = {name: weight != 0 for name, weight in weights_of(task, ticket).items()}
     for name, tensor in origin.state_dict().items():
@@ -210,7 +210,7 @@ def test_macs_as_budget_and_what_cannot_be_reached() -> None:
 
 
 def test_masking_copies() -> None:
-    model = trained()
+    model = trained_net(widths=EVEN)
     before = model[1][0].weight.detach().clone()
     assert (masked(model, {"1.0.weight": torch.zeros_like(before, dtype=torch.bool)})[1][0].weight == 0).all()
     assert torch.equal(model[1][0].weight, before)

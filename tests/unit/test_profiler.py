@@ -1,3 +1,5 @@
+import shutil
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -16,12 +18,14 @@ from deploypipe.latency.widths import Steps
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler import bench, context
 from deploypipe.profiler import measure as profiler
+from deploypipe.profiler.export import exported
 from deploypipe.profiler.measure import device_key, needed, profile
 from deploypipe.profiler.noise import Noise
 from deploypipe.profiler.probe import Probe
 from deploypipe.progress import Recorder
 from deploypipe.runners.local import Local
 from deploypipe.targets import load_target
+from deploypipe.training.checkpoint import state_digest
 
 STEPS = {"conv": Steps(16, 4, 1.4, (8,)), "depthwise": Steps(16, 4, 7.0), "linear": Steps(8)}
 EXAMPLE = torch.randn(1, 3, 16, 16)
@@ -55,6 +59,27 @@ def graph(net):
     return trace(net, EXAMPLE)
 
 
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """Each form of the model is exported once for all tests of this file."""
+    folder = tmp_path_factory.mktemp("exports")
+
+    def remembered(model, example, target, into):
+        kept = folder / state_digest(model)
+        if not kept.is_dir():
+            exported(model, example, target, kept)
+        into.mkdir(parents=True, exist_ok=True)
+        return shutil.copytree(kept, into, dirs_exist_ok=True) / "simple.onnx"
+
+    return remembered
+
+
+@pytest.fixture
+def measured(net, graph, export):
+    """Profile the model."""
+    return partial(profile, net, EXAMPLE, graph=graph, export=export)
+
+
 def prepared(cache, monkeypatch):
     """A cache that knows the device already: learning it is the work of test_learn, and takes seconds."""
     target = load_target("cpu")
@@ -63,6 +88,7 @@ def prepared(cache, monkeypatch):
     write_device(cache / device_key(facts), {**facts, "timer_us": 1.4, "node_us": 0.2, "session_us": 3.0}, STEPS)
     monkeypatch.setattr(bench, "_RUNS", 10)
     monkeypatch.setattr(context, "N_PLANS", N_PLANS)
+    monkeypatch.setattr(context, "_AGAIN", 0)  # so small a model adds up only by luck
     return target.replace(runs=30)
 
 
@@ -86,13 +112,13 @@ def counting(monkeypatch):
     return Counting
 
 
-def test_a_profile_prices_every_term_and_reproduces_the_dense_model(net, graph, tmp_path, monkeypatch):
+def test_a_profile_prices_every_term_and_reproduces_the_dense_model(graph, measured, tmp_path, monkeypatch):
     target = prepared(tmp_path, monkeypatch)
-    table = profile(net, EXAMPLE, target, graph=graph, cache_dir=tmp_path)
+    table = measured(target=target, cache_dir=tmp_path)
     found = table.context(graph)
     assert table.predict(graph) == pytest.approx(found.whole_us)
     assert 0.5 < found.factor < 2.0
-    assert set(found.scale) == {"stem", "a", "b", "head"}
+    assert set(found.prices) == {"stem", "a", "b", "head"}
     assert len(found.errors) == N_PLANS
     kept = {name: widths[0] for name, widths in table.candidates(graph).items()}
     assert kept == {"stem": 8, "a": 8}
@@ -102,20 +128,21 @@ def test_a_profile_prices_every_term_and_reproduces_the_dense_model(net, graph, 
     assert table.predict(graph, KeepPlan({name: tuple(range(n)) for name, n in kept.items()})) < 0.8 * table.predict(graph)
 
 
-def test_a_second_profile_measures_nothing(net, graph, tmp_path, monkeypatch, counting):
+def test_a_second_profile_measures_nothing(net, graph, measured, export, tmp_path, monkeypatch, counting):
     target = prepared(tmp_path, monkeypatch)
-    first = profile(net, EXAMPLE, target, graph=graph, cache_dir=tmp_path)
-    assert counting.jobs[-4:] == ["bench", "bench", "profile", "bench"]
+    first = measured(target=target, cache_dir=tmp_path)
+    assert counting.jobs[-10:-6] == ["bench", "bench", "profile", "bench"]
+    assert counting.jobs[-6:] == 3 * ["bench", "profile"], "the dense form in turns"
     counting.jobs.clear()
     told = Recorder()
-    again = profile(net, EXAMPLE, target, graph=graph, cache_dir=tmp_path, reporter=told)
+    again = measured(target=target, cache_dir=tmp_path, reporter=told)
     assert counting.jobs == ["describe"]
     assert told.was_reused == ["profile kernels", "profile model"]
     assert again.predict(graph) == first.predict(graph)
     # A pruned form of the model is the same model: nothing to measure for it but kernels at widths of its own.
     small = compact(net, graph, KeepPlan({"a": tuple(range(16))}))
     counting.jobs.clear()
-    profile(small, EXAMPLE, target, cache_dir=tmp_path)
+    profile(small, EXAMPLE, target, cache_dir=tmp_path, export=export)
     assert counting.jobs.count("profile") == 0
 
 
@@ -125,15 +152,17 @@ class Sparse(OnnxRuntime):
     two_four = True
 
 
-def test_where_the_runtime_has_sparse_kernels_every_eligible_one_is_measured_too(net, graph, tmp_path, monkeypatch, counting):
+def test_where_the_runtime_has_sparse_kernels_every_eligible_one_is_measured_too(
+    graph, measured, tmp_path, monkeypatch, counting
+):
     target = prepared(tmp_path, monkeypatch)
     whole = Context(structure_of(graph), {}, (), 100.0, 1.0, 1.0, 0.0, 30)
     monkeypatch.setattr(profiler, "in_context", lambda *_: whole)  # no sparse kernel has a part in it
-    before = profile(net, EXAMPLE, target, graph=graph, cache_dir=tmp_path)
+    before = measured(target=target, cache_dir=tmp_path)
     assert not before.knows_two_four
     monkeypatch.setattr(profiler, "load_backend", lambda target: Sparse())
     counting.jobs.clear()
-    table = profile(net, EXAMPLE, target, graph=graph, cache_dir=tmp_path)
+    table = measured(target=target, cache_dir=tmp_path)
     assert set(counting.jobs) == {"describe", "bench"}, "only what was missing"
     sparse = {entry.place for entry in table.kernels if entry.sparsity == "2:4"}
     assert {shape.kind for shape, *_ in sparse} == {"conv"}, "the head has five outputs"
@@ -145,32 +174,32 @@ def test_where_the_runtime_has_sparse_kernels_every_eligible_one_is_measured_too
     assert [term.name for term in offered.terms(graph) if term.two_four] == ["a", "b"]
 
 
-def test_a_fresh_profile_forgets_what_was_measured_on_this_device_alone(net, graph, tmp_path, monkeypatch, counting):
+def test_a_fresh_profile_forgets_what_was_measured_on_this_device_alone(measured, tmp_path, monkeypatch, counting):
     target = prepared(tmp_path, monkeypatch)
-    old = profile(net, EXAMPLE, target, graph=graph, cache_dir=tmp_path)
+    old = measured(target=target, cache_dir=tmp_path)
     (tmp_path / "other-device").mkdir()
     counting.jobs.clear()
     monkeypatch.setattr(profiler, "learn_steps", lambda measure: STEPS)
-    new = profile(net, EXAMPLE, target, graph=graph, cache_dir=tmp_path, fresh=True)
+    new = measured(target=target, cache_dir=tmp_path, fresh=True)
     assert counting.jobs[0] == "describe"
     assert counting.jobs.count("bench") > 1
     assert new.id != old.id
     assert (tmp_path / "other-device").is_dir()
 
 
-def test_what_was_measured_survives_an_interruption(net, graph, tmp_path, monkeypatch, counting):
+def test_what_was_measured_survives_an_interruption(graph, measured, tmp_path, monkeypatch, counting):
     target = prepared(tmp_path, monkeypatch)
     monkeypatch.setattr(profiler, "_PER_JOB", 2)
     total = len(needed(graph, STEPS))
     counting.jobs.clear()
     counting.fail_at = 7  # the description, the rounds of the edges, and all rounds of the first kernels
     with pytest.raises(BackendError, match="unplugged"):
-        profile(net, EXAMPLE, target, graph=graph, cache_dir=tmp_path)
+        measured(target=target, cache_dir=tmp_path)
     stored = next(tmp_path.rglob("kernels.csv")).read_text().splitlines()[1:]
     assert 0 < len(stored) < total
     counting.jobs.clear()
     counting.fail_at = 10**9
-    profile(net, EXAMPLE, target, graph=graph, cache_dir=tmp_path)
+    measured(target=target, cache_dir=tmp_path)
     after = next(tmp_path.rglob("kernels.csv")).read_text().splitlines()[1:]
     assert set(stored) < set(after), "not measured again"
     assert len(after) == total
@@ -229,7 +258,7 @@ def test_an_idle_operation_that_the_runtime_fuses_with_itself_is_passed_over(mon
     assert bench.Bench(None, None, None, None).cost_of_measuring() == (1.0, 0.5, 8.0)
 
 
-def test_accepted_noise_stands_in_the_table(net, graph, tmp_path, monkeypatch):
+def test_accepted_noise_stands_in_the_table(graph, measured, tmp_path, monkeypatch):
     target = prepared(tmp_path, monkeypatch)
     judge = Noise(True, worst=0.0)
     monkeypatch.setattr(profiler, "Noise", lambda *accepted: judge)
@@ -239,8 +268,8 @@ def test_accepted_noise_stands_in_the_table(net, graph, tmp_path, monkeypatch):
         return Context(structure_of(graph), {}, (), 100.0, 1.0, 1.0, 0.61, 9)
 
     monkeypatch.setattr(profiler, "in_context", disturbed)
-    profile(net, EXAMPLE, target, graph=graph, cache_dir=tmp_path)
-    again = profile(net, EXAMPLE, target, graph=graph, cache_dir=tmp_path)
+    measured(target=target, cache_dir=tmp_path)
+    again = measured(target=target, cache_dir=tmp_path)
     assert again.facts["accepted_foreign_load"] >= 0.61, "also in the file"
 
 

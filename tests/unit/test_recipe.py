@@ -27,8 +27,8 @@ def test_auto_is_another_method_in_the_same_folder() -> None:
 
 
 def test_what_the_user_asks_for_counts_more_than_the_recipe() -> None:
-    found = resolved(Request(algo="auto", value_rounds=7, value_steps=3, value_finalists=5, options={}))
-    assert (found.value_rounds, found.value_steps, found.value_finalists) == (7, 3, 5)
+    assert resolved(Request(algo="auto", value="measured")).value == "measured"
+    assert resolved(Request(algo="auto", seed=7)).seed == 7
 
 
 def test_a_named_method_stays_as_it_is() -> None:
@@ -41,7 +41,7 @@ def test_a_recipe_has_no_options() -> None:
         resolved(Request(algo="auto", options={"images": 5}))
 
 
-def test_prune_measures_widths_on_the_data_that_it_is_given() -> None:
+def test_prune_judges_widths_on_the_data_that_it_is_given() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
     x = torch.randn(200, 8)
@@ -50,5 +50,5 @@ def test_prune_measures_widths_on_the_data_that_it_is_given() -> None:
     plan = dp.prune(model, x[:1], algo="auto", metric="macs", budget="60%", data=data)
     assert macs(graph, plan) <= 0.6 * macs(graph)
     assert plan.keep == dp.prune(model, x[:1], algo="auto", metric="macs", budget="60%", data=data).keep
-    with pytest.raises(UsageError, match="measured on images"):
+    with pytest.raises(UsageError, match="judged on images"):
         dp.prune(model, x[:1], algo="auto", metric="macs")

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import TOYS, Fn, Toy, cbr, conv, head, image
 
-from deploypipe.algorithms.base import Problem, shared_out
-from deploypipe.algorithms.taylor import Taylor
 from deploypipe.allocation.allocate import allocate
 from deploypipe.branch import branch_of
 from deploypipe.compact import compact, difference, mask, run
@@ -223,17 +221,3 @@ def test_the_allocator_drops_a_block_that_is_worth_little() -> None:
     assert without.certificate is not None
     assert plan.certificate is not None
     assert plan.certificate.value > without.certificate.value
-
-
-def test_an_algorithm_may_share_out_by_sums_so_that_a_worthless_branch_goes() -> None:
-    model, example = inverted()
-    graph = trace(model.eval(), example)
-    gone = removable(model, graph)
-    scores = {group.name: np.full(group.size, 1e-4 if group.name == gone[0] else 1.0) for group in graph.prunable}
-    problem = Problem(model, graph, MacTable(), 0.5 * macs(graph))
-    plan = shared_out(Taylor(), problem, scores, {}, "sums")
-    alone = allocate(graph, scores, MacTable(), problem.budget, removable=gone)
-    assert len(plan.keep[gone[0]]) == 0
-    assert plan.keep == alone.keep
-    assert all(plan.keep[name] for name in plan.keep if name not in gone)
-    assert macs(graph, plan) <= problem.budget

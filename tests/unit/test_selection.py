@@ -14,7 +14,7 @@ from deploypipe.ingredients.heads import AuxiliaryLoss, Head, Listening, evenly,
 from deploypipe.ingredients.selection import JointLoss, select
 from deploypipe.ingredients.stacks import Stack
 from deploypipe.types import Member
-from tests.shapes import accuracy, data, trained, trainer
+from tests.toy_task import EVEN, accuracy, toy_data, trained_net, trainer
 from tests.toys import TOYS, Fn
 
 
@@ -133,8 +133,8 @@ def test_adapting_is_what_makes_correlated_channels_stand_in_for_each_other() ->
 
 
 def test_only_what_is_in_changes() -> None:
-    model, x = trained(), data().train.tensors[0][:100]  # type: ignore[attr-defined]
-    labels = data().train.tensors[1][:100]  # type: ignore[attr-defined]
+    model, x = trained_net(widths=EVEN), toy_data().train.tensors[0][:100]  # type: ignore[attr-defined]
+    labels = toy_data().train.tensors[1][:100]  # type: ignore[attr-defined]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     loss = JointLoss(model, ["1.0.weight"], x, labels, 1.0, None)
     found = select(model, inputs_of("1.0.weight", 16), 16, 6, loss, per_pass=2, lr=0.05)
@@ -166,12 +166,12 @@ def test_several_layers_that_read_a_group_are_judged_together() -> None:
 
 def test_a_head_reads_the_class_off_inner_features_and_leaves_no_trace() -> None:
     hook = AuxiliaryLoss("0.0.weight", 16, 4, seed=0)
-    model = trainer().fit(trained(), 1, [hook])
-    assert [type(m) for m in model.modules()] == [type(m) for m in trained().modules()]
-    assert set(model.state_dict()) == set(trained().state_dict())
+    model = trainer().fit(trained_net(widths=EVEN), 1, [hook])
+    assert [type(m) for m in model.modules()] == [type(m) for m in trained_net(widths=EVEN).modules()]
+    assert set(model.state_dict()) == set(trained_net(widths=EVEN).state_dict())
     assert not any(m._forward_hooks for m in model.modules())
     assert accuracy(model) > 0.95
-    inputs, labels = data().train.tensors  # type: ignore[attr-defined]
+    inputs, labels = toy_data().train.tensors  # type: ignore[attr-defined]
     listening = Listening(model, ["0.0.weight"])
     with listening(), torch.no_grad():
         model(inputs)
@@ -180,11 +180,11 @@ def test_a_head_reads_the_class_off_inner_features_and_leaves_no_trace() -> None
 
 
 def test_the_heads_loss_reaches_the_layers_before_it_and_none_behind() -> None:
-    model, hook = trained(), AuxiliaryLoss("1.0.weight", 16, 4, seed=0)
+    model, hook = trained_net(widths=EVEN), AuxiliaryLoss("1.0.weight", 16, 4, seed=0)
     model = trainer().fit(model, 0)
     hook.on_train_begin(model)
     model.train()
-    inputs, labels = (part[:50] for part in data().train.tensors)  # type: ignore[attr-defined]
+    inputs, labels = (part[:50] for part in toy_data().train.tensors)  # type: ignore[attr-defined]
     hook.on_loss(model, model(inputs).sum() * 0, labels).backward()
     assert model[0][0].weight.grad.abs().sum() > 0
     assert model[2][0].weight.grad.abs().sum() == 0

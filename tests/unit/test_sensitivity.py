@@ -155,21 +155,6 @@ def test_curves_rest_on_images_that_neither_scores_nor_batch_norms_have_seen() -
     assert len(train.read & part) == min(EFFORT.images, len(part))
 
 
-def test_what_a_few_steps_of_training_mend_costs_little_if_plans_may_train_first() -> None:
-    """Without `a`, only the scale of the logits is wrong; without the one group that reads a signal, nothing can be mended."""
-    model, train = Copies(weak=0.05), Watched(*examples())
-    with torch.no_grad():
-        model.a.weight.zero_()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    graph, plan = trace(model.eval(), examples(1)[0]), KeepPlan({"b": (0, 1)})
-    meters = [HeldOut(model, graph, data_of(train), None, effort=replace(EFFORT, steps=steps)) for steps in (0, 40)]
-    at_once, trained = (meter.measure(plan) for meter in meters)
-    assert trained.loss < 0.8 * at_once.loss
-    assert trained == HeldOut(model, graph, data_of(train), None, effort=meters[1].effort).measure(plan)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert len(train.read & set(meters[1].part.indices)) == min(EFFORT.images, len(meters[1].part))
-
-
 def test_the_order_says_which_channels_go() -> None:
     found = {}
     for order in ([0, 1, 2, 3], [3, 2, 1, 0]):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -264,12 +265,12 @@ def in_child(run: Callable[[], None]) -> int:
 
 
 def kill_at(event_number: int) -> None:
-    """Let the process die by SIGKILL right before its n-th opening, renaming, removing or making of a file."""
-    count = 0
+    """Let the process die by SIGKILL right before its n-th change of the disk; what it reads in between changes nothing."""
+    count, changes = 0, {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
 
-    def hook(event: str, args: tuple[object, ...]) -> None:
+    def hook(event: str, args: tuple[Any, ...]) -> None:
         nonlocal count
-        if event in {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}:
+        if event in changes or (event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
             count += 1
             if count == event_number:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -307,7 +308,8 @@ def test_killed_before_any_file_operation_the_same_command_resumes(tmp_path: Pat
             break
         assert status == -signal.SIGKILL
         check_recovery(root, log, clean)
-    assert number > 100  # the hook did see the store at work
+    print("N", number)
+    assert number > 10  # the hook did see the store at work
 
 
 def test_killed_while_a_former_result_is_replaced_no_mixture_remains(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from deploypipe.graph import trace
 from deploypipe.ingredients.supernet import Sandwich, Supernet, divergence
 from deploypipe.plan import KeepPlan
 from deploypipe.types import Graph
-from tests.shapes import trained, trainer, untrained
+from tests.toy_task import EVEN, net, trained_net, trainer
 from tests.toys import INEXACT, TOYS
 
 
@@ -74,8 +74,8 @@ def one_step(hook: Sandwich, model: nn.Module, inputs: Tensor, labels: Tensor) -
 
 
 def test_the_gradient_of_a_step_is_the_sum_over_its_networks() -> None:
-    model, example = untrained(), torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    labels, graph = torch.arange(16) % 4, trace(untrained(), (torch.zeros(1, 3, 8, 8),))
+    model, example = net(widths=EVEN), torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels, graph = torch.arange(16) % 4, trace(net(widths=EVEN), (torch.zeros(1, 3, 8, 8),))
     widths = {group.name: (4, 8, 12, 16) for group in graph.prunable}
     hook = Sandwich(graph, widths, 2, seed=0)
     drawn = hook.drawn(0)
@@ -97,7 +97,7 @@ def test_the_gradient_of_a_step_is_the_sum_over_its_networks() -> None:
 
 
 def test_the_largest_and_the_smallest_are_in_every_step_and_the_rest_is_not_uniform() -> None:
-    graph = trace(untrained(), (torch.zeros(1, 3, 8, 8),))
+    graph = trace(net(widths=EVEN), (torch.zeros(1, 3, 8, 8),))
     widths = {group.name: (4, 8, 12, 16) for group in graph.prunable}
     hook = Sandwich(graph, widths, 3, seed=0)
     uneven, seen = 0, set()
@@ -118,7 +118,7 @@ def test_the_teacher_is_detached() -> None:
     student, teacher = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4)
     expected = (torch.softmax(teacher, 1) * (torch.log_softmax(teacher, 1) - torch.log_softmax(student, 1))).sum(1).mean()
     torch.testing.assert_close(divergence(student, teacher), expected)
-    model, graph = untrained(), trace(untrained(), (torch.zeros(1, 3, 8, 8),))
+    model, graph = net(widths=EVEN), trace(net(widths=EVEN), (torch.zeros(1, 3, 8, 8),))
     hook = Sandwich(graph, {group.name: (4,) for group in graph.prunable}, 0, seed=0)
     inputs = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     hook.on_train_begin(model)
@@ -133,14 +133,14 @@ def test_the_teacher_is_detached() -> None:
 
 
 def test_draws_go_on_after_an_interruption_and_training_keeps_the_architecture() -> None:
-    graph = trace(untrained(), (torch.zeros(1, 3, 8, 8),))
+    graph = trace(net(widths=EVEN), (torch.zeros(1, 3, 8, 8),))
     widths = {group.name: (4, 16) for group in graph.prunable}
     hook = Sandwich(graph, widths, 1, seed=0)
-    model = trainer(n=200).fit(trained(), 2, [hook])
+    model = trainer(n=200).fit(trained_net(widths=EVEN), 2, [hook])
     assert int(hook.state()["step"]) == 8
     other = Sandwich(graph, widths, 1, seed=0)
     other.restore(hook.state())
     assert int(other.state()["step"]) == 8
-    assert [type(m) for m in model.modules()] == [type(m) for m in trained().modules()]
+    assert [type(m) for m in model.modules()] == [type(m) for m in trained_net(widths=EVEN).modules()]
     assert not any(m._forward_hooks for m in model.modules())
     assert np.isfinite([float(p.detach().sum()) for p in model.parameters()]).all()

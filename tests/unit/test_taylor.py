@@ -23,7 +23,7 @@ from deploypipe.ingredients.statistics import generator
 from deploypipe.plan import KeepPlan
 from deploypipe.training.finetune import finetune
 from deploypipe.training.settings import TrainSettings
-from tests.toy_task import gratings, net, problem_of, trained_net
+from tests.toy_task import net, pictures, problem_of, trained_net, trainer
 from tests.toys import TOYS
 
 
@@ -58,23 +58,23 @@ def flat(scores: dict[str, Tensor]) -> np.ndarray:
 
 
 def test_gates_rank_like_the_oracle_and_norms_and_scales_do_not() -> None:
-    model = copy.deepcopy(trained_net()).eval()
+    model = trainer(lr=0.1).fit(net(), 2).eval()  # half trained: at a minimum the loss has no first order
     problem = problem_of(model)
-    truth = oracle(model, problem, gratings(600, seed=9))
-    data = list(batches(gratings(1000, seed=3), 50))
+    truth = oracle(model, problem, pictures(600, seed=9))
+    data = list(batches(pictures(1000, seed=3), 50))
     first = spearmanr(flat(terms(model, problem, data).scores()), truth)[0]
     gammas = torch.cat([norms_of(model, g)[0].module(model).weight.detach().abs() for g in problem.graph.prunable])
-    norms = torch.cat([model[i][0].weight.detach().flatten(1).norm(dim=1) for i in (0, 1, 3)])
+    norms = torch.cat([model[i][0].weight.detach().flatten(1).norm(dim=1) for i in (0, 1, 2)])
     assert first >= 0.8
     assert spearmanr(gammas, truth)[0] < first - 0.3
     assert spearmanr(norms, truth)[0] < first - 0.3
-    exact = terms(model, problem, batches(gratings(100, seed=3), 100), order="second", probes=0)
+    exact = terms(model, problem, batches(pictures(100, seed=3), 100), order="second", probes=0)
     assert spearmanr(flat(exact.scores()), truth)[0] > max(first, 0.95)
     assert spearmanr(flat(terms(model, problem, data, on="weight").scores()), truth)[0] >= 0.7
 
 
 def test_the_square_of_the_mean_is_a_wrong_score_near_a_minimum() -> None:
-    data = gratings(600, noise=1.5)
+    data = pictures(600, noise=1.5)
     settings = TrainSettings(epochs=14, lr=0.05, batch_size=50, distill=0.0)
     model = finetune(net(0), Data(data, data, ("a",) * 4, "noisy", None, ""), settings)
     problem = problem_of(model)
@@ -115,7 +115,7 @@ def test_joint_weight_scores_vanish_behind_a_norm_in_training_mode() -> None:
     """Such a layer is scale invariant; gates and additive weight scores are not fooled."""
     model = copy.deepcopy(net(0)).train()
     problem = problem_of(net(0))
-    x, y = gratings(100).tensors
+    x, y = pictures(100).tensors
     F.cross_entropy(model(x), y).backward()
     weight = model[1][0].weight
     joint = (weight * weight.grad).sum((1, 2, 3)).abs().max()
@@ -127,8 +127,8 @@ def test_joint_weight_scores_vanish_behind_a_norm_in_training_mode() -> None:
 def test_a_channel_that_nobody_reads_scores_zero_and_goes_first() -> None:
     model = copy.deepcopy(trained_net())
     with torch.no_grad():
-        model[3][0].weight[:, [4, 9]] = 0.0
-    found = terms(model, problem_of(model), [gratings(100).tensors]).scores()["1.0"]
+        model[2][0].weight[:, [4, 9]] = 0.0
+    found = terms(model, problem_of(model), [pictures(100).tensors]).scores()["1.0"]
     assert found[[4, 9]].tolist() == [0.0, 0.0]
     plan = make("taylor", {"steps": 1, "interval": 2, "lr": 0}).plan(problem_of(model, 0.8))
     assert not {4, 9} & set(plan.keep["1.0"])
@@ -139,7 +139,7 @@ def test_curvature_by_probes_is_the_diagonal_of_the_hessian() -> None:
     graph = problem_of(model).graph
     unit = Unit(16, gated_parameters(model, graph, graph.group("0.0")))
     model = model.double().eval()
-    x, y = gratings(60, noise=2.0).tensors
+    x, y = pictures(60, noise=2.0).tensors
 
     def loss(call):  # type: ignore[no-untyped-def]
         return F.cross_entropy(call(x.double()), y)

@@ -7,7 +7,7 @@ import pytest
 
 from deploypipe.allocation.allocate import allocate_widths
 from deploypipe.errors import ModelError, TargetError
-from deploypipe.latency.context import Context
+from deploypipe.latency.context import Context, Price
 from deploypipe.latency.files import Entry, Shape
 from deploypipe.latency.table import LatencyTable, structure_of
 from deploypipe.latency.widths import Steps, two_four_widths
@@ -49,7 +49,7 @@ def sparse(factor, ins=INS, outs=OUTS, layer=B):
 
 
 def table(*more, net=NET, layers=((A, [3], [8, 16, 32]), (B, [8, 16, 32], [8, 16]), (HEAD, [8, 16], [10]))):
-    context = Context(structure_of(net), {"b": ((1, 1.5),)}, (), 100.0, 1.1, 1.0, 0.0, 100)
+    context = Context(structure_of(net), {"b": Price(1.5, 7.0)}, (), 100.0, 1.1, 1.0, 0.0, 100)
     kernels = [entry for grid in layers for entry in entries(*grid)]
     return LatencyTable({}, STEPS, (*kernels, *more), (context,))
 

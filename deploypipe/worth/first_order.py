@@ -1,0 +1,63 @@
+"""What channels are worth to first order: how the loss changes when a channel is scaled to zero, as its gradient tells.
+
+Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, arXiv:1906.10771, equations 7 and 8, with one
+gate for all layers of a coupled group; scores are not divided by the number of those layers, because the loss changes once.
+"""
+
+from functools import partial
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from deploypipe.algorithms.base import Orders, Problem, Values, judged, labelled, masks_of
+from deploypipe.allocation.allocate import allocate_widths, vanishing
+from deploypipe.ingredients.gradients import gate_gradient
+from deploypipe.ingredients.removal import removable
+from deploypipe.ingredients.statistics import batch_size
+from deploypipe.plan import Certificate
+from deploypipe.progress import counted
+from deploypipe.training.adapt import Adapting
+
+BATCHES, BATCH = 16, 128  # images of a batch at most: as many as fit where the example's size is the measure
+
+
+def first_order(problem: Problem) -> dict[str, NDArray[np.float64]]:
+    """Return the (C,) mean over batches of the squared first-order change of the loss, for every group that has gradients.
+
+    Args:
+        problem: Its data is labelled; its model stays as it is.
+
+    Raises:
+        UsageError: There is no data, or the loss is not finite.
+    """
+    run = Adapting(problem.model, labelled(problem.data), 0.0, min(BATCH, batch_size(problem.graph.example)), problem.seed)
+    sums = dict[str, NDArray[np.float64]]()
+    with counted(problem.reporter, "first order", BATCHES) as reporter:
+        for done, model in enumerate(run.steps(BATCHES), 1):
+            found, _ = judged(problem.graph, partial(gate_gradient, model))
+            for name, gradient in found.items():
+                sums[name] = sums.get(name, 0.0) + gradient.square().cpu().numpy() / BATCHES
+            reporter.advance(done)
+    return sums
+
+
+def by_first_order(problem: Problem, orders: Orders, values: Values) -> tuple[dict[str, int], Certificate]:
+    """Return the widths of the largest summed worth within the budget; a branch worth less than its cost goes as a whole.
+
+    An `Allocator`: `values` of the algorithm do not count, its orders do.
+    """
+    worth = first_order(problem)
+    sums = {name: prefix_sums(worth[name][np.asarray(order)]) for name, order in orders.items() if name in worth}
+    gone = [name for name in removable(problem.model, problem.graph) if name in sums]
+    widths = vanishing(problem.table.candidates(problem.graph), gone)
+    masks = masks_of(problem, orders, sums)
+    return allocate_widths(problem.graph, sums, problem.table, problem.budget, candidates=widths, masks=masks)
+
+
+def prefix_sums(worth: ArrayLike) -> NDArray[np.float64]:
+    """Return the (C + 1,) worth of keeping the first w channels.
+
+    >>> prefix_sums([3.0, 1.0]).tolist()
+    [0.0, 3.0, 4.0]
+    """
+    return np.concatenate([[0.0], np.cumsum(worth)])
