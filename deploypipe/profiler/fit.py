@@ -101,13 +101,14 @@ class _Seen:
 
     def _layer(self, layer: Layer) -> LayerTimes:
         widths = np.array([(layer.n_in.at(form.kept), layer.n_out.at(form.kept)) for form in self.forms])
-        alone = np.array([self._alone(layer, *map(int, pair), form) for pair, form in zip(widths, self.forms, strict=True)])
+        alone = np.array([self._alone(layer, form) for form in self.forms])
         return LayerTimes(Shape.of(layer), np.full(len(widths), np.nan), alone, *widths.T.astype(float))
 
-    def _alone(self, layer: Layer, n_in: int, n_out: int, form: Form) -> float:
+    def _alone(self, layer: Layer, form: Form) -> float:
         """Return what the layer's kernel takes alone: the quicker one where its weight permits a sparse one."""
-        dense = self.table.kernel_us(layer, n_in, n_out)
-        return min(dense, self.table.kernel_us(layer, n_in, n_out, "2:4")) if layer.name in form.two_four else dense
+        pair = layer.n_in.at(form.kept), layer.n_out.at(form.kept)
+        dense = self.table.kernel_us(layer, *pair)
+        return min(dense, self.table.kernel_us(layer, *pair, "2:4")) if layer.name in form.two_four else dense
 
     def _other(self, feeds: tuple[str, ...]) -> OtherTimes:
         widths = widths_of(self.graph, feeds)
