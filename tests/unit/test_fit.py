@@ -278,7 +278,7 @@ def test_a_layer_that_ran_with_2_4_weights_teaches_the_price_of_the_kernel_that_
     us = form.whole.median_us - saved
     masked = replace(form, whole=Timing(us, us, us, 9, 0.0), profile=Profile(tuple(kernels)), two_four=frozenset({"2"}))
     truth, told, ignored = (
-        both.with_context(learned(graph, both, [dense, pruned], 0.0)).predict(graph, plan)
+        learned(graph, both, [dense, pruned], 0.0).us("2", alone_us(64, 48), 64, 48)
         for pruned in (form, masked, replace(masked, two_four=frozenset()))
     )
     assert abs(ignored / truth - 1) > 0.01
