@@ -1,14 +1,14 @@
 """The keep plan: which channels stay, per group. The narrow waist between what chooses and what builds."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from deploypipe.branch import branch_of
-from deploypipe.errors import ModelError
+from deploypipe.errors import ModelError, nearest
 from deploypipe.types import Graph
 
 PLAN_SCHEMA = 1
@@ -20,6 +20,7 @@ class Certificate:
 
     `value` is what the method wanted much of, in its own unit. `bound` and `gap` say what the solver proved about it; they are
     None for widths that a method found by itself, and `n_variables` is then the number of groups that it chose for.
+    `two_four` names the layers for which 2:4 weights were chosen, ascending; `value` is then less by what the masks cost.
     `seconds` is the solver's time; it is not written to disk, so that equal requests give equal files, and is None when read.
     """
 
@@ -33,6 +34,17 @@ class Certificate:
     n_variables: int
     status: str
     seconds: float | None = None
+    two_four: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values: all but the time, and the layers with 2:4 weights only if there are any."""
+        state = {name: value for name, value in vars(self).items() if name not in ("seconds", "two_four")}
+        return state | ({"two_four": list(self.two_four)} if self.two_four else {})
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> "Certificate":
+        """Read what `to_json` wrote."""
+        return cls(**{**state, "two_four": tuple(state.get("two_four", ()))})
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,7 @@ class KeepPlan:
         options: The algorithm's options.
         skipped: Group name -> why the algorithm left it whole.
         certificate: What the allocator proved; None for plans made by hand.
+        two_four: Layers whose weights become 2:4 before fine-tuning, in the order of their names.
     """
 
     keep: Mapping[str, tuple[int, ...]]
@@ -55,6 +68,7 @@ class KeepPlan:
     options: Mapping[str, Any] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
     certificate: Certificate | None = None
+    two_four: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         keep = {name: tuple(int(i) for i in channels) for name, channels in self.keep.items()}
@@ -68,22 +82,26 @@ class KeepPlan:
         object.__setattr__(self, "keep", MappingProxyType(keep))
 
     @classmethod
-    def of_widths(cls, kept: Mapping[str, int]) -> "KeepPlan":
-        """Return a plan that keeps the first `kept[group]` channels: for costs, which follow from widths alone.
+    def of_widths(cls, kept: Mapping[str, int], two_four: Iterable[str] = ()) -> "KeepPlan":
+        """Return a plan that keeps the first `kept[group]` channels: for costs, which follow from widths and layers alone.
 
         >>> KeepPlan.of_widths({"conv1": 3}).keep["conv1"]
         (0, 1, 2)
         """
-        return cls({name: tuple(range(count)) for name, count in kept.items()})
+        return cls({name: tuple(range(count)) for name, count in kept.items()}, two_four=tuple(sorted(two_four)))
 
     def check(self, graph: Graph) -> None:
-        """Raise ModelError unless the plan fits `graph` (names, index ranges, fixed or needed groups, fingerprint)."""
+        """Raise ModelError unless the plan fits `graph` (names, layers, ranges, fixed or needed groups, fingerprint)."""
         if self.fingerprint and self.fingerprint != graph.fingerprint:
             raise ModelError(
                 f"the plan was made for another graph ({self.fingerprint}, this one is {graph.fingerprint})",
                 at="keep plan",
                 fix="use the model, factory arguments and input size that the plan was made with, or plan again",
             )
+        layers = {layer.name for layer in graph.layers}
+        for name in self.two_four:
+            if name not in layers:
+                raise ModelError(f"2:4 weights in an unknown layer '{name}'", at="keep plan", fix=nearest(name, layers))
         for name, channels in self.keep.items():
             group = graph.group(name)
             if not channels:
@@ -110,8 +128,9 @@ class KeepPlan:
             "fingerprint": self.fingerprint,
             "algorithm": self.algorithm,
             "options": dict(self.options),
-            "certificate": {k: v for k, v in vars(self.certificate).items() if k != "seconds"} if self.certificate else None,
+            "certificate": self.certificate.to_json() if self.certificate else None,
             "skipped": dict(self.skipped),
+            **({"two_four": list(self.two_four)} if self.two_four else {}),
             "keep": {name: list(channels) for name, channels in self.keep.items()},
         }
 
@@ -127,9 +146,10 @@ class KeepPlan:
                 f"plan has schema {state.get('schema')!r}, this version reads {PLAN_SCHEMA}", at=at, fix="make the plan again"
             )
         try:
-            certificate = Certificate(**state["certificate"]) if state["certificate"] else None
+            certificate = Certificate.from_json(state["certificate"]) if state["certificate"] else None
             keep = {name: tuple(channels) for name, channels in state["keep"].items()}
-            return cls(keep, state["fingerprint"], state["algorithm"], state["options"], state["skipped"], certificate)
+            about = (state["fingerprint"], state["algorithm"], state["options"], state["skipped"], certificate)
+            return cls(keep, *about, tuple(state.get("two_four", ())))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ModelError(f"plan is malformed: {error}", at=at, fix="make the plan again") from error
 

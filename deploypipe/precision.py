@@ -1,11 +1,13 @@
 """Put a precision into an ONNX graph: strongly typed runtimes compute each operation in the type that the graph states."""
 
 import re
+from collections.abc import Callable
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from deploypipe.errors import ModelError, UsageError, nearest
@@ -22,8 +24,8 @@ def typed(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
     operations that have no float16 form (such as TopK) in float32 between two casts. Inputs and outputs stay float32, with a
     cast behind and before them, so that callers do not notice. A model that is float16 already is returned as it is.
 
-    Also, in every precision: weights that are computed from nothing else than a shape become constants, and names of nodes
-    keep only letters, digits and `_./:-`, each of them once.
+    Also, in every precision: weights that are one value or one block repeated become constants of their full size, and names of
+    nodes keep only letters, digits and `_./:-`, each of them once.
 
     Raises:
         UsageError: The precision is unknown.
@@ -71,17 +73,27 @@ def _halved(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _fold_fills(graph: onnx.GraphProto) -> None:
-    """Turn each ConstantOfShape of a known shape into a constant: a runtime may else take the weight for an input."""
+    """Turn each ConstantOfShape and Tile of what is known into a constant: a runtime may else take the weight for an input."""
     known = {tensor.name: tensor for tensor in graph.initializer}
-    for node in [node for node in graph.node if node.op_type == "ConstantOfShape" and node.input[0] in known]:
-        shape = numpy_helper.to_array(known[node.input[0]])
-        value = next((numpy_helper.to_array(a.t) for a in node.attribute if a.name == "value"), np.zeros(1, np.float32))
-        filled = np.broadcast_to(value.reshape(()), tuple(int(n) for n in shape))
+    for node in [node for node in graph.node if node.op_type in _FILLS and all(name in known for name in node.input)]:
+        filled = _FILLS[node.op_type](node, *(numpy_helper.to_array(known[name]) for name in node.input))
         graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(filled), node.output[0]))
         graph.node.remove(node)
     used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
     for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
         graph.initializer.remove(tensor)
+
+
+def _filled(node: onnx.NodeProto, shape: NDArray[np.generic]) -> NDArray[np.generic]:
+    value = next((numpy_helper.to_array(a.t) for a in node.attribute if a.name == "value"), np.zeros(1, np.float32))
+    return np.broadcast_to(value.reshape(()), tuple(int(n) for n in shape))
+
+
+def _tiled(node: onnx.NodeProto, block: NDArray[np.generic], times: NDArray[np.generic]) -> NDArray[np.generic]:
+    return np.tile(block, tuple(int(n) for n in times))
+
+
+_FILLS: dict[str, Callable[..., NDArray[np.generic]]] = {"ConstantOfShape": _filled, "Tile": _tiled}
 
 
 def _sort_nodes(graph: onnx.GraphProto) -> None:

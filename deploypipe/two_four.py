@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from deploypipe.types import Graph, Group, Kept, Layer, Member
 
 Floats = NDArray[np.floating]
-PLAIN = ("conv", "linear", "matmul")  # kinds of layers that have sparse kernels
+PLAIN = ("conv", "linear")  # kinds of layers that have sparse kernels, and whose weights are (out, in, ...)
 IN, OUT = 16, 8  # channels of eligible layers are multiples of these (Mishra et al.; NVIDIA's training tool refuses others)
 _ROWS = 512  # that the search looks at
 _PASSES = 4  # over all pairs of stripes

@@ -5,6 +5,7 @@ from dataclasses import replace
 from deploypipe.measurement import Latency, Round
 from deploypipe.plan import Certificate
 from deploypipe.reports.ledger import Entry
+from deploypipe.reports.pattern import LayerPattern, TwoFour
 from deploypipe.reports.report import BudgetOutcome, Check, GroupOutcome, Report, Side
 
 ROUNDS = (
@@ -30,7 +31,7 @@ REPORT = Report(
         GroupOutcome("head", 10, 10, ("head.weight[0] produces",), (), "the network's output"),
     ),
     checks=(Check("compacted", "masked", 2.1e-7, 1e-5, 8), Check("onnx", "compacted", 4.0e-6, 1e-4, 8)),
-    certificate=Certificate(12.5, 12.51, 0.0008, 60.0, 60.0, 60.2, "us", 310, "optimal", 0.21),
+    certificate=Certificate(12.5, 12.51, 0.0008, 60.0, 60.0, 60.2, "us", 310, "optimal", 0.21, ("a.conv1",)),
     threads=1,
     table="measured",
     table_error=0.021,
@@ -40,6 +41,16 @@ REPORT = Report(
     machine={"processor": "a | b", "cores": 2, "cpu_flags": ["avx2", "fma"]},
     command="deploypipe build --budget 50%",
     created="2026-11-24 08:00 UTC",
+    two_four=TwoFour(
+        "auto",
+        (
+            LayerPattern("a.conv1", "2:4", "", 20.1, 6.2),
+            LayerPattern("a.conv2", "dense", "no quicker than dense by the latency table", 8.0, 0.0),
+            LayerPattern("head", "dense", "10 output channels are no multiple of 8", None, None),
+        ),
+        "measured",
+        ("TensorRT found 1 layer that could use sparse kernels and chose them for 1",),
+    ),
     notes=("2 background processes were busy while measuring",),
 )
 BARE = replace(
@@ -51,6 +62,7 @@ BARE = replace(
     budget=BudgetOutcome("50%", "macs", "MACs", 1_607_000.0, 1_090_400.0, 1_090_400.0),
     checks=(),
     certificate=None,
+    two_four=None,
     threads=4,
     table="",
     table_error=None,

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from deploypipe.allocation.allocate import allocate_widths, plan_of, ranking
+from deploypipe.allocation.pattern import mask_losses
+from deploypipe.allocation.pattern import n_readers as n_readers  # noqa: PLC0414 - part of what an algorithm may import from here
 from deploypipe.allocation.threshold import threshold_widths, uniform_widths
 from deploypipe.cost import CostTable
 from deploypipe.errors import NotApplicable, UsageError
@@ -37,8 +39,19 @@ class Allocator(Protocol):
 
 
 def by_values(problem: "Problem", orders: Orders, values: Values) -> tuple[dict[str, int], Certificate]:
-    """Return the widths of the largest summed value: the algorithm's own values decide, not the orders."""
-    return allocate_widths(problem.graph, values, problem.table, problem.budget)
+    """Return the widths of the largest summed value: the algorithm's own values decide, not the orders.
+
+    Where the table prices 2:4 weights, a layer may also get these; what its mask costs follows from the values and the orders.
+    """
+    masks = masks_of(problem, orders, values)
+    return allocate_widths(problem.graph, values, problem.table, problem.budget, masks=masks)
+
+
+def masks_of(problem: "Problem", orders: Orders, values: Values) -> dict[str, float]:
+    """Return layer -> value given up by 2:4 weights there, for the layers that the problem's table offers them for."""
+    offered = [term.name for term in problem.table.terms(problem.graph) if term.two_four]
+    arrays = {name: tensor.cpu().numpy() for name, tensor in weights(problem.model).items()} if offered else {}
+    return mask_losses(problem.graph, arrays, orders, values, offered)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,11 +233,6 @@ def log_share(scores: NDArray[np.float64]) -> NDArray[np.float64]:
         shifted = np.ones_like(shifted)  # nothing tells the channels apart: every one is an equal share
     with np.errstate(divide="ignore"):
         return np.concatenate([[-np.inf], np.log(np.cumsum(shifted) / shifted.sum())])
-
-
-def n_readers(group: Group) -> int:
-    """Return how many weights read the group's channels, at least 1: a residual trunk damages every block that it feeds."""
-    return max(1, sum(member.role == "consumes" for member in group.members))
 
 
 def producers(group: Group, weights: Mapping[str, Tensor]) -> list[Member]:

@@ -1,22 +1,18 @@
 """Choose how many channels stay in every group: the most valuable widths that fit a budget."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from deploypipe.allocation.descent import Choice, Descent
-from deploypipe.allocation.program import Program, Solution
+from deploypipe.allocation.program import Program
+from deploypipe.allocation.search import Choice, Search, Values
 from deploypipe.cost import CostTable
-from deploypipe.errors import BudgetError, UsageError
+from deploypipe.errors import UsageError
 from deploypipe.plan import Certificate, KeepPlan
 from deploypipe.types import Graph
-
-Values = NDArray[np.float64]
-ROUNDS = 12  # solutions that turn out over budget are refused this often before the search gives up on the solver
 
 
 def allocate(
@@ -78,7 +74,7 @@ def ranking(score: Values) -> NDArray[np.int64]:
 def plan_of(graph: Graph, orders: Mapping[str, ArrayLike], kept: Mapping[str, int], certificate: Certificate) -> KeepPlan:
     """Return the plan that keeps the first `kept[group]` channels of each group's order (best first)."""
     keep = first_channels(orders, {name: kept[name] for name in orders})
-    return KeepPlan(keep, fingerprint=graph.fingerprint, certificate=certificate)
+    return KeepPlan(keep, fingerprint=graph.fingerprint, certificate=certificate, two_four=certificate.two_four)
 
 
 def first_channels(orders: Mapping[str, ArrayLike], kept: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
@@ -93,16 +89,18 @@ def allocate_widths(
     budget: float,
     *,
     candidates: Mapping[str, tuple[int, ...]] | None = None,
+    masks: Mapping[str, float] | None = None,
     gap: float = 1e-3,
     time_limit_s: float = 60.0,
 ) -> tuple[dict[str, int], Certificate]:
     """Return how many channels stay in every group of the graph, and what was proved about it.
 
-    Maximises the sum over groups of `values[group][kept]`, subject to `table.predict(...) <= budget`. The solver stops when the
-    value given up (against keeping everything) is within `gap` of the least possible; the certificate's own `gap` is
-    `(bound - value) / |value|`. The answer is deterministic as long as the time limit is not hit. Certificate.status is "whole"
-    (everything fits), "optimal", "relaxed" (large concats were priced too low in the proof: the bound is valid, not tight),
-    "time limit" (the best answer so far) or "infeasible" (the terms do not fit, the table's own prediction does).
+    Maximises the sum over groups of `values[group][kept]`, less the masks that are chosen, subject to
+    `table.predict(...) <= budget`. The solver stops when the value given up (against keeping everything) is within `gap` of the
+    least possible; the certificate's own `gap` is `(bound - value) / |value|`. The answer is deterministic as long as the time
+    limit is not hit. Certificate.status is "whole" (everything fits), "optimal", "relaxed" (large concats were priced too low
+    in the proof: the bound is valid, not tight), "time limit" (the best answer so far) or "infeasible" (the terms do not fit,
+    the table's own prediction does). Layers behind such concats are offered no masks; the proof is about the others.
 
     Args:
         graph: The traced model.
@@ -112,6 +110,8 @@ def allocate_widths(
         table: What widths cost.
         budget: Upper limit of `table.predict`, in the table's unit.
         candidates: Group -> numbers of channels to choose from, instead of the table's. The full width is always one.
+        masks: Layer -> value given up by making its weights 2:4, for layers that may have them; the table's terms say what that
+            saves. The certificate names those chosen.
         gap: Relative gap of the value given up at which the solver may stop.
         time_limit_s: Seconds after which the best answer so far is returned.
 
@@ -120,15 +120,16 @@ def allocate_widths(
         UsageError: Values of wrong shape or not finite, or candidates out of range.
     """
     start = time.monotonic()
-    search = _search(graph, values, table, budget, candidates)
-    if search.predict({}) <= budget:
-        return search.whole, search.certificate({}, search.value({}), "whole", start)
-    kept, first = search.solve(gap, start + time_limit_s)
+    search = _search(graph, values, table, budget, candidates, masks)
+    whole = Choice({})
+    if search.predict(whole) <= budget:
+        return search.whole, search.certificate(whole, search.value(whole), "whole", start)
+    chosen, first = search.solve(gap, start + time_limit_s)
     most = sum(float(search.values[name][list(widths)].max()) for name, widths in search.widths.items())
-    most += search.value({}) - sum(float(search.values[name][-1]) for name in search.widths)
-    bound = max(min(search.value({}) - first.bound, most), search.value(kept))
+    most += search.value(whole) - sum(float(search.values[name][-1]) for name in search.widths)
+    bound = max(min(search.value(whole) - first.bound, most), search.value(chosen))
     status = "relaxed" if first.status == "optimal" and not search.program.exact else first.status
-    return search.whole | kept, search.certificate(kept, bound, status, start)
+    return search.whole | chosen.kept, search.certificate(chosen, bound, status, start)
 
 
 def cheapest_widths(graph: Graph, names: Iterable[str], table: CostTable, budget: float) -> dict[str, int]:
@@ -140,7 +141,7 @@ def cheapest_widths(graph: Graph, names: Iterable[str], table: CostTable, budget
         BudgetError: Even they do not fit; the message names the smallest reachable cost.
     """
     search = _search(graph, {name: np.zeros(graph.group(name).size + 1) for name in names}, table, budget, None)
-    return search.whole | search.cheapest(time.monotonic())
+    return search.whole | search.cheapest(time.monotonic()).kept
 
 
 def unproved(graph: Graph, kept: Mapping[str, int], table: CostTable, budget: float, value: float, how: str) -> Certificate:
@@ -159,111 +160,14 @@ def unproved(graph: Graph, kept: Mapping[str, int], table: CostTable, budget: fl
     return Certificate(value, None, None, in_us, predicted, budget, table.unit, len(graph.prunable), how)
 
 
-@dataclass(frozen=True)
-class _Search:
-    """One allocation: the widths to choose from, their losses, and the program that stands for them."""
-
-    graph: Graph
-    table: CostTable
-    budget: float
-    widths: dict[str, tuple[int, ...]]
-    values: dict[str, Values]
-    whole: dict[str, int]
-    program: Program
-    descent: Descent
-
-    def value(self, kept: Choice) -> float:
-        """Return the summed value; groups that are not named are whole."""
-        return float(sum(value[kept.get(name, -1)] for name, value in self.values.items()))
-
-    def predict(self, kept: Choice) -> float:
-        """Return the table's own prediction: the only cost that counts. Groups that are not named are whole."""
-        return self.table.predict(self.graph, KeepPlan.of_widths(kept))
-
-    def solve(self, gap: float, deadline: float) -> tuple[Choice, Solution]:
-        """Return the best widths whose true prediction fits, and the solver's first answer with its bound on the loss.
-
-        The program's cost differs from the prediction by the solver's tolerance, by the envelope of large concats, and by what
-        the table predicts beyond the sum of its terms. If the answer is over budget, the program is solved again for less.
-        """
-        losses = {name: self.values[name][-1] - self.values[name][list(widths)] for name, widths in self.widths.items()}
-        first = self.program.solve(losses, self.budget, gap, deadline - time.monotonic())
-        if first.status == "infeasible":
-            return self.cheapest(deadline), first
-
-        def again(limit: float) -> Choice | None:
-            found = first if limit == self.budget else self.program.solve(losses, limit, gap, deadline - time.monotonic())
-            return found.kept
-
-        answers = [self._within_budget(again)]
-        if not (self.program.exact and first.status == "optimal" and answers[0]):
-            answers.append(self._within_budget(self.descent.narrowed))
-            answers += [self._widened(kept) for kept in answers if kept]
-        found = [kept for kept in answers if kept]
-        return max(found, key=self.value) if found else self.cheapest(deadline), first
-
-    def _within_budget(self, solve: Callable[[float], Choice | None]) -> Choice | None:
-        """Ask `solve` for ever lower limits until its answer truly fits; None if it has no answer."""
-        limit = self.budget
-        for k in range(ROUNDS):
-            kept = solve(limit)
-            if kept is None:
-                return None
-            excess = self.predict(kept) - self.budget
-            if excess <= 0:
-                return kept
-            limit -= max(excess, 1e-9 * 4**k * self.budget)
-        return None
-
-    def _widened(self, kept: Choice) -> Choice:
-        wider = self.descent.widened(kept, self.budget)
-        return wider if self.predict(wider) <= self.budget else kept
-
-    def cheapest(self, deadline: float) -> Choice:
-        """Return the cheapest widths if they fit.
-
-        Raises:
-            BudgetError: They do not.
-        """
-        narrowest = {name: widths[0] for name, widths in self.widths.items()}
-        found = self.program.solve(None, self.budget, 1e-6, max(deadline - time.monotonic(), 5.0))
-        proved = self.program.exact and found.status == "optimal"
-        starts = [kept for kept in (found.kept, narrowest) if kept is not None]
-        kept = min(starts if proved else [self.descent.cheapened(kept) for kept in starts], key=self.predict)
-        smallest, dense, unit = self.predict(kept), self.predict({}), self.table.unit
-        if smallest <= self.budget:
-            return kept
-        share = 100 * smallest / dense
-        raise BudgetError(
-            f"the budget of {self.budget:,.6g} {unit} ({100 * self.budget / dense:.1f} % of the dense model) is out of reach: "
-            f"the smallest reachable cost {'' if proved else 'found '}is {smallest:,.6g} {unit} ({share:.1f} %)",
-            at=f"{len(self.widths)} groups to choose from, {len(self.graph.fixed)} fixed",
-            fix=f"ask for at least {np.ceil(10 * share) / 10:.1f}%, or allow narrower widths",
-        )
-
-    def certificate(self, kept: Choice, bound: float, status: str, start: float) -> Certificate:
-        value, predicted = self.value(kept), self.predict(kept)
-        return Certificate(
-            value=value,
-            bound=bound,
-            gap=(bound - value) / max(abs(value), 1e-12),
-            predicted_us=predicted if self.table.unit == "us" else None,
-            predicted=predicted,
-            budget=self.budget,
-            unit=self.table.unit,
-            seconds=time.monotonic() - start,
-            n_variables=self.program.n_variables,
-            status=status,
-        )
-
-
 def _search(
     graph: Graph,
     values: Mapping[str, ArrayLike],
     table: CostTable,
     budget: float,
     candidates: Mapping[str, tuple[int, ...]] | None,
-) -> _Search:
+    masks: Mapping[str, float] | None = None,
+) -> Search:
     if not budget > 0:
         raise UsageError(f"budget must be more than zero, not {budget}", at="allocate", fix="give a share or an amount")
     offered = table.candidates(graph) if candidates is None else candidates
@@ -285,8 +189,8 @@ def _search(
             widths[group.name] = tuple(choice)
     sizes = {group.name: group.size for group in graph.groups}
     terms = table.terms(graph)
-    program, descent = Program(widths, sizes, terms), Descent(widths, curves, sizes, terms)
-    return _Search(graph, table, budget, widths, curves, sizes, program, descent)
+    known = {term.name: masks[term.name] for term in terms if term.two_four and masks and term.name in masks}
+    return Search(graph, table, budget, widths, curves, sizes, terms, Program(widths, sizes, terms, known))
 
 
 def _vector(given: Any, what: str, length: int, first: int = 0) -> Values:

@@ -9,27 +9,25 @@ concat share it. Where there are too many totals for that (DenseNet), the total 
 other end the price is replaced by its lower convex envelope over the reachable totals. That is exact for prices that are
 affine or convex in the total (MACs, parameters) and otherwise never too high, so that the bound stays valid; `Program.exact`
 says which of both it was.
+
+A layer that may have 2:4 weights adds a binary "it has", which costs the loss of its mask, and one continuous variable for each
+pair of widths at which that saves something: they sum up to the binary, and each is at most the variable of its pair, so that
+exactly the saving of the chosen pair is taken off the cost.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import gcd
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csc_array
 
 from deploypipe.allocation.hull import lower_hull, touches
-from deploypipe.allocation.quiet import stdout_to_stderr
-from deploypipe.cost import CostTerm
+from deploypipe.allocation.linear import Floats, Ints, Linear
+from deploypipe.cost import CostTerm, Price
 from deploypipe.types import Width
 
 Key = tuple[tuple[str, int], ...]  # groups with their slots per channel: what a total is made of
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Price = Callable[[int, int], float]
 End = tuple[Key, int, int]  # a width: (key, factor, const) stands for const + factor * total(key)
 
 MAX_PAIRS = 4096  # entries of a price matrix with a total on one side, above which the envelope is used
@@ -52,41 +50,44 @@ class Solution:
     kept: dict[str, int] | None
     bound: float
     status: str  # "optimal", "time limit" or "infeasible"
+    two_four: frozenset[str] = frozenset()  # layers
 
 
-class Program:
+class Program(Linear):
     """Variables, rows and prices of one allocation.
 
     Args:
         candidates: Group -> at least two widths to choose from, ascending. Groups that are not named stay whole.
         sizes: Size of every group.
         terms: What the model costs.
+        masks: Layer (name of a term) -> loss of giving it 2:4 weights, for those that may have them.
     """
 
-    def __init__(self, candidates: Mapping[str, Sequence[int]], sizes: Mapping[str, int], terms: Sequence[CostTerm]) -> None:
+    def __init__(
+        self,
+        candidates: Mapping[str, Sequence[int]],
+        sizes: Mapping[str, int],
+        terms: Sequence[CostTerm],
+        masks: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__()
         self.exact = True
         self.constant = 0.0
-        self._lower: list[Floats] = []
-        self._upper: list[Floats] = []
-        self._integer: list[Ints] = []
-        self._rows: list[tuple[Ints, Floats]] = []
-        self._row_bounds: list[tuple[float, float]] = []
         self._costs: list[tuple[Ints, Floats]] = []
-        self._n = 0
         self._sizes = sizes
         self._order = {name: i for i, name in enumerate(sizes)}
         self._selectors: dict[Key, Selector] = {}
+        self._pairings: dict[tuple[Key, Key], Ints] = {}
         self.groups: dict[str, Selector] = {}
         for name, widths in candidates.items():
             columns = self._variables(len(widths), integer=True)
             self._row(columns, np.ones(len(widths)), 1, 1)
             self.groups[name] = self._selectors[(name, 1),] = Selector(np.asarray(widths, np.int64), columns)
         self._price(terms)
-
-    @property
-    def n_variables(self) -> int:
-        """Number of variables, binary and continuous."""
-        return self._n
+        self.masks: dict[str, tuple[np.int64, float]] = {}
+        for term in terms:
+            if masks and term.name in masks and term.two_four:
+                self._offer(term, term.two_four, masks[term.name])
 
     def solve(self, losses: Mapping[str, Floats] | None, budget: float, gap: float, time_limit_s: float) -> Solution:
         """Minimise the summed loss within the budget; without losses, minimise the cost.
@@ -97,7 +98,7 @@ class Program:
             gap: Relative gap of the objective at which the solver may stop.
             time_limit_s: Seconds after which it returns the best it has.
         """
-        if not self.groups:
+        if not self._n:
             return Solution({}, self.constant, "optimal") if losses is None else Solution(None, 0.0, "infeasible")
         cost = np.zeros(self._n)
         for columns, prices in self._costs:
@@ -105,61 +106,23 @@ class Program:
         objective = cost if losses is None else np.zeros(self._n)
         for name, loss in (losses or {}).items():
             objective[self.groups[name].columns] = loss
+        if losses is not None:
+            for column, lost in self.masks.values():
+                objective[column] = lost
         factor = LOSS_SCALE / max(float(np.abs(objective).max(initial=0.0)), 1e-300)
         scale = COST_SCALE / max(abs(budget), float(np.abs(cost).max(initial=0.0)) * 1e-3, 1e-300)
-        limit = np.inf if losses is None else (budget - self.constant) * scale
-        with stdout_to_stderr():
-            result = milp(
-                objective * factor,
-                integrality=np.concatenate(self._integer),
-                bounds=Bounds(np.concatenate(self._lower), np.concatenate(self._upper)),
-                constraints=self._constraints(cost * scale, limit),
-                options={"mip_rel_gap": gap, "time_limit": max(time_limit_s, 1e-3)},
-            )
-        if result.status not in (0, 1, 2):
-            raise ArithmeticError(f"HiGHS: {result.message}")  # unbounded or numerically broken: a bug in the program above
+        row = (cost * scale, np.inf if losses is None else (budget - self.constant) * scale)
+        result = self._minimise(objective * factor, row, gap, time_limit_s)
         bound = getattr(result, "mip_dual_bound", None)
         bound = -np.inf if bound is None else bound / factor + (self.constant if losses is None else 0.0)
         status = ("optimal", "time limit", "infeasible")[result.status]
-        return Solution(None if result.x is None else self._read(result.x), bound, status)
+        if result.x is None:
+            return Solution(None, bound, status)
+        masked = frozenset(name for name, (column, _) in self.masks.items() if result.x[column] > 0.5)
+        return Solution(self._read(result.x), bound, status, masked)
 
     def _read(self, x: Floats) -> dict[str, int]:
         return {name: int(s.totals[int(np.argmax(x[s.columns]))]) for name, s in self.groups.items()}
-
-    def _constraints(self, cost: Floats, limit: float) -> LinearConstraint:
-        used = np.flatnonzero(cost)
-        rows = [*self._rows, (used, cost[used])]
-        bounds = np.array([*self._row_bounds, (-np.inf, limit)])
-        index = np.repeat(np.arange(len(rows)), [len(columns) for columns, _ in rows])
-        entries = (np.concatenate([v for _, v in rows]), (index, np.concatenate([c for c, _ in rows])))
-        return LinearConstraint(csc_array(entries, shape=(len(rows), self._n)), bounds[:, 0], bounds[:, 1])
-
-    # --- variables and rows
-
-    def _variables(self, n: int, lower: float = 0.0, upper: float = 1.0, *, integer: bool = False) -> Ints:
-        self._lower.append(np.full(n, lower))
-        self._upper.append(np.full(n, upper))
-        self._integer.append(np.full(n, int(integer), np.int64))
-        self._n += n
-        return np.arange(self._n - n, self._n)
-
-    def _row(self, columns: Ints, values: Floats, low: float, high: float) -> None:
-        self._rows.append((columns, values))
-        self._row_bounds.append((low, high))
-
-    def _equal(self, total: Ints | np.int64, parts: Ints) -> None:
-        """Add the row `sum(parts) = total`."""
-        columns = np.append(parts, total)
-        self._row(columns, np.append(np.ones(len(parts)), -1.0), 0, 0)
-
-    def _pairs(self, left: Ints, right: Ints) -> Ints:
-        """Return variables (len(left), len(right)) that equal the products of two selectors' variables."""
-        pairs = self._variables(len(left) * len(right)).reshape(len(left), len(right))
-        for i, column in enumerate(left):
-            self._equal(column, pairs[i])
-        for j, column in enumerate(right):
-            self._equal(column, pairs[:, j])
-        return pairs
 
     # --- widths
 
@@ -196,6 +159,40 @@ class Program:
         for k, column in enumerate(columns):
             self._equal(column, pairs[index == k])
         return Selector(totals, columns)
+
+    # --- 2:4 weights
+
+    def _offer(self, term: CostTerm, two_four: Price, loss: float) -> None:
+        """Let the layer have 2:4 weights, if that saves anything; not behind a concat of too many widths to tell apart."""
+        ends = self.end(term.n_in), self.end(term.n_out)
+        keys = list(dict.fromkeys(key for key, _, _ in ends if key))
+        totals = [self.totals(key) for key in keys]
+        if any(len(key) > 1 for key in keys) and np.prod(list(map(len, totals))) > MAX_PAIRS:
+            return
+        savings = np.zeros(list(map(len, totals)))
+        for at in np.ndindex(savings.shape):
+            chosen = {key: int(totals[axis][at[axis]]) for axis, key in enumerate(keys)}
+            n_in, n_out = (const + factor * chosen.get(key, 0) for key, factor, const in ends)
+            savings[at] = term.price(n_in, n_out) - two_four(n_in, n_out)
+        used = np.argwhere(savings > 0)
+        if not len(used):
+            return
+        (mask,) = self._variables(1, integer=True)
+        shares = self._variables(len(used))
+        self.masks[term.name] = (mask, loss)
+        self._costs.append((shares, -np.atleast_1d(savings[tuple(used.T)])))
+        self._equal(mask, shares)
+        if keys:
+            for share, pair in zip(shares, self._chosen(keys)[tuple(used.T)], strict=True):
+                self._row(np.array([share, pair]), np.array([1.0, -1.0]), -np.inf, 0)
+
+    def _chosen(self, keys: Sequence[Key]) -> Ints:
+        """Return the variables that say which width, or which pair of two widths, is chosen; an axis for each key."""
+        if len(keys) == 1:
+            return self._selector(keys[0]).columns
+        left, right = sorted(keys)
+        pairs = self._paired(left, right)
+        return pairs if keys[0] == left else pairs.T
 
     # --- prices
 
@@ -245,8 +242,13 @@ class Program:
             widest = max(range(len(several)), key=lambda i: len(several[i][2]))
             key, other, matrix = several[widest]
             return self._envelope(key, self._selector(other), hulls[widest], matrix)
-        pairs = self._pairs(self._selector(left).columns, self._selector(right).columns)
-        return self._costs.append((pairs.ravel(), prices.ravel()))
+        return self._costs.append((self._paired(left, right).ravel(), prices.ravel()))
+
+    def _paired(self, left: Key, right: Key) -> Ints:
+        """Return the variables of the pairs of two widths, one axis for each."""
+        if (left, right) not in self._pairings:
+            self._pairings[left, right] = self._pairs(self._selector(left).columns, self._selector(right).columns)
+        return self._pairings[left, right]
 
     def _envelope(self, key: Key, other: Selector | None, hulls: list[Ints], prices: Floats) -> None:
         """Price `key` as a number: one share of it for each choice of the other end, and the envelope over each share."""

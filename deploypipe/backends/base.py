@@ -101,6 +101,7 @@ class Backend(Protocol):
             whole ones; times of whole `models`, to which layers are fitted; or `never`, if nothing can be run.
         times_layers: Whether it can be asked for a profile.
         tolerance: The most by which an output may differ, as a share of the largest one.
+        two_four: Whether it has kernels that make use of 2:4 weights, and is told to look for them in every job.
     """
 
     name: ClassVar[str]
@@ -109,6 +110,7 @@ class Backend(Protocol):
     pricing: ClassVar[Pricing]
     times_layers: ClassVar[bool]
     tolerance: ClassVar[float]
+    two_four: ClassVar[bool]
 
     def available(self) -> tuple[bool, str]:
         """Return whether this machine can prepare jobs for it, and else what is missing."""

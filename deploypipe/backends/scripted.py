@@ -39,6 +39,7 @@ class Scripted:
     pricing: ClassVar[Pricing] = "kernels"
     times_layers: ClassVar[bool] = True
     tolerance: ClassVar[float] = 1e-3  # other kernels (Winograd, fused multiply-add)
+    two_four: ClassVar[bool] = False
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     options: ClassVar[Mapping[str, Any]] = {}
     packages: ClassVar[tuple[str, ...]] = ()

@@ -37,6 +37,7 @@ class TensorRt(Scripted):
     beside: ClassVar[tuple[str, ...]] = ("trt_flags.py", "trt_answers.py", "trt_python.py")
     precisions: ClassVar[tuple[str, ...]] = ("fp16", "fp32")
     options: ClassVar[Mapping[str, Any]] = {"sparse": True}
+    two_four: ClassVar[bool] = True
     tolerance: ClassVar[float] = 1e-2  # of half precision, with sums in half precision where TensorRT finds that quicker
 
     def available(self) -> tuple[bool, str]:

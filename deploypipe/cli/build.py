@@ -29,6 +29,9 @@ TrainPrecision = Annotated[
     str, typer.Option(metavar="fp32|bf16", help="Of training; bf16 is faster where the CPU or GPU has it.")
 ]
 Value = Annotated[str, typer.Option(help="What widths are worth: scores, taylor (first order, blocks may go) or measured.")]
+Sparsity = Annotated[
+    str, typer.Option(metavar="2:4|auto", help="2:4 weights (NVIDIA since Ampere): wherever they can be, or where it pays.")
+]
 ValueRounds = Annotated[int, typer.Option(min=0, help="With --value measured: measure around the solution this often.")]
 ValueFinalists = Annotated[int, typer.Option(min=1, help="With --value measured: train this many plans an epoch to choose.")]
 Weights = Annotated[Path | None, typer.Option(help="Trained weights: .safetensors, or a state dict of tensors (.pt, .pth).")]
@@ -57,7 +60,7 @@ def build(
     table: Annotated[Path | None, typer.Option(help="Use this latency table (from `profile --save`).")] = None,
     value: Value = "scores",
     value_rounds: ValueRounds = 2,
-    sparsity: Annotated[str, typer.Option(metavar="2:4", help="2:4 weights, for NVIDIA's tensor cores since Ampere.")] = "",
+    sparsity: Sparsity = "",
     value_finalists: ValueFinalists = 1,
     host: HostName = None,
     as_json: Json = False,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import nn
 
 from deploypipe.count import layer_macs, macs
-from deploypipe.reports.report import SparseLayer
+from deploypipe.reports.pattern import SparseLayer
 from deploypipe.types import Graph
 
 

@@ -14,9 +14,8 @@ from deploypipe.errors import TargetError
 from deploypipe.latency.context import Context, Overhead
 from deploypipe.latency.files import Entry, Shape
 from deploypipe.latency.table import LatencyTable, structure_of
-from deploypipe.latency.widths import AllSteps, Steps, legal_widths, reachable
+from deploypipe.latency.widths import AllSteps, Steps, legal_widths, reachable, two_four_widths
 from deploypipe.targets import Rates, Target
-from deploypipe.two_four import PLAIN, allowed
 from deploypipe.types import Graph, Layer
 
 ESTIMATED, CALIBRATED = "estimated", "calibrated"  # values of `facts["source"]`; a measured table has none
@@ -29,9 +28,8 @@ APART = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "mean", "sum", "cat"
 def estimated(graph: Graph, target: Target, *, sparse: bool = False) -> LatencyTable:
     """Return the table of a model on `target`, with an entry for every width that may be chosen.
 
-    With `sparse`, each entry is the cheaper of two ways to compute the kernel at these widths, with dense and with 2:4
-    weights: the allocator, which prices layers by these entries, so chooses between dense, 2:4 and narrower for each layer,
-    exactly. What 2:4 costs in accuracy is no part of its objective.
+    With `sparse`, kernels that may have 2:4 weights are priced with these too, if the target file states how much faster the
+    device then computes, and from which document: nothing is taken for granted where it does not.
 
     Raises:
         TargetError: The target file states no rates, or only some of another precision.
@@ -39,15 +37,16 @@ def estimated(graph: Graph, target: Target, *, sparse: bool = False) -> LatencyT
     rates = _rates(target)
     steps: AllSteps = {kind: Steps(rates.quantum) for kind in ("conv", "depthwise", "grouped", "transposed", "linear")}
     legal, dense = legal_widths(graph, steps), graph.kept()
-    entries: dict[tuple[Shape, tuple[int, int]], Entry] = {}
+    sparse = sparse and rates.sparse > 1.0
+    entries: list[Entry] = []
     for layer in graph.layers:
         shape = Shape.of(layer)
         for n_in, n_out in _widths(layer, shape, legal, dense):
             us = kernel_us(shape, n_in, n_out, rates)
-            if sparse and layer.kind in PLAIN and allowed(n_in, n_out):
-                us = min(us, kernel_us(shape, n_in, n_out, rates, sparse=True))
-            entry = Entry(shape, n_in, n_out, us, us, us, 0)
-            entries[shape, entry.key] = entry
+            entries.append(Entry(shape, n_in, n_out, us, us, us, 0))
+        for n_in, n_out in two_four_widths(layer, legal, dense, MOST, MOST) if sparse else ():
+            us = kernel_us(shape, n_in, n_out, rates, sparse=True)
+            entries.append(Entry(shape, n_in, n_out, us, us, us, 0, "2:4"))
     facts: dict[str, Any] = {
         "source": ESTIMATED, "weights": "dense or 2:4" if sparse else "dense", "target": target.name,
         "runtime": target.build.backend, "precision": rates.precision, "rates": asdict(rates),
@@ -56,8 +55,14 @@ def estimated(graph: Graph, target: Target, *, sparse: bool = False) -> LatencyT
     apart = sum(count for name, count in graph.ops.items() if name in APART)
     others = (Overhead("launch of kernels without weights", (), apart * rates.launch_us),)
     context = Context(structure_of(graph), {}, others, 1.0, 1.0, 1.0, None, 0)
-    table = LatencyTable(facts, steps, tuple(entries.values()), (context,))
+    table = LatencyTable(facts, steps, tuple({entry.place: entry for entry in entries}.values()), (context,))
     return table.with_context(replace(context, whole_us=table.predict(graph)))
+
+
+def launches_us(table: LatencyTable, graph: Graph) -> float:
+    """Return what an estimate of the dense model takes for launches: of each layer, and of the other kernels."""
+    apart = sum(kernel.fixed_us for kernel in table.context(graph).overhead)
+    return float(table.facts["rates"]["launch_us"]) * len(graph.layers) + apart
 
 
 def kernel_us(shape: Shape, n_in: int, n_out: int, rates: Rates, *, sparse: bool = False) -> float:

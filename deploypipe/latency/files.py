@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from deploypipe.errors import TargetError
 from deploypipe.latency.context import Context, Overhead, Price
@@ -63,9 +63,16 @@ class Shape:
         return title(self.kind, self.kernel, self.stride, self.in_size, self.rows)
 
 
+Sparsity = Literal["dense", "2:4"]
+SPARSITIES: tuple[Sparsity, ...] = ("dense", "2:4")
+
+
 @dataclass(frozen=True)
 class Entry:
-    """The measured time of one kernel at two widths, without what profiling adds."""
+    """The measured time of one kernel at two widths, without what profiling adds.
+
+    `sparsity` says whether its weight was dense or held the 2:4 pattern, with a runtime that was allowed to make use of that.
+    """
 
     shape: Shape
     n_in: int
@@ -74,11 +81,17 @@ class Entry:
     p10_us: float
     p90_us: float
     runs: int
+    sparsity: Sparsity = "dense"
 
     @property
     def key(self) -> tuple[int, int]:
-        """The widths that tell entries of one shape apart."""
+        """The widths that tell entries of one shape and sparsity apart."""
         return (0 if self.shape.tied else self.n_in, self.n_out)
+
+    @property
+    def place(self) -> tuple[Shape, tuple[int, int], Sparsity]:
+        """What tells entries of a table apart."""
+        return (self.shape, self.key, self.sparsity)
 
 
 def hashed(state: Any) -> str:
@@ -103,15 +116,19 @@ def write_device(folder: Path, facts: Mapping[str, Any], steps: AllSteps) -> Non
 
 
 def write_kernels(folder: Path, kernels: Iterable[Entry]) -> None:
-    """Write `kernels.csv`, sorted, one row per shape and pair of widths."""
-    _write(folder / "kernels.csv", "\n".join([",".join(_columns()), *_lines(kernels)]) + "\n")
+    """Write `kernels.csv`, sorted, one row per shape, pair of widths and sparsity.
+
+    The column `sparsity` is there if any kernel was measured with 2:4 weights: a table of dense kernels has the same file, and
+    the same `identity`, as before that column existed.
+    """
+    _write(folder / "kernels.csv", "\n".join(_lines(kernels)) + "\n")
 
 
 def identity(facts: Mapping[str, Any], steps: AllSteps, kernels: Iterable[Entry], contexts: Iterable[Context]) -> str:
     """Return a short key of all that a table predicts from, as its files hold it: the same before and after saving."""
     learned = {kind: asdict(item) for kind, item in steps.items()}
     models = {context.structure: _state(context) for context in contexts}
-    state = {"facts": dict(facts), "steps": learned, "kernels": _lines(kernels), "models": models}
+    state = {"facts": dict(facts), "steps": learned, "kernels": _lines(kernels)[1:], "models": models}
     return hashed(json.loads(json.dumps(state, sort_keys=True)))
 
 
@@ -148,24 +165,28 @@ def read_kernels(folder: Path) -> tuple[Entry, ...]:
         return ()
     with path.open(newline="") as file:
         rows = list(csv.reader(file))
-    if not rows or rows[0] != _columns():
+    sparse = bool(rows) and rows[0] == _columns(True)
+    if not rows or rows[0] != _columns(sparse):
         raise TargetError("latency table has other columns than this version reads", at=str(path), fix=_MEASURE)
     entries = []
     for number, row in enumerate(rows[1:], start=2):
         try:
-            entries.append(_entry(row))
+            entries.append(_entry(row if sparse else [*row, "dense"]))
         except (ValueError, IndexError) as error:
             raise TargetError(f"latency table is malformed: {error}", at=f"{path}:{number}", fix=_MEASURE) from error
     return tuple(entries)
 
 
 def _lines(kernels: Iterable[Entry]) -> list[str]:
-    """Return the rows of `kernels.csv`."""
-    lines = []
-    for entry in sorted(kernels, key=lambda entry: (entry.shape, entry.n_in, entry.n_out)):
+    """Return the columns and the rows of `kernels.csv`."""
+    ordered = sorted(kernels, key=lambda entry: (entry.shape, entry.n_in, entry.n_out, SPARSITIES.index(entry.sparsity)))
+    sparse = any(entry.sparsity != "dense" for entry in ordered)
+    lines = [",".join(_columns(sparse))]
+    for entry in ordered:
         shape = [_packed(value) for value in vars(entry.shape).values()]
         times = [f"{value:.3f}" for value in (entry.median_us, entry.p10_us, entry.p90_us)]
-        lines.append(",".join([*shape, str(entry.n_in), str(entry.n_out), *times, str(entry.runs)]))
+        cells = [*shape, str(entry.n_in), str(entry.n_out), *times, str(entry.runs), *[entry.sparsity] * sparse]
+        lines.append(",".join(cells))
     return lines
 
 
@@ -174,15 +195,19 @@ def _state(context: Context) -> dict[str, Any]:
     return {**vars(context), "prices": prices, "overhead": [vars(kernel) for kernel in context.overhead]}
 
 
-def _columns() -> list[str]:
-    return [item.name for item in fields(Shape)] + [item.name for item in fields(Entry) if item.name != "shape"]
+def _columns(sparse: bool) -> list[str]:
+    own = [item.name for item in fields(Entry) if item.name != "shape" and (sparse or item.name != "sparsity")]
+    return [item.name for item in fields(Shape)] + own
 
 
 def _entry(row: list[str]) -> Entry:
     kernel, stride, padding, dilation, per_group, in_size, out_size = (_unpacked(text) for text in row[1:8])
     shape = Shape(row[0], kernel, stride, padding, dilation, per_group, in_size, out_size, int(row[8]), int(row[9]))
-    n_in, n_out, median, p10, p90, runs = row[10:]
-    entry = Entry(shape, int(n_in), int(n_out), float(median), float(p10), float(p90), int(runs))
+    n_in, n_out, median, p10, p90, runs, sparsity = row[10:]
+    if sparsity not in SPARSITIES:
+        raise ValueError(f"sparsity is '{sparsity}', not one of {', '.join(SPARSITIES)}")
+    times = (float(median), float(p10), float(p90))
+    entry = Entry(shape, int(n_in), int(n_out), *times, int(runs), sparsity)
     if not (0 < entry.median_us < float("inf")):
         raise ValueError(f"latency is {entry.median_us}")
     return entry

@@ -1,25 +1,28 @@
 """Measured latency of a model under any plan: kernel times by shape and width, and the context they run in."""
 
-from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from math import lcm
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 from deploypipe.cost import CostTerm
 from deploypipe.errors import TargetError
 from deploypipe.latency import files as latency_file
 from deploypipe.latency.context import Context, Overhead
-from deploypipe.latency.files import Entry, Shape
-from deploypipe.latency.widths import AllSteps, Steps, legal_widths, steps_of
+from deploypipe.latency.files import Entry, Shape, Sparsity
+from deploypipe.latency.grid import Grid
+from deploypipe.latency.widths import AllSteps, legal_widths, steps_of, two_four_widths
 from deploypipe.plan import KeepPlan
+from deploypipe.two_four import PLAIN, allowed
 from deploypipe.types import Graph, Layer, Width
 
 __all__ = ["Context", "Entry", "LatencyTable", "Shape", "structure_of"]
+Masks = Literal["never", "everywhere", "by choice"]
+PAYS = 0.99  # of the dense kernel's time: a kernel with 2:4 weights that takes more saves nothing that can be told from noise
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +40,7 @@ class LatencyTable:
         steps: What was learned about widths, per kind of kernel.
         kernels: Measured kernel times.
         contexts: One for each profiled model.
+        masks: Which weights of a plan are 2:4: none; all that may be (`masked`); or those that the plan names (`offering`).
     """
 
     facts: Mapping[str, Any]
@@ -44,14 +48,15 @@ class LatencyTable:
     kernels: tuple[Entry, ...]
     contexts: tuple[Context, ...] = ()
     unit: str = "us"
-    _grids: Mapping[Shape, "_Grid"] = field(init=False, repr=False)
+    masks: Masks = "never"
+    _grids: Mapping[tuple[Shape, Sparsity], Grid] = field(init=False, repr=False)
     _terms: "WeakKeyDictionary[Graph, tuple[CostTerm, ...]]" = field(init=False, repr=False, default_factory=WeakKeyDictionary)
 
     def __post_init__(self) -> None:
-        points: dict[Shape, dict[tuple[int, int], float]] = {}
+        points: dict[tuple[Shape, Sparsity], dict[tuple[int, int], float]] = {}
         for entry in self.kernels:
-            points.setdefault(entry.shape, {})[entry.key] = entry.median_us
-        object.__setattr__(self, "_grids", MappingProxyType({shape: _Grid(grid) for shape, grid in points.items()}))
+            points.setdefault((entry.shape, entry.sparsity), {})[entry.key] = entry.median_us
+        object.__setattr__(self, "_grids", MappingProxyType({kernel: Grid(grid) for kernel, grid in points.items()}))
 
     @cached_property
     def id(self) -> str:
@@ -64,6 +69,29 @@ class LatencyTable:
         """Where the figures come from: "measured", "fitted" to whole models, "calibrated", or "estimated"."""
         return str(self.facts.get("source") or self.facts.get("method") or "measured")
 
+    @cached_property
+    def knows_two_four(self) -> bool:
+        """Whether kernels were priced with 2:4 weights too."""
+        return any(sparsity == "2:4" for _, sparsity in self._grids)
+
+    def masked(self) -> "LatencyTable":
+        """Return the table for plans whose weights are 2:4 wherever they may be.
+
+        Such a weight costs the less of both kernels: the pattern permits the sparse one and forbids none. Without measurements
+        of these the prices stay those of dense weights. The model without a plan keeps its dense weights.
+        """
+        return replace(self, masks="everywhere")
+
+    def offering(self) -> "LatencyTable":
+        """Return the table with the alternative of 2:4 weights for each layer, as `CostTerm.two_four`; a plan names the layers.
+
+        Raises:
+            TargetError: No kernel has been measured with 2:4 weights.
+        """
+        if not self.knows_two_four:
+            raise self._unmeasured("the table has no prices of kernels with 2:4 weights")
+        return replace(self, masks="by choice")
+
     def terms(self, graph: Graph) -> tuple[CostTerm, ...]:
         """Return one term per layer, one per group for the other kernels, and a constant one. Prices are in microseconds.
 
@@ -72,7 +100,7 @@ class LatencyTable:
         """
         if graph not in self._terms:
             context = self.context(graph)
-            layers = [self._layer_term(layer, context) for layer in graph.layers]
+            layers = [self._layer_term(layer, graph, context) for layer in graph.layers]
             self._terms[graph] = (*layers, *overhead_terms(graph, context))
         return self._terms[graph]
 
@@ -81,15 +109,21 @@ class LatencyTable:
         return legal_widths(graph, self.steps)
 
     def predict(self, graph: Graph, plan: KeepPlan | None = None) -> float:
-        """Return the latency in microseconds under `plan` (of the whole model without a plan).
+        """Return the latency in microseconds under `plan` (of the whole model, with dense weights, without a plan).
 
         Counts between steps cost what the next step costs; counts off the runtime's alignment also the measured penalty.
 
         Raises:
             TargetError: The model, or a kernel of it, has not been measured; names the command that does.
         """
+        if plan is None:
+            return sum(term.under(graph.kept()) for term in self._plain.terms(graph))
         kept = graph.kept(plan)
-        return sum(term.price(term.n_in.at(kept), term.n_out.at(kept)) for term in self.terms(graph))
+        return sum(term.under(kept, plan.two_four) for term in self.terms(graph))
+
+    @cached_property
+    def _plain(self) -> "LatencyTable":
+        return self if self.masks == "never" else replace(self, masks="never")
 
     def context(self, graph: Graph) -> Context:
         """Return how the kernels add up in the model of `graph`.
@@ -131,19 +165,19 @@ class LatencyTable:
         kernels = tuple(entry for entry in self.kernels if entry.shape in shapes)
         return replace(self, kernels=kernels, contexts=(self.context(graph),))
 
-    def kernel_us(self, layer: Layer, n_in: int, n_out: int) -> float:
+    def kernel_us(self, layer: Layer, n_in: int, n_out: int, sparsity: Sparsity = "dense") -> float:
         """Return what the kernel of `layer` takes alone at these widths.
 
         Raises:
-            TargetError: It has not been measured at such a width.
+            TargetError: It has not been measured at such a width, or not with such weights.
         """
         shape = Shape.of(layer)
-        grid = self._grids.get(shape)
+        grid = self._grids.get((shape, sparsity))
         found = grid.price(0 if shape.tied else n_in, n_out, steps_of(layer, self.steps)) if grid else None
         if found is None:
-            raise self._unmeasured(
-                f"no measurement for {shape.title} with {n_in} input and {n_out} output channels", layer.name
-            )
+            weights = f"{sparsity} weights, " * (sparsity != "dense")
+            message = f"no measurement for {shape.title} with {weights}{n_in} input and {n_out} output channels"
+            raise self._unmeasured(message, layer.name)
         return found
 
     def save(self, folder: str | Path) -> None:
@@ -159,14 +193,34 @@ class LatencyTable:
         """
         return cls(*latency_file.read_table(Path(folder)))
 
-    def _layer_term(self, layer: Layer, context: Context) -> CostTerm:
+    def _layer_term(self, layer: Layer, graph: Graph, context: Context) -> CostTerm:
+        """Price a layer, also with 2:4 weights if it may be given these alone: widths allow it, no other layer shares them."""
+
         @cache
         def price(n_in: int, n_out: int) -> float:
-            if not (n_in and n_out):
-                return 0.0  # its branch is gone
-            return context.us(layer.name, self.kernel_us(layer, n_in, n_out), n_in, n_out)
+            return self._layer_us(layer, context, n_in, n_out)
 
-        return CostTerm(layer.name, layer.n_in, layer.n_out, price)
+        @cache
+        def two_four(n_in: int, n_out: int) -> float:
+            dense = price(n_in, n_out)
+            if not (n_in and n_out and allowed(n_in, n_out)):
+                return dense
+            us = self._layer_us(layer, context, n_in, n_out, "2:4")
+            return us if us < PAYS * dense else dense
+
+        if self.masks == "never" or not self.knows_two_four or layer.kind not in PLAIN:
+            return CostTerm(layer.name, layer.n_in, layer.n_out, price)
+        if self.masks == "everywhere":
+            return CostTerm(layer.name, layer.n_in, layer.n_out, two_four)
+        alone = sum(other.weight == layer.weight for other in graph.layers) == 1
+        possible = alone and two_four_widths(layer, self.candidates(graph), graph.kept(), 2, 2)
+        return CostTerm(layer.name, layer.n_in, layer.n_out, price, two_four if possible else None)
+
+    def _layer_us(self, layer: Layer, context: Context, n_in: int, n_out: int, sparsity: Sparsity = "dense") -> float:
+        """Return what a layer takes in the model, where a sparse kernel is taken to fetch as much as the dense one."""
+        if not (n_in and n_out):
+            return 0.0  # its branch is gone
+        return context.us(layer.name, self.kernel_us(layer, n_in, n_out, sparsity), n_in, n_out)
 
     def _unmeasured(self, message: str, layer: str = "") -> TargetError:
         target = self.facts.get("target", "cpu")
@@ -221,52 +275,3 @@ def _group_price(
         return factor * total
 
     return price
-
-
-class _Grid:
-    """Measured times of one kernel shape over two widths; bilinear between them, never outside."""
-
-    def __init__(self, points: Mapping[tuple[int, int], float]) -> None:
-        self.points = points
-        rows: dict[int, dict[int, float]] = {}
-        for (n_in, n_out), us in points.items():
-            rows.setdefault(n_in, {})[n_out] = us
-        self.rows = {n_in: dict(sorted(row.items())) for n_in, row in sorted(rows.items())}
-        self.ins, self.outs = sorted(rows), sorted({n_out for _, n_out in points})
-
-    def price(self, n_in: int, n_out: int, steps: Steps) -> float | None:
-        """Return the time at these widths, None if they lie outside what was measured."""
-        if (n_in, n_out) in self.points:
-            return self.points[n_in, n_out]
-        across, along = _fit(n_in, self.ins, steps), _fit(n_out, self.outs, steps)
-        if across is None or along is None:
-            return None
-        off = any(width % steps.align and width not in known for width, known in ((n_in, self.ins), (n_out, self.outs)))
-        # Rows that were measured at this very output width, as the candidates are, before those that were not.
-        exact = {at: row[along] for at, row in self.rows.items() if along in row}
-        found = _between(across, exact)
-        if found is None:
-            rows = {at: _between(along, row) for at, row in self.rows.items()}
-            found = _between(across, {at: us for at, us in rows.items() if us is not None})
-        return None if found is None else found * (steps.penalty if off else 1.0)
-
-
-def _fit(width: int, known: list[int], steps: Steps) -> int | None:
-    """Return the width that costs as much as `width`: measured, or a whole step between measured ones."""
-    if width > known[-1]:
-        return None
-    if width in known:
-        return width
-    return max(known[0], min(steps.up(width), known[-1]))
-
-
-def _between(at: int, row: Mapping[int, float]) -> float | None:
-    """Interpolate linearly in an ascending row; None outside."""
-    if at in row:
-        return row[at]
-    known = list(row)
-    i = bisect_left(known, at)
-    if i in (0, len(known)):
-        return None
-    low, high = known[i - 1], known[i]
-    return row[low] + (row[high] - row[low]) * (at - low) / (high - low)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd, lcm
 
+from deploypipe.two_four import IN, OUT, PLAIN
 from deploypipe.types import Graph, Group, Layer, Width
 
 MAX_CANDIDATES = 14
@@ -113,6 +114,27 @@ def reachable(width: Width, legal: Mapping[str, tuple[int, ...]], dense: Mapping
     step = max(1, min(slots * legal[name][0] for name, slots in free))
     inner = range(-(-least // step) * step, full, step)
     return _thin(tuple(sorted({least, *inner, full})), most)
+
+
+def two_four_widths(
+    layer: Layer, legal: Mapping[str, tuple[int, ...]], dense: Mapping[str, int], most_in: int, most_out: int
+) -> list[tuple[int, int]]:
+    """Return the pairs of widths at which to price a layer with 2:4 weights; none if it cannot have them.
+
+    They span all widths that the pattern allows (see `two_four.allowed`) and the layer can reach.
+    """
+    if layer.kind not in PLAIN:
+        return []
+    ins, outs = _multiples(layer.n_in, IN, legal, dense), _multiples(layer.n_out, OUT, legal, dense)
+    return [(n_in, n_out) for n_in in _thin(ins, most_in) for n_out in _thin(outs, most_out)]
+
+
+def _multiples(width: Width, unit: int, legal: Mapping[str, tuple[int, ...]], dense: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the multiples of `unit` that a width reaches, or, where several groups decide it, lie between what it reaches."""
+    every = reachable(width, legal, dense, width.at(dense) + 1)
+    if len(width.parts) > 1:
+        return tuple(range(-(-every[0] // unit) * unit, every[-1] + 1, unit))
+    return tuple(value for value in every if value % unit == 0)
 
 
 def _thin(values: tuple[int, ...], most: int) -> tuple[int, ...]:

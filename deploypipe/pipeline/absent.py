@@ -18,11 +18,12 @@ from deploypipe.backends import load_backend
 from deploypipe.backends.base import Arrays, Facts
 from deploypipe.cost import CostTable
 from deploypipe.errors import TargetError
-from deploypipe.latency.estimate import estimated
+from deploypipe.latency.estimate import ESTIMATED, estimated, launches_us
 from deploypipe.latency.table import LatencyTable
+from deploypipe.pipeline.request import BY_CHOICE
 from deploypipe.pipeline.stages import Device
 from deploypipe.plan import KeepPlan
-from deploypipe.reports.figures import microseconds
+from deploypipe.reports.figures import UNVERIFIED, microseconds
 from deploypipe.runners import load_runner
 from deploypipe.targets import Target, cache_folder, load_target
 from deploypipe.types import Graph
@@ -31,7 +32,7 @@ REFERENCE = "cpu"  # the target that runs exported files here, as a check
 RETURNED = "returned.json"  # in the run folder: what came back from the owner of a device
 
 
-def device_of(target: Target, run: Path | None = None, *, sparse: bool = False) -> Device:
+def device_of(target: Target, run: Path | None = None, sparsity: str = "") -> Device:
     """Return the device of `target`, or a stand-in if there is none at hand and the target file allows an estimate.
 
     At hand is this machine if the runtime is installed, and any device that a host is named for; whether that host answers is
@@ -40,10 +41,10 @@ def device_of(target: Target, run: Path | None = None, *, sparse: bool = False) 
     Args:
         target: With the host that was asked for.
         run: The run folder, in which measurements by the owner may lie.
-        sparse: Whether an estimate may count on 2:4 weights.
+        sparsity: As in a request: with any, an estimate prices 2:4 weights too; with "auto" a stored profile must do so.
     """
     at_hand = load_backend(target).available()[0] if load_runner(target).here else bool(target.reach.host)
-    return Device(target) if at_hand or not target.rates.known else Absent(target, run, sparse=sparse)
+    return Device(target) if at_hand or not target.rates.known else Absent(target, run, sparsity)
 
 
 class Absent(Device):
@@ -51,9 +52,9 @@ class Absent(Device):
 
     present: ClassVar[bool] = False
 
-    def __init__(self, target: Target, run: Path | None = None, *, sparse: bool = False) -> None:
+    def __init__(self, target: Target, run: Path | None = None, sparsity: str = "") -> None:
         super().__init__(target)
-        self.sparse = sparse
+        self.sparsity = sparsity
         self._returned = read_returned(run)
 
     @property
@@ -107,32 +108,46 @@ class Absent(Device):
         """
         return (
             super().known_table(graph, given)
-            or stored_table(self.target, graph)
-            or estimated(graph, self.target, sparse=self.sparse)
+            or stored_table(self.target, graph, two_four=self.sparsity == BY_CHOICE)
+            or estimated(graph, self.target, sparse=bool(self.sparsity))
         )
 
-    def within_reach(self, limit: float, cost: CostTable, graph: Graph) -> float:
-        """Return the budget to plan for: an estimate is no proof that a latency is out of reach.
+    def within_reach(self, limit: float, cost: CostTable, graph: Graph, *, share: bool) -> float:
+        """Return the budget to plan for: what was asked for, mostly. What a table cannot reach, the allocator refuses.
 
-        Where the smallest widths already exceed the limit by the table (mostly by launches, the least certain figure in it),
-        the same share is taken of what widths can change, and the report says that the budget is missed.
+        An estimate is a lower bound but for its launches, whose price is the least certain figure in it. So a budget that even
+        the work of the narrowest widths exceeds, without any launch, is out of reach on any such device, and refused as by any
+        table. One that is exceeded only by launches may or may not be: the same share is then taken of what widths can change,
+        and the report warns.
         """
-        candidates = cost.candidates(graph)
-        least = cost.predict(graph, KeepPlan.of_widths({name: widths[0] for name, widths in candidates.items()}))
-        dense = cost.predict(graph)
-        if cost.unit != "us" or limit >= least:
+        if not isinstance(cost, LatencyTable) or cost.source != ESTIMATED:
+            return limit
+        least, dense = cost.predict(graph, _cheapest(cost, graph)), cost.predict(graph)
+        launches = launches_us(cost, graph)
+        work = dense * (least - launches) / (dense - launches) if share else least - launches
+        if not work <= limit < least:
             return limit
         taken = least + limit / dense * (dense - least)
         self.notes = (
-            f"{microseconds(limit)} is out of reach by the latency table, whose figures are not measured: the narrowest "
-            f"widths take {microseconds(least)} of {microseconds(dense)}, mostly launches. The plan was made for "
-            f"{microseconds(taken)}: the budget's share of what widths can change",
+            f"{UNVERIFIED}: {microseconds(limit)} is out of reach by the estimate, though only by what it takes for launches "
+            f"({microseconds(launches)} of {microseconds(dense)}), its least certain figure: the narrowest widths take "
+            f"{microseconds(least)}. The plan was made for {microseconds(taken)}, the budget's share of what widths can "
+            "change; measure a device before you rely on it",
         )
         return taken
 
 
-def stored_table(target: Target, graph: Graph) -> LatencyTable | None:
-    """Return the profile of the model that was kept for this kind of device; a measured one before one that was calibrated."""
+def _cheapest(cost: LatencyTable, graph: Graph) -> KeepPlan:
+    """Return the narrowest widths, with 2:4 weights wherever they are offered."""
+    narrow = {name: widths[0] for name, widths in cost.candidates(graph).items()}
+    return KeepPlan.of_widths(narrow, [term.name for term in cost.terms(graph) if term.two_four])
+
+
+def stored_table(target: Target, graph: Graph, *, two_four: bool = False) -> LatencyTable | None:
+    """Return the profile of the model that was kept for this kind of device; a measured one before one that was calibrated.
+
+    With `two_four`, only one that prices such weights.
+    """
     found = []
     for path in sorted((cache_folder() / "profiles").glob("*/device.json")):
         try:
@@ -140,7 +155,7 @@ def stored_table(target: Target, graph: Graph) -> LatencyTable | None:
             facts = table.facts
             if facts.get("target") in {target.name, target.like} and facts.get("precision") == target.build.precision:
                 table.predict(graph)
-                found.append(table.only(graph))
+                found += [part for part in (table.only(graph),) if part.knows_two_four or not two_four]
         except TargetError:  # of an older version, or of other models
             continue
     return max(found, key=lambda table: (table.source == "measured", str(table.facts.get("date"))), default=None)

@@ -105,6 +105,7 @@ def _summary(target: str, table: LatencyTable, graph: Graph) -> dict[str, Any]:
         "runtime": f"{table.facts.get('runtime')} {table.facts.get('version')}, {table.facts.get('threads')} threads",
         "layers": _origin(table),
         f"kernels_{'estimated' if table.source == CALIBRATED else 'measured'}": _n_known(table),
+        **({"of_them_with_2:4_weights": sum(e.sparsity == "2:4" for e in table.kernels)} if table.knows_two_four else {}),
         "steps": _all_steps(table.steps, graph),
         "dense_measured_us": round(context.whole_us, 1),
         "dense_predicted_us": round(predicted, 1),

@@ -25,6 +25,7 @@ from deploypipe.measurement import Latency, Round
 from deploypipe.pipeline.bundle import BUNDLE
 from deploypipe.pipeline.request import Request
 from deploypipe.plan import KeepPlan
+from deploypipe.reports.pattern import TwoFour
 from deploypipe.reports.report import Arm, BudgetOutcome, Check, GroupOutcome, Report, Side
 from deploypipe.targets import NOT_RUN, Target
 from deploypipe.types import Graph
@@ -52,6 +53,7 @@ class Findings:
     epochs: tuple[int, int]  # before pruning, and of fine-tuning
     sparse: tuple[nn.Module, nn.Module] | None  # before and after fine-tuning, of a method that leaves zeros in weights
     arms: tuple[Arm, ...]
+    two_four: TwoFour | None
     notes: tuple[str, ...]
 
 
@@ -90,6 +92,7 @@ def assemble(request: Request, data: Data, target: Target, found: Findings) -> R
         command=request.command,
         sparsity=sparse_layers(found.sparse[1], found.graph) if found.sparse else (),
         arms=found.arms,
+        two_four=found.two_four,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         notes=(*found.notes, *_gone(found), *_drift(found), *_unproven(target)),
     )

@@ -20,6 +20,7 @@ from deploypipe.errors import BudgetError
 from deploypipe.latency.table import LatencyTable
 from deploypipe.measurement import Latency, Round
 from deploypipe.pipeline.request import Request
+from deploypipe.pipeline.sparsify import patterned
 from deploypipe.pipeline.stages import Device
 from deploypipe.pipeline.valuing import choose
 from deploypipe.plan import KeepPlan
@@ -73,7 +74,8 @@ class Planner:
             except BudgetError as error:
                 self.problem.reporter.note(f"after measuring, {error.message}")
                 break
-            if plans[-1].value.keep == plans[-2].value.keep:  # nothing lies between this plan and the budget
+            now, former = plans[-1].value, plans[-2].value
+            if (now.keep, now.two_four) == (former.keep, former.two_four):  # nothing lies between this plan and the budget
                 plans.pop()
                 break
         return self._settle(plans, rounds)
@@ -104,6 +106,8 @@ class Planner:
         def measure(folder: Path) -> None:
             with tempfile.TemporaryDirectory(prefix="deploypipe-") as name:
                 small = compact(problem.model, problem.graph, plan.value)
+                rates = self.device.target.rates
+                small = patterned(small, problem.graph.example, request.sparsity, plan.value, rates)
                 files = {"dense": dense.value, "pruned": built(small, problem.graph, self.device, Path(name))}
                 found = {side: Latency(**timing) for side, timing in self.device.bench(files).items()}
             limit = parse_budget(request.budget, request.metric, found["dense"].median_us)

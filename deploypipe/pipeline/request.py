@@ -15,6 +15,8 @@ from deploypipe.targets import Target, load_target
 from deploypipe.training.settings import TrainSettings
 
 METRICS = ("latency", "macs", "params")
+TWO_FOUR, BY_CHOICE = "2:4", "auto"
+PATTERNS = ("", TWO_FOUR, BY_CHOICE)
 VALUES = ("scores", "taylor", "measured")
 AUTO = "auto"
 KEPT_BY_USER = "kept whole by --keep"
@@ -47,7 +49,8 @@ class Request:
         value: What a width is worth: what the algorithm's "scores" say; the change of the loss to first order ("taylor"); or
             the "measured" rise of the loss on held-out images. With the latter two, whole branches may go.
         value_rounds: How often widths are measured again around the solution, at most.
-        sparsity: "2:4" gives the pruned model 2:4 weights before it is fine-tuned; "" leaves them dense.
+        sparsity: "2:4" gives the pruned model 2:4 weights wherever it can, before it is fine-tuned; "auto" lets the allocator
+            choose the layers; "" leaves them dense.
         value_finalists: How many of the plans tried are trained for one epoch each before one is taken; 1: none.
         host: Which device, instead of the one that the target names.
         command: For the report.
@@ -132,8 +135,8 @@ class Request:
         """
         if self.metric not in METRICS:
             raise UsageError(f"unknown metric '{self.metric}'", at="--metric", fix=nearest(self.metric, METRICS))
-        if self.sparsity not in ("", "2:4"):
-            raise UsageError(f"unknown sparsity '{self.sparsity}'", at="--sparsity", fix="use 2:4, or leave it out")
+        if self.sparsity not in PATTERNS:
+            raise UsageError(f"unknown sparsity '{self.sparsity}'", at="--sparsity", fix="use 2:4 or auto, or leave it out")
         if self.value not in VALUES:
             raise UsageError(f"unknown value '{self.value}'", at="--value", fix=nearest(self.value, VALUES))
         if self.value_rounds < 0:
@@ -150,9 +153,26 @@ class Request:
             )
         target = self.resolved_target()
         load_runner(target)
+        if self.sparsity == BY_CHOICE:
+            self._check_auto(target)
         if self.metric == "latency" and load_backend(target).pricing == "never":
             message = f"what is built for target {target.name} cannot be run here: there is no latency to plan by"
             raise TargetError(
                 message, at=f"--target {target.name}", fix="use --metric macs or params, or name a target to plan by first"
             )
         _ = self.training
+
+    def _check_auto(self, target: Target) -> None:
+        """Raise unless 2:4 weights can be weighed against channels: by latency, by values, on a runtime that gains by them."""
+        if self.metric != "latency" or self.value == "measured":
+            raise UsageError(
+                "2:4 weights are weighed against channels by what both save in latency and cost in scores or first-order terms",
+                at=f"--sparsity auto --metric {self.metric} --value {self.value}",
+                fix="use --metric latency and --value scores or taylor, or --sparsity 2:4 for all layers that can",
+            )
+        if not load_backend(target).two_four:
+            raise TargetError(
+                f"backend {target.build.backend} has no kernels for 2:4 weights: there is nothing to choose",
+                at=f"--target {target.name} --sparsity auto",
+                fix="leave --sparsity out, or name a target whose runtime has them, such as jetson or nvidia-gpu",
+            )

@@ -21,6 +21,7 @@ from deploypipe.measurement import Latency
 from deploypipe.models.load import load_model
 from deploypipe.pipeline.absent import RETURNED
 from deploypipe.pipeline.bundle import ANSWER, MANIFEST, SCHEMA
+from deploypipe.pipeline.sparsify import two_four_layers
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler.fit import DENSE, Form, learned
 from deploypipe.profiler.measure import device_key
@@ -101,6 +102,7 @@ def _reported(run: Path, target: Target, latencies: Mapping[str, Latency], answe
         pruned=replace(report.pruned, latency=latencies["pruned"]),
         budget=budget,
         machine=dict(facts),
+        two_four=report.two_four and replace(report.two_four, evidence=tuple(built)),
         notes=(
             *(note for note in report.notes if not note.startswith((NOT_RUN, "latencies: "))),
             f"latencies: {where}; the plan was made before that, by a table that was {report.table}",
@@ -120,17 +122,21 @@ def _calibrated(
     graph: Graph = trace(loaded.model, loaded.example)
     table = LatencyTable.load(run / "table")
     plans = {"dense": None, "pruned": KeepPlan.load(run / saved.PLAN)}
-    forms = [Form(_FORMS[side], graph.kept(plans[side]), whole[side], profiles[side]) for side in plans]
+    holding = {"pruned": frozenset(two_four_layers(run) if table.knows_two_four else ())}
+    forms = [
+        Form(_FORMS[side], graph.kept(plans[side]), whole[side], profiles[side], holding.get(side, frozenset()))
+        for side in plans
+    ]
     context = learned(graph, table, forms, 0.0)
     constants = {name: table.facts[name] for name in ("timer_us", "node_us", "session_us")}
     about = {"source": CALIBRATED, "target": target.name, "precision": target.build.precision}
     known = {**facts, **constants, **about, "date": datetime.now(UTC).isoformat(timespec="seconds")}
     folder = cache_folder() / "profiles" / f"{device_key(known)}-{CALIBRATED}"
-    kernels = {(entry.shape, entry.key): entry for entry in table.kernels}
+    kernels = {entry.place: entry for entry in table.kernels}
     contexts = {context.structure: context}
     if (folder / "device.json").is_file():
         before = LatencyTable.load(folder)
-        kernels = {(entry.shape, entry.key): entry for entry in before.kernels} | kernels
+        kernels = {entry.place: entry for entry in before.kernels} | kernels
         contexts = {known.structure: known for known in before.contexts} | contexts
     LatencyTable(known, table.steps, tuple(kernels.values()), tuple(contexts.values())).save(folder)
     return folder

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deploypipe import saved, two_four
+from deploypipe import saved
 from deploypipe.algorithms import make
 from deploypipe.algorithms.base import Problem
 from deploypipe.allocation.budget import parse_budget
@@ -33,7 +33,7 @@ from deploypipe.pipeline.planning import Planner, read_rounds
 from deploypipe.pipeline.record import recorded
 from deploypipe.pipeline.request import Request
 from deploypipe.pipeline.several import Elsewhere, with_outcomes
-from deploypipe.pipeline.sparsify import sparse_hooks, sparse_notes, two_four_stage
+from deploypipe.pipeline.sparsify import priced, sparse_hooks, sparse_notes, two_four_outcome, two_four_stage
 from deploypipe.pipeline.training import arms_stage, epochs_before, schedule, train_stage, tuned, tuning_hooks
 from deploypipe.pipeline.valuing import held_back, held_out, value_notes
 from deploypipe.plan import KeepPlan
@@ -53,7 +53,7 @@ class Run:
     def __init__(self, request: Request, store: Store, reporter: Reporter) -> None:
         self.request, self.store, self.reporter = request, store, reporter
         self.target = request.resolved_target()
-        self.device, self.elsewhere = device_of(self.target, request.folder, sparse=bool(request.sparsity)), Elsewhere(request)
+        self.device, self.elsewhere = device_of(self.target, request.folder, request.sparsity), Elsewhere(request)
         self.algorithm = make(request.algo, request.options)
         found = given(request, reporter)
         self.loaded, self.data, self.inputs, self.graph = found.loaded, found.data, found.inputs, found.graph
@@ -67,8 +67,7 @@ class Run:
         given = self.device.known_table(self.graph, self.request.table)
 
         def load(root: Path) -> LatencyTable:
-            table = LatencyTable.load(root / "table")
-            return table.aligned(two_four.IN) if self.request.sparsity else table
+            return priced(LatencyTable.load(root / "table"), self.request.sparsity, self.target)
 
         def measure(folder: Path) -> None:
             model, example = self.loaded.model, self.loaded.example
@@ -88,7 +87,7 @@ class Run:
     def budget(self) -> float:
         """The budget in the cost's unit."""
         limit = parse_budget(self.request.budget, self.request.metric, self.cost.predict(self.graph))
-        return self.device.within_reach(limit, self.cost, self.graph)
+        return self.device.within_reach(limit, self.cost, self.graph, share=self.request.budget.strip().endswith("%"))
 
     @cached_property
     def problem(self) -> Problem:
@@ -120,7 +119,8 @@ class Run:
         request = self.request
         source = self.table if request.metric == "latency" else request.metric
         key = [request.algo, asdict(self.algorithm), self.budget, source, self.data.key, request.seed, request.keep]
-        return [*key, self.dense_key, *([request.value] if request.value != "scores" else [])]
+        more = [request.value] if request.value != "scores" else []
+        return [*key, self.dense_key, *more, *([request.sparsity] if request.sparsity else [])]
 
     @cached_property
     def meter(self) -> HeldOut | None:
@@ -164,7 +164,8 @@ class Run:
     @cached_property
     def started(self) -> Kept[nn.Module]:
         """The model that fine-tuning starts from: the compacted one, with 2:4 weights if they are asked for."""
-        return two_four_stage(self.store, self.compacted, self.inputs, self.target, self._small, self.request.sparsity)
+        pattern, plan = self.request.sparsity, self.plan.value
+        return two_four_stage(self.store, self.compacted, self.inputs, self.target, self._small, pattern, plan)
 
     @cached_property
     def tuned(self) -> Kept[nn.Module]:
@@ -173,7 +174,7 @@ class Run:
 
         def tune(folder: Path) -> None:
             hooks = tuning_hooks(self.algorithm, self.basis, start, self.plan.value)
-            hooks += sparse_hooks(self.request.sparsity, start)
+            hooks += sparse_hooks(self.request.sparsity, self.plan.value, start)
             small = tuned(start, self.data, settings, self.loaded.model, folder, self.reporter, hooks)
             saved.save_weights(small, folder / saved.WEIGHTS)
 
@@ -253,15 +254,17 @@ class Run:
 
     def _assembled(self, order: Sequence[Kept[Any]]) -> Report:
         chosen, rounds = read_rounds(self.store.root)
-        notes = [*file_notes(self.store.root), *sparse_notes(self.store.root, self.target, self.request.sparsity)]
-        valued = value_notes(self.store.root / f"plan-{chosen + 1}" if rounds else self.store.root)
+        root, plan, pattern = self.store.root, self.plan.value, self.request.sparsity
+        table = self.table.value if self.request.metric == "latency" else None
+        notes = [*file_notes(root), *sparse_notes(root, self.target, table, pattern)]
+        valued = value_notes(root / f"plan-{chosen + 1}" if rounds else root)
         sparse = getattr(self.algorithm, "sparse", False)
         found = Findings(
             graph=self.graph,
-            plan=self.plan.value,
+            plan=plan,
             cost=self.cost,
             budget=self.budget,
-            table=self.table.value if self.request.metric == "latency" else None,
+            table=table,
             chosen=chosen,
             rounds=rounds,
             checks=self.checks.value,
@@ -269,10 +272,11 @@ class Run:
             accuracies=self.accuracies.value,
             files={side: kept.value for side, kept in self.artifacts.items()},
             seconds={stage.stage: stage.seconds for stage in order},
-            facts=self.device.facts | json.loads((self.store.root / "device.json").read_text()),
+            facts=self.device.facts | json.loads((root / "device.json").read_text()),
             epochs=(epochs_before(self.store.root) if self.trained else 0, self.tuning.epochs),
             sparse=(self.compacted.value, self.tuned.value) if sparse else None,
             arms=tuple(self.arms.value) if self.arms else (),
+            two_four=two_four_outcome(root, self.graph, plan, table, pattern, self.device.backend),
             notes=tuple(note for note in (*self.loaded.notes, *self.graph.notes, *valued, *notes, *self.device.notes) if note),
         )
         report = with_outcomes(assemble(self.request, self.data, self.target, found), self.outcomes)

@@ -3,6 +3,8 @@
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +13,45 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe import saved
-from deploypipe.errors import ModelError
+from deploypipe.backends.base import Backend
+from deploypipe.errors import ModelError, TargetError
 from deploypipe.graph import trace
-from deploypipe.latency.estimate import kernel_us
+from deploypipe.latency.estimate import ESTIMATED, kernel_us
 from deploypipe.latency.files import Shape
+from deploypipe.latency.table import LatencyTable
+from deploypipe.pipeline.request import BY_CHOICE, TWO_FOUR
 from deploypipe.pipeline.stages import COMPACT_TOLERANCE
+from deploypipe.plan import KeepPlan
+from deploypipe.reports.pattern import LayerPattern, TwoFour
 from deploypipe.store import Kept, Store
 from deploypipe.targets import Rates, Target
 from deploypipe.training.masked import MaskedWeights
-from deploypipe.two_four import Eligibility, eligibility, permuted, project, reads, retained, search
+from deploypipe.two_four import IN, Eligibility, eligibility, permuted, project, reads, retained, search
 from deploypipe.types import Graph, Layer
 from deploypipe.verify import check, outputs_of, require
 
-TWO_FOUR, WEIGHTS, FOUND = "2:4", "two-four.safetensors", "two-four.json"
-PATTERNS = ("", TWO_FOUR)
+WEIGHTS, FOUND = "two-four.safetensors", "two-four.json"
+NOT_CHOSEN = "dense was the better choice within the budget"
+
+
+def priced(table: LatencyTable, pattern: str, target: Target) -> LatencyTable:
+    """Return the table that plans are made with under `--sparsity PATTERN`.
+
+    "2:4" prunes whatever may be: widths are multiples of what sparse kernels take, prices those of the quicker kernel. "auto"
+    lets the allocator choose for each layer: both prices are offered.
+
+    Raises:
+        TargetError: A choice is wanted, and nothing prices 2:4 weights.
+    """
+    if pattern == BY_CHOICE and table.source == ESTIMATED and not table.knows_two_four:
+        raise TargetError(
+            "the target file does not state what 2:4 weights gain there, and nothing is taken for granted",
+            at=f"{target.path}: rates.sparse",
+            fix="state sparse with its sparse_source in [rates], measure a device (--host), or leave --sparsity out",
+        )
+    if pattern == BY_CHOICE:
+        return table.offering()
+    return table.aligned(IN).masked() if pattern else table
 
 
 def two_four_stage(
@@ -34,28 +61,33 @@ def two_four_stage(
     target: Target,
     restore: Callable[[Path], nn.Module],
     pattern: str,
+    plan: KeepPlan,
 ) -> Kept[nn.Module]:
-    """Return the model that fine-tuning starts from: with 2:4 weights if `pattern` asks for them, else the compacted one.
+    """Return the model that fine-tuning starts from: with 2:4 weights if `pattern` or the plan asks for them.
 
-    A weight becomes 2:4 if tensor cores can use that at the layer's widths and, where the target states rates, if it is
-    estimated to save time there. Every layer is listed with the reason in `two-four.json`.
+    With "2:4" a weight becomes so if tensor cores can use that at the layer's widths and, where the target states rates, if it
+    is estimated to save time there; with "auto" the weights of the layers that the plan names. Every layer is listed with
+    the reason in `two-four.json`.
 
     Raises:
         BackendError: The model with channels in another order computes something else: a bug.
-        ModelError: No layer is eligible.
+        ModelError: "2:4" was asked for and no layer is eligible.
     """
-    if not pattern:
+    if not _any(pattern, plan):
         return compacted
 
     def prune(folder: Path) -> None:
-        model, found = sparsified(compacted.value, inputs, target.rates)
+        chosen = partial(choice, rates=target.rates) if pattern == TWO_FOUR else partial(named, layers=plan.two_four)
+        model, found = sparsified(compacted.value, inputs, chosen)
         saved.save_weights(model, folder / WEIGHTS)
         (folder / FOUND).write_text(json.dumps(found, indent=1) + "\n")
 
-    return store.keep("two-four", [1, compacted, vars(target.rates)], prune, lambda root: restore(root / WEIGHTS))
+    return store.keep("two-four", [2, compacted, vars(target.rates)], prune, lambda root: restore(root / WEIGHTS))
 
 
-def sparsified(model: nn.Module, inputs: Sequence[tuple[Tensor, ...]], rates: Rates) -> tuple[nn.Module, dict[str, Any]]:
+def sparsified(
+    model: nn.Module, inputs: Sequence[tuple[Tensor, ...]], choose: Callable[[Graph], tuple[Eligibility, ...]]
+) -> tuple[nn.Module, dict[str, Any]]:
     """Return a copy of `model` with 2:4 weights, and what was done, in plain values.
 
     Raises:
@@ -63,7 +95,7 @@ def sparsified(model: nn.Module, inputs: Sequence[tuple[Tensor, ...]], rates: Ra
     """
     made = copy.deepcopy(model).eval()
     graph = trace(made, inputs[0])
-    layers = choice(graph, rates)
+    layers = choose(graph)
     chosen = [found.weight for found in layers if found.eligible]
     if not chosen:
         listed = "; ".join(f"{found.layer}: {found.reason}" for found in layers[:4])
@@ -74,12 +106,20 @@ def sparsified(model: nn.Module, inputs: Sequence[tuple[Tensor, ...]], rates: Ra
     after = _kept_share(made, chosen)
     proof = check("permuted", "compacted", outputs_of(model, inputs), outputs_of(made, inputs), COMPACT_TOLERANCE)
     require(proof, "this is a bug in deploypipe: leave --sparsity out")
-    with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            if name in chosen:
-                parameter.copy_(torch.from_numpy(project(parameter.numpy())))
+    _project(made, chosen)
     rows = [{"layer": found.layer, "weight": found.weight, "reason": found.reason} for found in layers]
     return made, {"layers": rows, "kept_magnitude": before, "kept_magnitude_permuted": after, "permutation_error": proof.error}
+
+
+def patterned(model: nn.Module, example: Sequence[Any], pattern: str, plan: KeepPlan, rates: Rates) -> nn.Module:
+    """Return the compacted model as its latency is measured while planning: with the pattern, channels in their own order."""
+    if not _any(pattern, plan):
+        return model
+    graph = trace(model, tuple(example))
+    layers = choice(graph, rates) if pattern == TWO_FOUR else named(graph, plan.two_four)
+    made = copy.deepcopy(model)
+    _project(made, [found.weight for found in layers if found.eligible])
+    return made
 
 
 def choice(graph: Graph, rates: Rates) -> tuple[Eligibility, ...]:
@@ -93,36 +133,102 @@ def choice(graph: Graph, rates: Rates) -> tuple[Eligibility, ...]:
     return tuple(found)
 
 
+def named(graph: Graph, layers: Sequence[str]) -> tuple[Eligibility, ...]:
+    """Return for every layer whether the plan chose 2:4 weights for it, and else why not."""
+    return tuple(
+        replace(found, reason=found.reason or ("" if found.layer in layers else NOT_CHOSEN)) for found in eligibility(graph)
+    )
+
+
 def pays(layer: Layer, n_in: int, n_out: int, rates: Rates) -> bool:
     """Return whether the kernel is estimated to be faster with 2:4 weights, by more than a hundredth."""
     shape = Shape.of(layer)
     return kernel_us(shape, n_in, n_out, rates, sparse=True) < 0.99 * kernel_us(shape, n_in, n_out, rates)
 
 
-def sparse_hooks(pattern: str, start: nn.Module) -> tuple[MaskedWeights, ...]:
+def sparse_hooks(pattern: str, plan: KeepPlan, start: nn.Module) -> tuple[MaskedWeights, ...]:
     """Return what keeps the zeros of `start` while it is fine-tuned."""
-    return (MaskedWeights.of_zeros(start),) if pattern else ()
+    return (MaskedWeights.of_zeros(start),) if _any(pattern, plan) else ()
 
 
-def sparse_notes(root: Path, target: Target, pattern: str) -> list[str]:
+def sparse_notes(root: Path, target: Target, table: LatencyTable | None, pattern: str) -> list[str]:
     """Return which layers hold the pattern, which do not and why, and whether this target can use it at all."""
     if not pattern:
         return []
-    state: Mapping[str, Any] = json.loads((root / FOUND).read_text())
-    reasons: dict[str, list[str]] = {}
-    for row in state["layers"]:
-        reasons.setdefault(row["reason"], []).append(row["layer"])
-    holding = reasons.pop("", [])
-    shares = (
-        f"{state['kept_magnitude']:.1%} of their magnitude was kept, {state['kept_magnitude_permuted']:.1%} after permuting"
-    )
-    notes = [f"2:4 weights in {len(holding)} of {len(state['layers'])} layers ({', '.join(holding)}); {shares}"]
-    notes += [f"no 2:4 weights in {', '.join(names)}: {reason}" for reason, names in reasons.items()]
-    if target.rates.known:
-        notes.append("estimated latencies, of the dense model too, count on 2:4 weights wherever these are quicker")
+    notes = ["2:4 weights were offered for each layer, and chosen for none"]
+    if (root / FOUND).is_file():
+        state: Mapping[str, Any] = json.loads((root / FOUND).read_text())
+        reasons: dict[str, list[str]] = {}
+        for row in state["layers"]:
+            reasons.setdefault(row["reason"], []).append(row["layer"])
+        holding = reasons.pop("", [])
+        shares = (
+            f"{state['kept_magnitude']:.1%} of their magnitude was kept, {state['kept_magnitude_permuted']:.1%} after permuting"
+        )
+        notes = [f"2:4 weights in {len(holding)} of {len(state['layers'])} layers ({', '.join(holding)}); {shares}"]
+        notes += [f"no 2:4 weights in {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    if table and table.knows_two_four and table.source != "measured":
+        rates = target.rates
+        notes.append(f"what 2:4 saves is assumed, not measured: {rates.sparse:g} times the dense rate ({rates.sparse_source})")
     if not target.device.accelerator.startswith("nvidia"):
         notes.append(f"target {target.name} has no sparse tensor cores: 2:4 weights save nothing on it")
     return notes
+
+
+def two_four_outcome(
+    root: Path, graph: Graph, plan: KeepPlan, table: LatencyTable | None, pattern: str, backend: Backend
+) -> TwoFour | None:
+    """Return for every layer of the model whether its weight is 2:4, why not, and what the table says that saves.
+
+    Args:
+        root: The run folder.
+        graph: Of the dense model.
+        plan: Of the run.
+        table: The run's latency table; None if it needed none.
+        pattern: What was asked for.
+        backend: Of the target; what its builder said about the pruned model is evidence if it knows sparse kernels.
+    """
+    if not pattern:
+        return None
+    evidence = json.loads((root / "pruned-built.json").read_text()) if backend.two_four else []
+    reasons = _reasons(root)
+    kept = graph.kept(plan)
+    offered = {t.name: t for t in table.offering().terms(graph) if t.two_four} if table and table.knows_two_four else {}
+    found = []
+    layers = {layer.name: layer for layer in graph.layers}
+    for one in eligibility(graph, kept):
+        if not (layers[one.layer].n_in.at(kept) and layers[one.layer].n_out.at(kept)):
+            continue  # its branch is gone
+        term = offered.get(one.layer)
+        dense_us = term.under(kept) if term else None
+        saved_us = dense_us - term.under(kept, (one.layer,)) if term and dense_us is not None and one.eligible else None
+        reason = reasons.get(one.layer, one.reason or NOT_CHOSEN)
+        if reason == NOT_CHOSEN and saved_us == 0.0:
+            reason = "no quicker than dense by the latency table"
+        found.append(LayerPattern(one.layer, TWO_FOUR if not reason else "dense", reason, dense_us, saved_us))
+    return TwoFour(pattern, tuple(found), table.source if table and offered else "", tuple(evidence))
+
+
+def two_four_layers(root: Path) -> list[str]:
+    """Return the layers of a run whose weights were made 2:4."""
+    return [layer for layer, reason in _reasons(root).items() if not reason]
+
+
+def _reasons(root: Path) -> dict[str, str]:
+    rows = json.loads((root / FOUND).read_text())["layers"] if (root / FOUND).is_file() else []
+    return {row["layer"]: row["reason"] for row in rows}
+
+
+def _any(pattern: str, plan: KeepPlan) -> bool:
+    """Return whether any weight is to become 2:4."""
+    return pattern == TWO_FOUR or (pattern == BY_CHOICE and bool(plan.two_four))
+
+
+def _project(model: nn.Module, weights: Sequence[str]) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in weights:
+                parameter.copy_(torch.from_numpy(project(parameter.numpy())))
 
 
 def _permute(model: nn.Module, graph: Graph, chosen: Sequence[str]) -> None:

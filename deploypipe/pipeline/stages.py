@@ -101,8 +101,15 @@ class Device:
         """Return the latency table in the folder `given`; None if there is none, since the device can be measured."""
         return given_table(Path(given), graph, self) if given else None
 
-    def within_reach(self, limit: float, cost: CostTable, graph: Graph) -> float:
-        """Return the budget to plan for: what was asked for, since measuring shows what can be reached."""
+    def within_reach(self, limit: float, cost: CostTable, graph: Graph, *, share: bool) -> float:
+        """Return the budget to plan for: what was asked for, since measuring shows what can be reached.
+
+        Args:
+            limit: The budget, in the unit of `cost`.
+            cost: What it counts.
+            graph: Of the dense model.
+            share: Whether the user gave it as a share of the dense model.
+        """
         return limit
 
     def profile(self, model: Path) -> Profile:

@@ -19,7 +19,7 @@ from deploypipe.errors import BudgetError, UsageError
 from deploypipe.ingredients.removal import removable
 from deploypipe.pipeline.given import given
 from deploypipe.pipeline.recipe import resolved
-from deploypipe.pipeline.request import Request
+from deploypipe.pipeline.request import BY_CHOICE, Request
 from deploypipe.plan import Certificate, KeepPlan
 from deploypipe.profiler.measure import profile
 from deploypipe.progress import Reporter, Silent
@@ -59,13 +59,19 @@ def choose(request: Request, problem: Problem, meter: Meter | None, folder: Path
     The plans that were tried are written into `folder`.
 
     Raises:
-        UsageError: Widths are to be measured, but the algorithm chooses them itself.
+        UsageError: Widths are to be measured, or 2:4 weights chosen, but the algorithm chooses widths itself.
         BudgetError: The budget cannot be reached.
     """
     if request.value == "taylor":
         return _by_first_order(request, problem, folder)
     if meter is None:
         plan: KeepPlan = make(request.algo, request.options).plan(problem)
+        if request.sparsity == BY_CHOICE and (plan.certificate is None or plan.certificate.bound is None):
+            raise UsageError(
+                f"algorithm '{request.algo}' chooses widths itself, so that nothing weighs 2:4 weights against fewer channels",
+                at="--sparsity auto",
+                fix="take an algorithm whose scores are allocated, such as thinet or l2, or one with --set widths=shares",
+            )
         return plan
     searches: list[Found] = []
 

@@ -120,15 +120,17 @@ def entry(probe: Probe, found: Sequence[Timing]) -> Entry:
         us -= (found[3].quiet_us - found[2].quiet_us) / probe.repeats
     us = max(us, _LEAST_US)
     below, above = (abs(long.median_us - edge) / (1 + probe.repeats) for edge in (long.p10_us, long.p90_us))
-    return Entry(probe.shape, probe.n_in, probe.n_out, us, max(us - below, _LEAST_US), us + above, long.runs)
+    spread = (max(us - below, _LEAST_US), us + above)
+    return Entry(probe.shape, probe.n_in, probe.n_out, us, *spread, long.runs, probe.sparsity)
 
 
 def contradictions(us: Mapping[Probe, float]) -> list[Probe]:
-    """Return the kernels that took clearly longer than one of the same shape with no fewer channels, and those too."""
+    """Return the kernels that took clearly longer than one of the same shape and sparsity with no fewer channels, and those."""
     doubtful: dict[Probe, None] = {}
     for small, time in us.items():
         for large, other in us.items():
-            contained = small.shape == large.shape and small.n_in <= large.n_in and small.n_out <= large.n_out
+            alike = (small.shape, small.sparsity) == (large.shape, large.sparsity)
+            contained = alike and small.n_in <= large.n_in and small.n_out <= large.n_out
             if contained and time > _CLEARLY * other:
                 doubtful |= {small: None, large: None}
     return list(doubtful)

@@ -30,12 +30,13 @@ Turn = tuple[Timing, Profile]  # of one model, right after each other
 
 @dataclass(frozen=True)
 class Form:
-    """One form of the model, measured."""
+    """One form of the model, measured; `two_four` names the layers whose weights held that pattern."""
 
     name: str
     kept: Kept
     whole: Timing
     profile: Profile
+    two_four: frozenset[str] = frozenset()
 
 
 def learned(graph: Graph, table: LatencyTable, forms: Sequence[Form], timer_us: float, turns: Sequence[Turn] = ()) -> Context:
@@ -100,8 +101,14 @@ class _Seen:
 
     def _layer(self, layer: Layer) -> LayerTimes:
         widths = np.array([(layer.n_in.at(form.kept), layer.n_out.at(form.kept)) for form in self.forms])
-        alone = np.array([self.table.kernel_us(layer, int(n_in), int(n_out)) for n_in, n_out in widths])
+        alone = np.array([self._alone(layer, form) for form in self.forms])
         return LayerTimes(Shape.of(layer), np.full(len(widths), np.nan), alone, *widths.T.astype(float))
+
+    def _alone(self, layer: Layer, form: Form) -> float:
+        """Return what the layer's kernel takes alone: the quicker one where its weight permits a sparse one."""
+        pair = layer.n_in.at(form.kept), layer.n_out.at(form.kept)
+        dense = self.table.kernel_us(layer, *pair)
+        return min(dense, self.table.kernel_us(layer, *pair, "2:4")) if layer.name in form.two_four else dense
 
     def _other(self, feeds: tuple[str, ...]) -> OtherTimes:
         widths = widths_of(self.graph, feeds)

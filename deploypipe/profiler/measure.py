@@ -15,7 +15,7 @@ from deploypipe.backends.base import Facts
 from deploypipe.graph import trace
 from deploypipe.latency import files as latency_file
 from deploypipe.latency.table import Context, LatencyTable, Shape, structure_of
-from deploypipe.latency.widths import AllSteps, legal_widths, reachable, steps_of
+from deploypipe.latency.widths import AllSteps, legal_widths, reachable, steps_of, two_four_widths
 from deploypipe.profiler.bench import HEAVY_MACS, Bench, opened
 from deploypipe.profiler.context import in_context
 from deploypipe.profiler.edges import confirm, unconfirmed
@@ -48,10 +48,10 @@ def profile(  # noqa: PLR0913 - the public surface, named arguments in practice
 ) -> LatencyTable:
     """Measure what `model` costs on `target` at all widths that an allocator may choose.
 
-    Each kernel shape is timed alone at a grid of widths, in the target's own runtime; the dense model is timed as a whole and
-    kernel by kernel. (A runtime that is timed by whole models only gets a table that is fitted to such times.) Results are
-    kept per runtime, version, threads, precision and processor, after every job: a second call measures what is missing, an
-    interrupted one goes on where it was.
+    Each kernel shape is timed alone at a grid of widths, in the target's own runtime, and with 2:4 weights too where that has
+    kernels for them; the dense model is timed as a whole and kernel by kernel. (A runtime that is timed by whole models only
+    gets a table that is fitted to such times.) Results are kept per runtime, version, threads, precision and processor, after
+    every job: a second call measures what is missing, an interrupted one goes on where it was.
 
     Args:
         model: In any mode; it is exported in evaluation mode.
@@ -83,7 +83,7 @@ def profile(  # noqa: PLR0913 - the public surface, named arguments in practice
             return fitted_table(bench, model, example, graph, facts, root / f"{device_key(facts)}-fitted", tell, fresh)
         store = _Store(root, bench, tell, fresh)
         table = store.confirmed(graph)
-        missing = _missing(table, graph)
+        missing = _missing(table, graph, sparse=backend.two_four)
         if missing:
             tell.stage("profile kernels", len(missing))
             table = store.measure(missing)
@@ -96,10 +96,16 @@ def profile(  # noqa: PLR0913 - the public surface, named arguments in practice
         return store.keep(in_context(store.bench, model, example, graph, table, tell))
 
 
-def needed(graph: Graph, steps: AllSteps) -> list[Probe]:
-    """Return every kernel to measure for `graph`: each distinct shape at a grid of legal widths."""
+def needed(graph: Graph, steps: AllSteps, *, sparse: bool = False) -> list[Probe]:
+    """Return every kernel to measure for `graph`: each distinct shape at a grid of legal widths, if `sparse` 2:4 as well."""
     legal, dense = legal_widths(graph, steps), graph.kept()
-    return flat(_grid(layer, legal, dense, steps) for layer in graph.layers)
+    probes = [_grid(layer, legal, dense, steps) for layer in graph.layers]
+    return flat([*probes, *(_two_four(layer, legal, dense) for layer in graph.layers if sparse)])
+
+
+def _two_four(layer: Layer, legal: Mapping[str, tuple[int, ...]], dense: Mapping[str, int]) -> list[Probe]:
+    shape = Shape.of(layer)
+    return [Probe(shape, *pair, sparsity="2:4") for pair in two_four_widths(layer, legal, dense, _IN, _OUT)]
 
 
 def _grid(layer: Layer, legal: Mapping[str, tuple[int, ...]], dense: Mapping[str, int], steps: AllSteps) -> list[Probe]:
@@ -115,10 +121,9 @@ def _grid(layer: Layer, legal: Mapping[str, tuple[int, ...]], dense: Mapping[str
     return [Probe(shape, n_in, n_out, relay=n_in in small) for n_in in ins for n_out in outs]
 
 
-def _missing(table: LatencyTable, graph: Graph) -> list[Probe]:
-    known = {(entry.shape, entry.key) for entry in table.kernels}
-    probes = needed(graph, table.steps)
-    return [probe for probe in probes if (probe.shape, (0 if probe.shape.tied else probe.n_in, probe.n_out)) not in known]
+def _missing(table: LatencyTable, graph: Graph, *, sparse: bool) -> list[Probe]:
+    known = {entry.place for entry in table.kernels}
+    return [probe for probe in needed(graph, table.steps, sparse=sparse) if probe.place not in known]
 
 
 class _Store:
@@ -154,8 +159,8 @@ class _Store:
         for part in _parts(probes):
             measured = self.bench.kernels(part)
             # Read again: another process may have added its own meanwhile.
-            stored = {(entry.shape, entry.key): entry for entry in latency_file.read_kernels(self.folder)}
-            stored |= {(entry.shape, entry.key): entry for entry in measured.values()}
+            stored = {entry.place: entry for entry in latency_file.read_kernels(self.folder)}
+            stored |= {entry.place: entry for entry in measured.values()}
             latency_file.write_kernels(self.folder, stored.values())
             done += len(part)
             self.reporter.advance(done, part[-1].shape.title)

@@ -14,7 +14,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from deploypipe.latency.estimate import macs
-from deploypipe.latency.files import Shape
+from deploypipe.latency.files import Shape, Sparsity
+from deploypipe.two_four import project
 
 _OPSET, _IR = 20, 10
 _IN = 3  # channels of a probe's input; the tensor that the kernel reads is computed from it
@@ -29,13 +30,20 @@ class Probe:
     """One kernel to measure: a shape at two widths.
 
     With `relay`, the tensor in front is made anew for each copy, so that a change of layout which the runtime needs before
-    a narrow kernel is counted as well.
+    a narrow kernel is counted as well. With `sparsity` "2:4" every weight of the kernel holds that pattern, and nothing else
+    does.
     """
 
     shape: Shape
     n_in: int
     n_out: int
     relay: bool = False
+    sparsity: Sparsity = "dense"
+
+    @property
+    def place(self) -> tuple[Shape, tuple[int, int], Sparsity]:
+        """Where its time stands in a table: see `Entry.place`."""
+        return (self.shape, (0 if self.shape.tied else self.n_in, self.n_out), self.sparsity)
 
     @property
     def macs(self) -> int:
@@ -90,6 +98,22 @@ class _Model:
         self.nodes.append(helper.make_node("ConstantOfShape", [f"{name}_shape"], [name], name=f"{name}_fill", value=value))
         return name
 
+    def two_four(self, name: str, shape: Sequence[int], axis: int) -> str:
+        """Add a weight whose fours along `axis` hold two zeros each: one such four, pruned by magnitude, laid out in rows."""
+        four = project(np.arange(4, 0, -1, dtype=np.float32) * (0.01 + 0.001 * len(self.sizes)), 0)
+        block = four.reshape([4 if at == axis else 1 for at in range(len(shape))])
+        times = [size // 4 if at == axis else size for at, size in enumerate(shape)]
+        self.sizes += [
+            numpy_helper.from_array(block, f"{name}_four"),
+            numpy_helper.from_array(np.array(times, np.int64), f"{name}_times"),
+        ]
+        self.nodes.append(helper.make_node("Tile", [f"{name}_four", f"{name}_times"], [name], name=f"{name}_fill"))
+        return name
+
+    def kernel(self, probe: Probe, name: str, shape: Sequence[int], axis: int) -> str:
+        """Add the weight of the kernel that is timed; its input channels lie along `axis`."""
+        return self.two_four(name, shape, axis) if probe.sparsity == "2:4" else self.weight(name, shape)
+
     def add(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(op, inputs, [output], name=f"{op}_{output}", **attributes))
         return output
@@ -118,7 +142,7 @@ def _conv(probe: Probe, count: int) -> bytes:
     for i in range(count):
         if i and probe.relay:
             entering = _before(model, probe, f"e{i}")
-        operands = [entering, model.weight(f"w{i}", weight), model.weight(f"b{i}", [probe.n_out])]
+        operands = [entering, model.kernel(probe, f"w{i}", weight, 1), model.weight(f"b{i}", [probe.n_out])]
         total = _accumulate(model, model.add(op, operands, f"c{i}", **attributes), total, f"y{i}")
     return model.serialised(("x", [shape.batch, _IN, *shape.in_size]), total)
 
@@ -147,7 +171,7 @@ def _accumulate(model: _Model, result: str, total: str, name: str) -> str:
 def _linear(probe: Probe, count: int) -> bytes:
     model, total = _Model(), ""
     for i in range(count):
-        weight = model.weight(f"w{i}", [probe.n_in, probe.n_out])
+        weight = model.kernel(probe, f"w{i}", [probe.n_in, probe.n_out], 0)
         total = model.add("Gemm", ["x", weight, total or model.weight("b", [probe.n_out])], f"y{i}")
     return model.serialised(("x", [probe.shape.rows, probe.n_in]), total)
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deploypipe.measurement import Latency
-from deploypipe.reports import runtimes
+from deploypipe.reports import pattern, runtimes
 from deploypipe.reports.figures import (
     UNKNOWN,
     UNVERIFIED,
@@ -62,6 +62,7 @@ def verdict(report: Report) -> tuple[Row, ...]:
     return (
         ("budget", _budget_sentence(report)),
         ("checks", _checks_sentence(report)),
+        *((("2:4", pattern.sentence(report.two_four)),) if report.two_four else ()),
         *(("warning", note) for note in report.notes if note.startswith(UNVERIFIED)),
         ("next", next_step(report)),
     )
@@ -95,6 +96,7 @@ def markdown(report: Report) -> str:
         _accuracy_section(report),
         _latency_section(report),
         sparsity_section(report.sparsity),
+        pattern.section(report.two_four),
         runtimes.section(report.runtimes),
         arms_section(report.arms, report.n_test),
         _checks_section(report),
@@ -207,6 +209,7 @@ def _certificate(report: Report) -> str:
     return (
         f"Allocator: {proof.status}, value {proof.value:.6g}, proven bound {proof.bound:.6g}, gap {100 * proof.gap:.2f} %, "
         f"{cost}, {proof.n_variables} variables."
+        + (f" 2:4 weights: {', '.join(f'`{name}`' for name in proof.two_four)}." if proof.two_four else "")
     )
 
 

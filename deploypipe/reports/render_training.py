@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 
 from deploypipe.reports.figures import accuracy_text, count, markdown_table
-from deploypipe.reports.report import Arm, SparseLayer
+from deploypipe.reports.pattern import SparseLayer
+from deploypipe.reports.report import Arm
 
 
 def trained_text(epochs: int, before: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from deploypipe.errors import UsageError
 from deploypipe.measurement import Latency, Round
 from deploypipe.plan import Certificate
+from deploypipe.reports.pattern import SparseLayer, TwoFour
 from deploypipe.reports.runtimes import RuntimeOutcome
 
 REPORT_SCHEMA = 3
@@ -120,23 +121,6 @@ class Check:
 
 
 @dataclass(frozen=True)
-class SparseLayer:
-    """Zeros among the weights of one layer call.
-
-    Attributes:
-        name: Of the weight.
-        n_weights: All of them.
-        n_zeros: Those that are zero.
-        n_macs: Multiply-accumulates of the call, zeros included.
-    """
-
-    name: str
-    n_weights: int
-    n_zeros: int
-    n_macs: int
-
-
-@dataclass(frozen=True)
 class Arm:
     """One way to train the pruned architecture, of several that are compared.
 
@@ -172,6 +156,7 @@ class Report:
         seconds: Stage -> time that computing it took, also if its result was reused.
         artifacts: What -> path below the run folder.
         runtimes: The pruned model on each target, the first of which is `target`; empty unless several were asked for.
+        two_four: What became of `--sparsity`; None if it was not given.
         notes: What else the user should know, in sentences.
     """
 
@@ -204,6 +189,7 @@ class Report:
     epochs_before: int = 0
     sparsity: tuple[SparseLayer, ...] = ()
     arms: tuple[Arm, ...] = ()
+    two_four: TwoFour | None = None
 
     @property
     def speedup(self) -> float | None:
@@ -237,7 +223,7 @@ class Report:
             found = f"report has schema {state.get('schema')!r}, this version reads {REPORT_SCHEMA}"
             raise UsageError(found, at=at, fix=_AGAIN)
         try:
-            values = {part.name: state[part.name] for part in fields(cls)}
+            values = {part.name: state[part.name] for part in fields(cls) if part.name != "two_four" or part.name in state}
             return cls(**values | _nested(values))
         except (KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"report is malformed: {error}", at=at, fix=_AGAIN) from error
@@ -292,9 +278,10 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
         "budget": BudgetOutcome(**{**values["budget"], "rounds": tuple(map(Round.from_json, values["budget"]["rounds"]))}),
         "groups": tuple(group(state) for state in values["groups"]),
         "checks": tuple(Check(**state) for state in values["checks"]),
-        "certificate": Certificate(**values["certificate"]) if values["certificate"] else None,
+        "certificate": Certificate.from_json(values["certificate"]) if values["certificate"] else None,
         "notes": tuple(values["notes"]),
         "sparsity": tuple(SparseLayer(**state) for state in values["sparsity"]),
         "runtimes": tuple(map(RuntimeOutcome.from_json, values["runtimes"])),
         "arms": tuple(Arm(**state) for state in values["arms"]),
+        "two_four": TwoFour.from_json(values["two_four"]) if values.get("two_four") else None,
     }

@@ -132,6 +132,7 @@ def says_what_it_is(case: BackendCase) -> None:
     assert backend.suffix.startswith("."), "a suffix begins with a dot"
     assert backend.source in get_args(Source), f"source is one of {get_args(Source)}"
     assert backend.pricing in get_args(Pricing), f"pricing is one of {get_args(Pricing)}"
+    assert backend.two_four in {True, False}, "two_four says whether it has kernels for 2:4 weights"
     assert 0 < backend.tolerance <= 1e-2, "a tolerance above 1e-2 proves nothing"
     ready, missing = backend.available()
     assert ready or missing, "a backend that is not available says what is missing"

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from deploypipe.algorithms.base import Orders, Problem, Values, judged, labelled
+from deploypipe.algorithms.base import Orders, Problem, Values, judged, labelled, masks_of
 from deploypipe.allocation.allocate import allocate_widths, vanishing
 from deploypipe.ingredients.gradients import gate_gradient
 from deploypipe.ingredients.removal import removable
@@ -52,7 +52,8 @@ def by_first_order(problem: Problem, orders: Orders, values: Values) -> tuple[di
     sums = {name: prefix_sums(np.sort(worth[name])[::-1]) for name in orders if name in worth}
     gone = [name for name in removable(problem.model, problem.graph) if name in sums]
     widths = vanishing(problem.table.candidates(problem.graph), gone)
-    return allocate_widths(problem.graph, sums, problem.table, problem.budget, candidates=widths)
+    masks = masks_of(problem, orders, sums)
+    return allocate_widths(problem.graph, sums, problem.table, problem.budget, candidates=widths, masks=masks)
 
 
 def prefix_sums(worth: ArrayLike) -> NDArray[np.float64]:

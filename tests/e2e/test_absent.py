@@ -5,6 +5,7 @@ The owner is played by a plain Python and by the stand-in for trtexec; nothing h
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,3 +103,28 @@ def test_the_answer_of_another_bundle_is_refused(run: Path, owner: Path, start: 
     assert done.code == 2
     assert "not those of this bundle" in done.err
     assert start("profile", "--import", str(tmp_path / "nothing")).wait().code == 2
+
+
+def test_a_budget_below_all_work_ends_as_by_a_measured_table(start: Start, tmp_path: Path) -> None:
+    done = start(*arguments(tmp_path / "run", target="jetson", algo="l1", budget="1%", epochs=0)).wait()
+    assert done.code == 6
+    assert "the smallest reachable cost is" in done.err
+    assert re.search("latencies are (estimated|calibrated), not measured", done.err), (
+        "calibrated where a test before this did so"
+    )
+
+
+def test_a_choice_of_2_4_by_an_estimate_says_what_it_assumes(start: Start, tmp_path: Path) -> None:
+    options = {"target": "jetson", "algo": "l1", "budget": "90%", "epochs": 0, "sparsity": "auto"}
+    done = start(*arguments(tmp_path / "run", **options)).wait()
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["two_four"]["asked"] == "auto"
+    assert report["two_four"]["source"] in {"estimated", "calibrated"}
+    assert [
+        note
+        for note in report["notes"]
+        if note.startswith("what 2:4 saves is assumed, not measured: 2 times the dense rate (NVIDIA")
+    ]
+    assert "by the latency table (" in done.out
+    assert "not measured)" in done.out

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -203,3 +203,121 @@ def test_envelopes_keep_the_bound_valid(seed: int, net: str, price: str) -> None
     assert plan.certificate.bound >= best - 1e-6 * abs(best)
     if price == "product":  # affine in each total: the envelope is the price
         assert plan.certificate.value == pytest.approx(best, rel=1e-6)
+
+
+# ---- 2:4 weights as one more alternative of each layer, against brute force over widths and masks
+
+MOST = 4  # layers that may have the pattern
+
+
+class Masked(Table):
+    """A table whose prediction knows which layers have 2:4 weights."""
+
+    def predict(self, graph: Graph, plan: KeepPlan | None = None) -> float:
+        kept = graph.kept(plan)
+        return sum(term.under(kept, plan.two_four if plan else ()) for term in self.costs)
+
+
+def sparse(term: CostTerm, factor: float) -> CostTerm:
+    """Give a term a price with 2:4 weights: allowed at even widths, and never more than the dense one."""
+
+    def two_four(n_in: int, n_out: int) -> float:
+        dense = term.price(n_in, n_out)
+        return min(dense, factor * dense) if n_in % 2 == n_out % 2 == 0 else dense
+
+    return replace(term, two_four=two_four)
+
+
+def offered(net: str, price: str, seed: int) -> tuple[Graph, Masked, dict[str, np.ndarray], dict[str, float]]:
+    """Return an instance of the other test in which some layers may have the pattern, each for a loss of its own."""
+    graph, table, scores = instance(net, price, seed)
+    rng = np.random.default_rng(seed + 1)
+    chosen = set(rng.choice(len(table.costs), min(MOST, len(table.costs)), replace=False).tolist())
+    factors = rng.uniform(0.3, 1.3, len(table.costs))  # some are slower
+    costs = tuple(sparse(term, factors[i]) if i in chosen else term for i, term in enumerate(table.costs))
+    values = {name: np.append(0, np.cumsum(np.sort(score)[::-1])) for name, score in scores.items()}
+    masks = {costs[i].name: float(rng.gamma(1.0, 1.0)) for i in chosen}
+    return graph, Masked(costs, table.widths), values, masks
+
+
+def brute_force_with_masks(
+    graph: Graph, table: Table, values: Mapping[str, np.ndarray], masks: Mapping[str, float], budget: float
+) -> tuple[float, float]:
+    """Return (largest value within the budget or -inf, smallest cost) over all widths and all subsets of masks."""
+    best, cheapest = -np.inf, np.inf
+    names = [group.name for group in graph.groups]
+    subsets = [s for k in range(len(masks) + 1) for s in itertools.combinations(masks, k)]
+    for choice in itertools.product(*(table.widths[name] for name in names)):
+        kept = dict(zip(names, choice, strict=True))
+        value = sum(values[name][width] for name, width in kept.items())
+        dense = sum(term.under(kept) for term in table.costs)
+        saved = {term.name: term.under(kept) - term.under(kept, masks) for term in table.costs if term.name in masks}
+        for subset in subsets:
+            cost = dense - sum(saved[name] for name in subset)
+            cheapest = min(cheapest, cost)
+            if cost <= budget:
+                best = max(best, value - sum(masks[name] for name in subset))
+    return best, cheapest
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("price", ["product", "staircase", "ragged"])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(seed=st.integers(0, 2**32 - 1), share=st.floats(0.1, 0.95))
+def test_equals_brute_force_over_widths_and_masks(net: str, price: str, seed: int, share: float) -> None:
+    graph, table, values, masks = offered(net, price, seed)
+    budget = share * table.predict(graph)
+    best, cheapest = brute_force_with_masks(graph, table, values, masks, budget)
+    if best == -np.inf:
+        with pytest.raises(BudgetError, match="smallest reachable") as caught:
+            allocate_widths(graph, values, table, budget, masks=masks, gap=0)
+        assert f"{cheapest:,.6g}" in caught.value.message
+        return
+    kept, certificate = allocate_widths(graph, values, table, budget, masks=masks, gap=0)
+    plan = KeepPlan.of_widths(kept, certificate.two_four)
+    assert certificate.predicted == table.predict(graph, plan) <= budget
+    value = sum(values[name][width] for name, width in kept.items()) - sum(masks[name] for name in certificate.two_four)
+    assert value == pytest.approx(best, rel=1e-6, abs=1e-6)
+    assert certificate.value == pytest.approx(value, rel=1e-9)
+    assert certificate.bound >= best - 1e-6 * abs(best)
+    for term in table.costs:  # a mask that saves nothing at these widths is never chosen
+        if term.name in certificate.two_four:
+            assert term.under(kept, certificate.two_four) < term.under(kept)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32 - 1), net=st.sampled_from(list(NETS)), price=st.sampled_from(list(PRICES)))
+def test_an_alternative_never_makes_the_answer_worse(seed: int, net: str, price: str) -> None:
+    graph, table, values, masks = offered(net, price, seed)
+    budget = 0.7 * table.predict(graph)
+    try:
+        kept, without = allocate_widths(graph, values, table, budget, gap=0)
+    except BudgetError:
+        return
+    again, same = allocate_widths(graph, values, table, budget, masks={}, gap=0)
+    assert (kept, without.two_four) == (again, same.two_four) == (kept, ())
+    _, certificate = allocate_widths(graph, values, table, budget, masks=masks, gap=0)
+    assert certificate.value >= without.value - 1e-6 * abs(without.value)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32 - 1), net=st.sampled_from(["chain", "residual", "concat"]))
+def test_without_time_for_the_solver_the_answer_still_fits(seed: int, net: str) -> None:
+    graph, table, values, masks = offered(net, "staircase", seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deploypipe.allocation.program.Program.solve", _nothing)
+        for share in (0.3, 0.6, 0.9):
+            budget = share * table.predict(graph)
+            best, _ = brute_force_with_masks(graph, table, values, masks, budget)
+            try:
+                kept, certificate = allocate_widths(graph, values, table, budget, masks=masks)
+            except BudgetError:
+                continue
+            assert table.predict(graph, KeepPlan.of_widths(kept, certificate.two_four)) <= budget
+            assert certificate.value <= best + 1e-9
+
+
+def _nothing(self: object, *_: object) -> object:
+    from deploypipe.allocation.program import Solution  # noqa: PLC0415 - what is patched
+
+    return Solution(None, -np.inf, "time limit")

@@ -1,18 +1,24 @@
 """The estimate against closed forms computed by hand."""
 
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from deploypipe.allocation.allocate import allocate
-from deploypipe.errors import TargetError
+from deploypipe.allocation.allocate import allocate, allocate_widths
+from deploypipe.errors import BudgetError, TargetError
 from deploypipe.graph import trace
-from deploypipe.latency.estimate import estimated, kernel_us
+from deploypipe.latency.estimate import estimated, kernel_us, launches_us
 from deploypipe.latency.files import Shape
 from deploypipe.latency.table import LatencyTable
 from deploypipe.pipeline.absent import Absent, device_of, stored_table
+from deploypipe.pipeline.sparsify import priced, sparse_notes
 from deploypipe.pipeline.stages import Device
 from deploypipe.plan import KeepPlan
+from deploypipe.reports.figures import UNVERIFIED
 from deploypipe.targets import Rates, load_target
 
 ONE, PADDED = (1, 1), (1, 1)
@@ -113,16 +119,46 @@ def test_a_device_that_was_named_is_never_replaced_by_an_estimate(tmp_path):
     assert type(device_of(load_target("cpu"))) is Device
 
 
-def test_a_budget_below_all_launches_is_aimed_at_by_its_share_and_said(graph):
-    device = device_of(load_target("jetson"))
-    table = estimated(graph, load_target("jetson"))
+def figures(graph, target):
+    """Return the table, and what the narrowest and the dense model take."""
+    table = estimated(graph, target)
     narrowest = KeepPlan.of_widths({name: widths[0] for name, widths in table.candidates(graph).items()})
-    least, dense = table.predict(graph, narrowest), table.predict(graph)
-    assert device.within_reach(0.9 * dense, table, graph) == 0.9 * dense
+    return table, table.predict(graph, narrowest), table.predict(graph)
+
+
+def test_a_budget_that_only_launches_exceed_is_aimed_at_by_its_share_with_a_warning(graph):
+    device = device_of(load_target("jetson"))
+    table, least, dense = figures(graph, load_target("jetson"))
+    assert device.within_reach(0.9 * dense, table, graph, share=True) == 0.9 * dense
     assert not device.notes
-    taken = device.within_reach(0.1 * dense, table, graph)
-    assert taken == pytest.approx(least + 0.1 * (dense - least))
-    assert "not measured" in device.notes[0]
+    work = least - launches_us(table, graph)
+    for limit, share in ((0.9 * least, True), (0.5 * (work + least), False)):
+        taken = device.within_reach(limit, table, graph, share=share)
+        assert taken == pytest.approx(least + limit / dense * (dense - least))
+        assert device.notes[0].startswith(UNVERIFIED)
+        assert "launches" in device.notes[0]
+
+
+def test_launches_are_what_an_estimate_takes_without_any_work(graph):
+    target = load_target("jetson")
+    idle = replace(target.rates, launch_us=0.0)
+    (table, least, dense), (_, work, whole) = figures(graph, target), figures(graph, target.replace(rates=idle))
+    assert launches_us(table, graph) == pytest.approx(dense - whole) == pytest.approx(least - work)
+
+
+def test_a_budget_below_all_work_is_out_of_reach_as_by_any_table(graph):
+    device = device_of(load_target("jetson"))
+    table, least, dense = figures(graph, load_target("jetson"))
+    work, whole = least - launches_us(table, graph), dense - launches_us(table, graph)
+    scores = {group.name: torch.arange(group.size) for group in graph.prunable}
+    for limit, share in ((0.99 * work, False), (0.99 * dense * work / whole, True)):
+        budget = device.within_reach(limit, table, graph, share=share)
+        assert (budget, device.notes) == (limit, ())
+        with pytest.raises(BudgetError, match=r"smallest reachable cost is [\s\S]*estimated, not measured"):
+            allocate(graph, scores, table, budget)
+    measured = LatencyTable({**table.facts, "source": ""}, table.steps, table.kernels, table.contexts)
+    assert device.within_reach(0.9 * least, measured, graph, share=True) == 0.9 * least, "a measured table is no estimate"
+    assert not device.notes
 
 
 def test_a_profile_of_such_a_device_is_taken_before_an_estimate(graph, tmp_path, monkeypatch):
@@ -146,14 +182,40 @@ def test_the_allocator_is_offered_two_four_where_it_is_cheaper_and_allowed(graph
     target = load_target("jetson-orin").replace(rates=Rates("fp16", 0.1, "", 200.0, "", 8, "", 0.5, "", 2.0))
     dense, sparse = estimated(graph, target), estimated(graph, target, sparse=True)
     (layer,) = [layer for layer in graph.layers if layer.name == "2"]
-    for n_in in (16, 24, 64):
-        before, after = (table.kernel_us(layer, n_in, 64) for table in (dense, sparse))
-        assert after == (kernel_us(Shape.of(layer), n_in, 64, target.rates, sparse=True) if n_in % 16 == 0 else before)
-    plan = KeepPlan.of_widths({"0": 64})
-    limit = sparse.predict(graph, plan)
-    assert limit < dense.predict(graph, plan)
-    assert sparse.facts["weights"] == "dense or 2:4"
-    scores = {"0": torch.arange(64.0), "2": torch.arange(64.0)}
-    wide, narrow = (allocate(graph, scores, table, 1.001 * limit) for table in (sparse, dense))
-    assert len(wide.keep.get("0", range(64))) == 64, "2:4 at full width fits the budget"
-    assert sum(map(len, narrow.keep.values())) < 128, "without it, channels have to go"
+    for n_in in (16, 64):
+        assert sparse.kernel_us(layer, n_in, 64) == dense.kernel_us(layer, n_in, 64)
+        assert sparse.kernel_us(layer, n_in, 64, "2:4") == kernel_us(Shape.of(layer), n_in, 64, target.rates, sparse=True)
+    assert sparse.predict(graph) == dense.predict(graph), "a dense model has dense weights"
+    full = KeepPlan.of_widths({"0": 64, "2": 64}, ["2"])
+    limit = sparse.offering().predict(graph, full)
+    assert limit < dense.predict(graph)
+    values = {name: np.arange(65.0) for name in ("0", "2")}
+    wide, proof = allocate_widths(graph, values, sparse.offering(), 1.001 * limit, masks={"2": 0.5})
+    assert (wide["0"], wide["2"], proof.two_four) == (64, 64, ("2",)), "2:4 at full width fits the budget"
+    narrow, _ = allocate_widths(graph, values, dense, 1.001 * limit)
+    assert narrow["0"] + narrow["2"] < 128, "without it, channels have to go"
+
+
+def test_where_the_target_does_not_say_what_two_four_gains_nothing_is_assumed(graph):
+    target = load_target("jetson-orin")
+    silent = target.replace(rates=replace(target.rates, sparse=1.0, sparse_source=""))
+    table = estimated(graph, silent, sparse=True)
+    assert not table.knows_two_four
+    assert table.facts["weights"] == "dense"
+    with pytest.raises(TargetError, match=r"does not state what 2:4 weights gain[\s\S]*sparse_source"):
+        priced(table, "auto", silent)
+    assert priced(table, "2:4", silent).predict(graph, KeepPlan({})) == table.predict(graph)
+    (assumed,) = [
+        note for note in sparse_notes(Path("none"), target, estimated(graph, target, sparse=True), "auto") if "assumed" in note
+    ]
+    assert "2 times the dense rate" in assumed
+    assert target.rates.sparse_source in assumed
+
+
+def test_a_stored_profile_without_two_four_is_no_answer_to_a_choice(graph, tmp_path, monkeypatch):
+    monkeypatch.setenv("DEPLOYPIPE_CACHE", str(tmp_path))
+    target = load_target("jetson")
+    table = estimated(graph, target)
+    LatencyTable({**table.facts, "source": ""}, table.steps, table.kernels, table.contexts).save(tmp_path / "profiles" / "m")
+    assert device_of(target, None, "2:4").known_table(graph, None).source == "measured"
+    assert device_of(target, None, "auto").known_table(graph, None).source == "estimated"

@@ -265,3 +265,21 @@ def test_plans_are_legal_spread_and_repeatable(graph, table):
     shares = [machine.whole_us(plan) / machine.whole_us() for plan in plans]
     assert max(shares) - min(shares) > 0.3
     assert [p.keep for p in plans] == [p.keep for p in random_plans(graph, candidates, 8, 1)]
+
+
+def test_a_layer_that_ran_with_2_4_weights_teaches_the_price_of_the_kernel_that_it_ran(graph, table):
+    """Half the time because of the pattern is no quicker memory: dense plans must not be priced by it."""
+    quick = [replace(entry, median_us=0.5 * entry.median_us, sparsity="2:4") for entry in table.kernels if entry.n_in == 64]
+    both, machine = replace(table, kernels=(*table.kernels, *quick)), Machine(graph, timer=0.0)
+    plan = KeepPlan.of_widths({"6": 16})
+    dense, form = machine.form(DENSE, KeepPlan({})), machine.form("pruned", plan)
+    saved = 0.95 * 0.5 * alone_us(64, 48)
+    kernels = [replace(k, median_us=k.median_us - saved * (k.weight == "2.weight")) for k in form.profile.kernels]
+    us = form.whole.median_us - saved
+    masked = replace(form, whole=Timing(us, us, us, 9, 0.0), profile=Profile(tuple(kernels)), two_four=frozenset({"2"}))
+    truth, told, ignored = (
+        learned(graph, both, [dense, pruned], 0.0).us("2", alone_us(64, 48), 64, 48)
+        for pruned in (form, masked, replace(masked, two_four=frozenset()))
+    )
+    assert abs(ignored / truth - 1) > 0.01
+    assert abs(told - truth) < 0.3 * abs(ignored - truth)

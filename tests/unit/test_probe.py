@@ -2,9 +2,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx import numpy_helper
 
 from deploypipe.latency.files import Shape
+from deploypipe.precision import typed
 from deploypipe.profiler.probe import IDLE_OPS, Probe, chain
+from deploypipe.two_four import holds
 
 ONE, THREE = (1, 1), (3, 3)
 CONV = Shape("conv", THREE, ONE, ONE, ONE, (0, 0), (8, 8), (8, 8), 1, 0)
@@ -49,6 +52,27 @@ def test_a_longer_probe_only_holds_more_copies_of_the_kernel(name, tmp_path):
     assert set(more) - set(kernel) <= ({"Add", "Relu"} if name in ("transposed", "one axis") else set()), (
         "the sum is fused into it"
     )
+
+
+@pytest.mark.parametrize("name", ["conv", "stride", "one axis", "linear"])
+def test_a_sparse_probe_is_the_same_model_with_the_pattern_in_the_kernel_s_weights_alone(name, tmp_path):
+    probe = Probe(SHAPES[name], 32, 16, sparsity="2:4")
+    axis = 0 if SHAPES[name].rows else 1
+    for model, plain in zip(probe.models(), Probe(SHAPES[name], 32, 16).models(), strict=True):
+        assert len(model) < 20_000
+        _, output = optimised(model, tmp_path)
+        assert np.isfinite(output).all()
+        stated, dense = (typed(onnx.load_from_string(each), "fp32").graph for each in (model, plain))
+        assert [node.op_type for node in stated.node] == [node.op_type for node in dense.node]
+        weights, others = ({t.name: numpy_helper.to_array(t) for t in g.initializer} for g in (stated, dense))
+        assert {n: w.shape for n, w in weights.items()} == {n: w.shape for n, w in others.items()}
+        for tensor, weight in weights.items():
+            own = tensor.startswith("w")
+            assert (weight.ndim > 1 and weight.shape[axis] % 4 == 0 and holds(weight, axis)) == own, tensor
+            assert not holds(others[tensor], axis) if own else True
+        kernels = [weight for tensor, weight in weights.items() if tensor.startswith("w")]
+        assert all(np.count_nonzero(kernel) == kernel.size // 2 for kernel in kernels)
+        assert len({float(kernel.max()) for kernel in kernels}) == len(kernels), "equal kernels would be computed once"
 
 
 def test_models_are_small_however_large_the_weights():

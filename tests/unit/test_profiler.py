@@ -146,6 +146,34 @@ def test_a_second_profile_measures_nothing(net, graph, measured, export, tmp_pat
     assert counting.jobs.count("profile") == 0
 
 
+class Sparse(OnnxRuntime):
+    """Says that it has kernels for 2:4 weights."""
+
+    two_four = True
+
+
+def test_where_the_runtime_has_sparse_kernels_every_eligible_one_is_measured_too(
+    graph, measured, tmp_path, monkeypatch, counting
+):
+    target = prepared(tmp_path, monkeypatch)
+    whole = Context(structure_of(graph), {}, (), 100.0, 1.0, 1.0, 0.0, 30)
+    monkeypatch.setattr(profiler, "in_context", lambda *_: whole)  # no sparse kernel has a part in it
+    before = measured(target=target, cache_dir=tmp_path)
+    assert not before.knows_two_four
+    monkeypatch.setattr(profiler, "load_backend", lambda target: Sparse())
+    counting.jobs.clear()
+    table = measured(target=target, cache_dir=tmp_path)
+    assert set(counting.jobs) == {"describe", "bench"}, "only what was missing"
+    sparse = {entry.place for entry in table.kernels if entry.sparsity == "2:4"}
+    assert {shape.kind for shape, *_ in sparse} == {"conv"}, "the head has five outputs"
+    assert {widths for _, widths, _ in sparse} == {(n_in, n_out) for n_in in (16, 32) for n_out in (8, 16, 32)}
+    assert sparse == {probe.place for probe in needed(graph, table.steps, sparse=True)} - {e.place for e in before.kernels}
+    assert {entry for entry in table.kernels if entry.sparsity == "dense"} == set(before.kernels)
+    offered = table.offering()
+    assert offered.predict(graph) == table.predict(graph) == before.predict(graph)
+    assert [term.name for term in offered.terms(graph) if term.two_four] == ["a", "b"]
+
+
 def test_a_fresh_profile_forgets_what_was_measured_on_this_device_alone(measured, tmp_path, monkeypatch, counting):
     target = prepared(tmp_path, monkeypatch)
     old = measured(target=target, cache_dir=tmp_path)

@@ -1,23 +1,30 @@
 """2:4 weights from the compacted model to the engine: found by the stand-in for trtexec, which looks for them one by one."""
 
+from functools import partial
+
 import onnx
 import pytest
 import torch
 import trtexec_standin
 from torch import nn
 
+from deploypipe.algorithms.base import Problem
 from deploypipe.backends.tensorrt import TensorRt
 from deploypipe.backends.trt_hand import sparsity_verdict
-from deploypipe.errors import ModelError
+from deploypipe.count import MacTable
+from deploypipe.errors import ModelError, UsageError
 from deploypipe.export import export_onnx
 from deploypipe.graph import trace
-from deploypipe.pipeline.sparsify import choice, sparse_hooks, sparsified
+from deploypipe.pipeline.request import Request
+from deploypipe.pipeline.sparsify import choice, named, patterned, sparse_hooks, sparsified
+from deploypipe.pipeline.valuing import choose
+from deploypipe.plan import KeepPlan
 from deploypipe.runners.local import Local
 from deploypipe.targets import Rates, Reach, load_target
 from deploypipe.two_four import holds
 
 INPUTS = [(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(i)),) for i in range(2)]
-UNKNOWN = Rates()
+UNKNOWN = partial(choice, rates=Rates())  # whatever is eligible
 
 
 def net(width=32):
@@ -45,7 +52,7 @@ def test_eligible_weights_hold_the_pattern_and_the_given_model_is_left_alone():
 def test_zeros_stay_while_the_model_is_trained():
     sparse, _ = sparsified(net(), INPUTS, UNKNOWN)
     zeros = {name: p == 0 for name, p in sparse.named_parameters() if p.dim() >= 2}
-    (hook,) = sparse_hooks("2:4", sparse)
+    (hook,) = sparse_hooks("2:4", KeepPlan({}), sparse)
     optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
     sparse.train()
     for step in range(5):
@@ -58,7 +65,8 @@ def test_zeros_stay_while_the_model_is_trained():
         if name in zeros:
             assert torch.equal(parameter == 0, zeros[name])
     assert sum(int(z.sum()) for z in zeros.values()) > 0
-    assert sparse_hooks("", sparse) == ()
+    assert sparse_hooks("", KeepPlan({}), sparse) == sparse_hooks("auto", KeepPlan({}), sparse) == ()
+    assert len(sparse_hooks("auto", KeepPlan({}, two_four=("3",)), sparse)) == 1
 
 
 def test_with_known_rates_a_layer_stays_dense_where_the_pattern_saves_nothing():
@@ -69,7 +77,29 @@ def test_with_known_rates_a_layer_stays_dense_where_the_pattern_saves_nothing():
     kept = {found.layer: found.reason for found in choice(graph, fast)}
     assert kept["3"] == "estimated to save nothing"
     with pytest.raises(ModelError, match="no layer can hold the 2:4 pattern"):
-        sparsified(net(), INPUTS, fast)
+        sparsified(net(), INPUTS, partial(choice, rates=fast))
+
+
+def test_with_a_choice_exactly_the_layers_of_the_plan_get_the_pattern():
+    model = net()
+    sparse, found = sparsified(model, INPUTS, partial(named, layers=("6",)))
+    held = [name for name, p in sparse.named_parameters() if p.dim() >= 2 and holds(p.detach().numpy())]
+    assert held == ["6.weight"]
+    reasons = {row["layer"]: row["reason"] for row in found["layers"]}
+    assert reasons["6"] == ""
+    assert "better choice" in reasons["3"]
+    assert "3 input channels" in reasons["0"]
+
+
+def test_while_planning_the_pattern_is_put_in_as_it_will_be_run():
+    model, example = net(), INPUTS[0]
+    assert patterned(model, example, "", KeepPlan({}), Rates()) is model
+    assert patterned(model, example, "auto", KeepPlan({}), Rates()) is model
+    for pattern, plan, names in (("2:4", KeepPlan({}), ["3", "6", "10"]), ("auto", KeepPlan({}, two_four=("3",)), ["3"])):
+        made = patterned(model, example, pattern, plan, Rates())
+        held = [name for name, p in made.named_parameters() if p.dim() >= 2 and holds(p.detach().numpy())]
+        assert held == [f"{name}.weight" for name in names]
+    assert not holds(model.get_parameter("3.weight").detach().numpy()), "the given model is left alone"
 
 
 @pytest.mark.parametrize(("width", "verdict"), [(32, "chose them for 0: 2:4 gave nothing here"), (64, "chose them for 1")])
@@ -88,3 +118,13 @@ def test_the_builder_s_evidence_becomes_a_verdict(width, verdict, tmp_path, monk
 
 def test_without_the_pattern_there_is_nothing_to_say():
     assert sparsity_verdict({"sparse_found": 0, "sparse_chose": 0}) == sparsity_verdict({}) == ()
+
+
+def test_a_method_that_chooses_widths_itself_cannot_weigh_a_choice(tmp_path):
+    model = net()
+    graph = trace(model, INPUTS[0])
+    problem = Problem(model, graph, MacTable(), 0.6 * MacTable().predict(graph))
+    with pytest.raises(UsageError, match=r"'erk' chooses widths itself[\s\S]*--set widths=shares"):
+        choose(Request(algo="erk", sparsity="auto"), problem, None, tmp_path)
+    assert choose(Request(algo="erk", sparsity="2:4"), problem, None, tmp_path).two_four == ()
+    assert choose(Request(algo="l2", sparsity="auto"), problem, None, tmp_path).certificate.two_four == ()
