@@ -58,15 +58,20 @@ class BuildSpec:
 
 @dataclass(frozen=True)
 class MeasureSpec:
-    """How latency is measured: untimed runs, timed runs, threads and batch size of the runtime."""
+    """How latency is measured: untimed runs, timed runs, threads and batch size of the runtime.
+
+    A run of a model that is faster than `least_us` is as many as fit in, so that a short disturbance weighs no more than for a
+    slow one.
+    """
 
     warmup: int = 10
     runs: int = 100
     threads: int = 1
     batch: int = 1
+    least_us: float = 1500.0
 
     def __post_init__(self) -> None:
-        for name, least in (("warmup", 0), ("runs", 1), ("threads", 1), ("batch", 1)):
+        for name, least in (("warmup", 0), ("runs", 1), ("threads", 1), ("batch", 1), ("least_us", 0)):
             value = getattr(self, name)
             if value < least:
                 raise TargetError(f"{name} is {value}", at=f"measure.{name}", fix=f"use {least} or more")

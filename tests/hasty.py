@@ -2,10 +2,11 @@
 
 from deploypipe.backends import scripted
 from deploypipe.profiler import bench
+from deploypipe.targets import MeasureSpec
 
 
 def hasten() -> None:
     """Wait for no quiet moment, take fast models less often, and doubtful times again only once."""
     scripted._ATTEMPTS = 1
-    scripted._LEAST_US = 100.0
+    MeasureSpec.__init__.__defaults__ = (*MeasureSpec.__init__.__defaults__[:-1], 100.0)
     bench.Bench.kernels.__defaults__ = (1,)

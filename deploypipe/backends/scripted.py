@@ -16,7 +16,6 @@ from deploypipe.targets import Target
 
 _FOLDER = Path(__file__).parent
 _ATTEMPTS = 3
-_LEAST_US = 1500.0  # of a run: of a faster model as many are made, so that short disturbances weigh no more than for slow ones
 _LANES = {"avx512f": 16, "avx": 8}  # else 4, as SSE and NEON have
 
 
@@ -131,7 +130,7 @@ class Scripted:
         measure = target.measure
         request = {
             "task": task, "threads": measure.threads, "warmup": measure.warmup, "runs": measure.runs,
-            "max_foreign": MAX_FOREIGN, "attempts": _ATTEMPTS, "least_us": _LEAST_US,
+            "max_foreign": MAX_FOREIGN, "attempts": _ATTEMPTS, "least_us": measure.least_us,
             **self.options, **self.told(target, push or {}), **details,
         }  # fmt: skip
         # As content: a linked script would find this package's modules beside it, some of which are called like a runtime.
