@@ -26,7 +26,7 @@ install: $(INSTALLED)  ## install into .venv
 demo: $(INSTALLED)  ## prune, prove and measure a small network on real data
 	$(BIN)/deploypipe build --target cpu --algo thinet
 
-test: $(INSTALLED)  ## run the default tests, in under three minutes on two cores
+test: $(INSTALLED)  ## run the default tests, in four to five minutes on two cores
 	$(ONE_THREAD) $(BIN)/pytest -m "not zoo" -n 2 --dist worksteal -q
 
 test-zoo: $(INSTALLED)  ## run the slow tests over the torchvision zoo
