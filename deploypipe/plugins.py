@@ -1,6 +1,6 @@
 """Tables of plug-ins: a name stands for "module:attribute", imported when it is first used."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
@@ -20,14 +20,15 @@ def resolve(
     *,
     what: str,
     error: type[DeployPipeError] = UsageError,
+    also: Sequence[str] = (),
 ) -> Any:
-    """Import the plug-in called `name`.
+    """Import the plug-in called `name`; `also` are names that the user may have meant and that are none.
 
     Raises:
         error: No row has this name; the message suggests the nearest one.
     """
     rows = known(table, entry_point_group)
     if name not in rows:
-        raise error(f"unknown {what} '{name}'", at=f"--{what} {name}", fix=nearest(name, rows))
+        raise error(f"unknown {what} '{name}'", at=f"--{what} {name}", fix=nearest(name, {*rows, *also}))
     module, _, attribute = rows[name].partition(":")
     return getattr(import_module(module), attribute)

@@ -14,6 +14,7 @@ from deploypipe.algorithms.options import options_of, parse_options
 from deploypipe.plugins import known, resolve
 
 ENTRY_POINTS = "deploypipe.algorithms"
+AUTO = "auto"  # no method: what the pipeline makes of it is in `pipeline.recipe`
 
 ALGORITHMS: dict[str, str] = {
     "admm": "deploypipe.algorithms.admm:Admm",
@@ -58,7 +59,7 @@ def explain(name: str) -> dict[str, Any]:
     Raises:
         UsageError: There is no such algorithm.
     """
-    algorithm = resolve(name, ALGORITHMS, ENTRY_POINTS, what="algo")
+    algorithm = resolve(name, ALGORITHMS, ENTRY_POINTS, what="algo", also=(AUTO,))
     options = options_of(algorithm)
     record = {"name": name, **algorithms()[name], "options": [asdict(option) for option in options]}
     setting = f" --set {options[0].name.rstrip('_')}={options[0].default}" if options else ""
@@ -80,5 +81,5 @@ def make(name: str, options: Mapping[str, object] | None = None) -> Any:
     >>> make("l1", {"greedy": "yes"})
     L1(greedy=True)
     """
-    algorithm = resolve(name, ALGORITHMS, ENTRY_POINTS, what="algo")
+    algorithm = resolve(name, ALGORITHMS, ENTRY_POINTS, what="algo", also=(AUTO,))
     return algorithm(**parse_options(name, options or {}, options_of(algorithm)))

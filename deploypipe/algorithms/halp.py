@@ -21,7 +21,7 @@ from torch import Tensor
 
 from deploypipe.algorithms.base import Problem, allocated, judged, labelled
 from deploypipe.algorithms.options import option
-from deploypipe.allocation.allocate import cheapest_widths, ranking
+from deploypipe.allocation.allocate import cheapest_widths, prefix_sums, ranking
 from deploypipe.compact import masked_slots
 from deploypipe.ingredients.gradients import gate_gradient
 from deploypipe.ingredients.statistics import batch_size
@@ -84,8 +84,3 @@ def budget_at(step: int, steps: int, dense: float, budget: float) -> float:
     """
     share = step / steps
     return budget if step == steps else float(np.exp(share * np.log(budget) + (1 - share) * np.log(dense)))
-
-
-def prefix_sums(saliency: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the (C + 1,) values of keeping the first w channels of a descending order."""
-    return np.concatenate([[0.0], np.cumsum(saliency)])

@@ -14,15 +14,13 @@ from dataclasses import dataclass, replace
 from math import exp
 from typing import ClassVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deploypipe.algorithms.base import Problem, allocated, by_values, judged, rows
 from deploypipe.algorithms.options import option
-from deploypipe.allocation.allocate import cheapest_widths, ranking
+from deploypipe.allocation.allocate import cheapest_widths, prefix_sums, ranking
 from deploypipe.compact import masked_slots
 from deploypipe.errors import NotApplicable
 from deploypipe.ingredients.statistics import trained_weights, weights
@@ -170,8 +168,3 @@ def schedule(t: int, n: int) -> float:
     (1.0, 0.46)
     """
     return (1 - exp(-RATE * t)) / (1 - exp(-RATE * n))
-
-
-def prefix_sums(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the (C + 1,) values of keeping the first w channels of a descending order."""
-    return np.concatenate([[0.0], np.cumsum(scores)])

@@ -54,11 +54,20 @@ def allocate(
         score = _vector(given, f"scores of group '{name}'", graph.group(name).size)
         if not graph.group(name).fixed:
             orders[name] = ranking(score)
-            values[name] = np.concatenate([[0.0], np.cumsum(score[orders[name]])])
+            values[name] = prefix_sums(score[orders[name]])
     if removable:
         candidates = vanishing(table.candidates(graph) if candidates is None else candidates, removable)
     kept, certificate = allocate_widths(graph, values, table, budget, candidates=candidates, gap=gap, time_limit_s=time_limit_s)
     return plan_of(graph, orders, kept, certificate)
+
+
+def prefix_sums(scores: ArrayLike) -> Values:
+    """Return the (C + 1,) values of keeping the first w channels of an order, from their (C,) scores in that order.
+
+    >>> prefix_sums([3.0, 1.0]).tolist()
+    [0.0, 3.0, 4.0]
+    """
+    return np.concatenate([[0.0], np.cumsum(scores)])
 
 
 def vanishing(candidates: Mapping[str, tuple[int, ...]], removable: Sequence[str]) -> dict[str, tuple[int, ...]]:

@@ -78,11 +78,12 @@ def prune(  # noqa: PLR0913, PLR0917 - the public surface, named arguments in pr
     shape = tuple(example[0].shape[1:])  # of an image, or of something that no file of images holds
     loaded = None if data is None else load_data(data, size=shape if len(shape) in {2, 3} else None, seed=seed)
     algorithm = make(request.algo, request.options)
-    seen = held_back(request, loaded) if loaded and request.value == "measured" else loaded
+    measured = loaded if request.value == "measured" else None
+    seen = held_back(request, measured) if measured else loaded
     problem = Problem(model, graph, cost, limit, seen.train if seen else None, seed, reporter or Silent())
     if hasattr(algorithm, "train"):
         problem = replace(problem, model=trained(algorithm, problem, seen, request.training)[0])
-    meter = held_out(request, problem.model, state_digest(problem.model), graph, loaded) if loaded and seen != loaded else None
+    meter = held_out(request, problem.model, state_digest(problem.model), graph, measured) if measured else None
     with TemporaryDirectory(prefix="deploypipe-") as folder:
         plan = choose(request, problem, meter, Path(folder))
     return plan.replace(fingerprint=graph.fingerprint)

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from deploypipe.algorithms import AUTO
 from deploypipe.errors import UsageError
-from deploypipe.pipeline.request import AUTO, Request
+from deploypipe.pipeline.request import Request
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,12 @@ class Recipe:
     algo: str = "depgraph"
     options: Mapping[str, Any] = field(default_factory=lambda: {"train_epochs": 0, "steps": 1})
     value: str = "taylor"
+
+    @property
+    def command(self) -> str:
+        """The same in words of the command line."""
+        settings = [f"--set {name}={value}" for name, value in self.options.items()]
+        return " ".join([f"deploypipe build --algo {self.algo}", *settings, f"--value {self.value}"])
 
 
 def resolved(request: Request) -> Request:

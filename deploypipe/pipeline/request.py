@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from deploypipe.algorithms import make
+from deploypipe.algorithms import AUTO, make
 from deploypipe.allocation.budget import parse_budget
 from deploypipe.backends import load_backend
 from deploypipe.errors import TargetError, UsageError, nearest
@@ -18,7 +18,6 @@ METRICS = ("latency", "macs", "params")
 TWO_FOUR, BY_CHOICE = "2:4", "auto"
 PATTERNS = ("", TWO_FOUR, BY_CHOICE)
 VALUES = ("scores", "taylor", "measured")
-AUTO = "auto"
 KEPT_BY_USER = "kept whole by --keep"
 
 

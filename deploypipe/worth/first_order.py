@@ -7,10 +7,10 @@ gate for all layers of a coupled group; scores are not divided by the number of 
 from functools import partial
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from deploypipe.algorithms.base import Orders, Problem, Values, judged, labelled, masks_of
-from deploypipe.allocation.allocate import allocate_widths, vanishing
+from deploypipe.allocation.allocate import allocate_widths, prefix_sums, vanishing
 from deploypipe.ingredients.gradients import gate_gradient
 from deploypipe.ingredients.removal import removable
 from deploypipe.ingredients.statistics import batch_size
@@ -54,12 +54,3 @@ def by_first_order(problem: Problem, orders: Orders, values: Values) -> tuple[di
     widths = vanishing(problem.table.candidates(problem.graph), gone)
     masks = masks_of(problem, orders, sums)
     return allocate_widths(problem.graph, sums, problem.table, problem.budget, candidates=widths, masks=masks)
-
-
-def prefix_sums(worth: ArrayLike) -> NDArray[np.float64]:
-    """Return the (C + 1,) worth of keeping the first w channels.
-
-    >>> prefix_sums([3.0, 1.0]).tolist()
-    [0.0, 3.0, 4.0]
-    """
-    return np.concatenate([[0.0], np.cumsum(worth)])

@@ -9,14 +9,13 @@ from types import ModuleType
 import pytest
 import typer.main
 
-from deploypipe.algorithms import ALGORITHMS
+from deploypipe.algorithms import ALGORITHMS, AUTO
 from deploypipe.algorithms.base import Problem, Statistics
 from deploypipe.backends import BACKENDS
 from deploypipe.cli.main import app
 from deploypipe.count import MacTable
 from deploypipe.graph import trace
 from deploypipe.models.load import load_model
-from deploypipe.pipeline.request import AUTO
 from deploypipe.runners import RUNNERS
 from deploypipe.targets import list_targets
 from tests.toys import TOYS

@@ -14,8 +14,8 @@ from torch.utils.data import TensorDataset
 
 from deploypipe.algorithms import make
 from deploypipe.algorithms.base import Problem
-from deploypipe.algorithms.halp import budget_at, prefix_sums
-from deploypipe.allocation.allocate import allocate_widths
+from deploypipe.algorithms.halp import budget_at
+from deploypipe.allocation.allocate import allocate_widths, prefix_sums
 from deploypipe.compact import compact
 from deploypipe.cost import CostTerm
 from deploypipe.count import MacTable

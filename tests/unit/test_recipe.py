@@ -9,6 +9,7 @@ from torch.utils.data import TensorDataset
 
 import deploypipe as dp
 from deploypipe.algorithms import ALGORITHMS
+from deploypipe.cli.main import run
 from deploypipe.count import macs
 from deploypipe.errors import UsageError
 from deploypipe.graph import trace
@@ -52,3 +53,19 @@ def test_prune_judges_widths_on_the_data_that_it_is_given() -> None:
     assert plan.keep == dp.prune(model, x[:1], algo="auto", metric="macs", budget="60%", data=data).keep
     with pytest.raises(UsageError, match="judged on images"):
         dp.prune(model, x[:1], algo="auto", metric="macs")
+
+
+def test_the_command_that_it_stands_for_asks_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[Request]()
+    monkeypatch.setattr("deploypipe.pipeline.build", lambda request, _reporter: asked.append(request))
+    monkeypatch.setattr("deploypipe.cli.build.show_report", lambda *_: None)
+    assert run(Recipe().command.split()[1:]) == 0
+    given = {name: int(value) for name, value in asked[0].options.items()}
+    assert (asked[0].algo, given, asked[0].value) == (Recipe().algo, Recipe().options, Recipe().value)
+
+
+def test_it_is_explained_and_suggested_like_a_method(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["algos", "auto"]) == 0
+    assert Recipe().command in capsys.readouterr().out
+    assert run(["build", "--algo", "auot"]) == 2
+    assert "did you mean 'auto'" in capsys.readouterr().err
