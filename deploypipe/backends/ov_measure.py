@@ -84,7 +84,8 @@ def profile(request: dict[str, Any]) -> dict[str, Any]:
             seen[name] = {kernel: steady(averages) for kernel, averages in found.items() if kernel[0] in graphs[name]}
         turns.append(seen)
 
-    chosen, load = stopwatch.quiet_turns(turn, cores, request, stopwatch.FEW)
+    # Compiling is never the same work twice, so slowness tells nothing here.
+    chosen, load = stopwatch.quiet_turns(turn, cores, request, stopwatch.FEW, slower=float("inf"))
     n = len(chosen) * (per_block - SETTLED)
     rows = {name: _rows([turns[i][name] for i in chosen], n) for name in graphs}
     return {"models": {name: {"graph": graphs[name], "kernels": rows[name]} for name in rows}, "foreign_load": load}

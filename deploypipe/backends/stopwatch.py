@@ -12,14 +12,23 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, NamedTuple
 
 import numpy as np
 
 FEW, MANY = 6, 12  # the runs of each model come in so many turns, so that slow drift meets all models alike
 REWARM = 2  # runs at the start of a turn that do not count
+SLOWER = 0.05  # a turn that took so much longer than the quickest one counts as disturbed
 
 Request = Dict[str, Any]
+
+
+class Window(NamedTuple):
+    """A stretch of time: seconds that this process worked, that others took of our cores (None: unknown), that these had."""
+
+    own: float
+    others: float | None
+    whole: float
 
 
 class Cores:
@@ -53,19 +62,19 @@ class Cores:
         """Begin a measuring window."""
         self.before = (sum(self.busy(self.cpus).values()), time.process_time(), time.perf_counter())
 
-    def taken(self) -> tuple[float, float] | None:
-        """Seconds of our cores since `start` that went to other programs, give or take a tick each; and all their seconds."""
+    def taken(self) -> Window:
+        """What happened since `start`; the others' seconds are right within a tick for each core."""
         busy, own, wall = self.before
         now = self.busy(self.cpus)
-        if not now:
-            return None
-        others = sum(now.values()) - busy - (time.process_time() - own)
-        return others, (time.perf_counter() - wall) * len(now)
+        worked, passed = time.process_time() - own, time.perf_counter() - wall
+        return Window(worked, sum(now.values()) - busy - worked if now else None, passed * max(1, len(now)))
 
-    def share(self, windows: list[tuple[float, float]]) -> float:
-        """Share of our cores' time that went to other programs in these windows."""
+    def share(self, windows: list[Window]) -> float | None:
+        """Share of our cores' time that went to other programs in these windows; None where the system does not tell."""
+        if any(window.others is None for window in windows):
+            return None
         tick = len(self.cpus) / os.sysconf("SC_CLK_TCK")  # both counters move in ticks
-        others, whole = sum(window[0] for window in windows), sum(window[1] for window in windows)
+        others, whole = sum(window.others or 0.0 for window in windows), sum(window.whole for window in windows)
         return round(max(0.0, others - tick) / whole, 4)
 
 
@@ -75,26 +84,35 @@ def capacity(cpu: int) -> int:
     return int(file.read_text()) if file.is_file() else 0
 
 
-def quiet_turns(turn: Callable[[], Any], cores: Cores, request: Request, wanted: int) -> tuple[list[int], float | None]:
+def quiet_turns(
+    turn: Callable[[], Any], cores: Cores, request: Request, wanted: int, slower: float = SLOWER
+) -> tuple[list[int], float | None]:
     """Call `turn` until it was undisturbed `wanted` times, at most `attempts` times as often.
 
+    Disturbed is a turn in which others took our cores, and one in which the same work took us clearly longer than in the
+    quickest: a neighbour on the same chip empties the cache that we share with it, which no counter of the system shows.
+
     Returns:
-        Which calls count, the quietest, and the share of our cores' time that went to other programs meanwhile.
+        Which calls count, the least disturbed, and the share of our cores' time that went to other programs meanwhile.
     """
-    windows: list[tuple[float, float]] = []
-    for done in range(1, wanted * request["attempts"] + 1):
+    windows: list[Window] = []
+    for _ in range(wanted * request["attempts"]):
         cores.start()
         turn()
-        window = cores.taken()
-        if window is None:  # the system does not tell
-            if done == wanted:
-                return list(range(wanted)), None
-            continue
-        windows.append(window)
-        if sum(cores.share([window]) <= request["max_foreign"] for window in windows) >= wanted:
+        windows.append(cores.taken())
+        most = {"share": request["max_foreign"], "slowness": slower}
+        disturbed = [disturbance(window, windows, cores, most) for window in windows]
+        if disturbed.count(0.0) >= wanted:
             break
-    chosen = sorted(sorted(range(len(windows)), key=lambda i: cores.share([windows[i]]))[:wanted])
+    chosen = sorted(sorted(range(len(windows)), key=lambda i: disturbed[i])[:wanted])
     return chosen, cores.share([windows[i] for i in chosen])
+
+
+def disturbance(window: Window, windows: list[Window], cores: Cores, most: Mapping[str, float]) -> float:
+    """Return others' share of a window and its slowness beside the quickest one, as far as each is above the most allowed."""
+    quickest = max(1e-9, min(other.own for other in windows))
+    found = {"share": cores.share([window]) or 0.0, "slowness": window.own / quickest - 1}
+    return sum(value for name, value in found.items() if value > most[name])
 
 
 def bench(runs: Mapping[str, Callable[[], Any]], cores: Cores, request: Request) -> dict[str, Any]:

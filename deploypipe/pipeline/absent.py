@@ -86,7 +86,7 @@ class Absent(Device):
         """Return the backend's for what stands in for the built file; exported ones are run in full precision."""
         return self.backend.tolerance if stage == "built" else load_backend(load_target(REFERENCE)).tolerance
 
-    def bench(self, models: Mapping[str, Path]) -> dict[str, Any]:
+    def bench(self, models: Mapping[str, Path], expected_us: float | None = None) -> dict[str, Any]:
         """Return what the owner measured of these very files; nothing of any other."""
         if not self._returned:
             return {}

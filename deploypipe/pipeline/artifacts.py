@@ -79,12 +79,21 @@ def checks_stage(
     return store.keep("verify", [1, tuned, artifact, data_key], compare, read)
 
 
-def bench_stage(store: Store, device: Device, files: Mapping[str, Kept[Path]]) -> Kept[dict[str, Any]]:
-    """Measure the built files in turns; None stands for each that nothing here runs."""
+def bench_stage(
+    store: Store, device: Device, files: Mapping[str, Kept[Path]], expected_us: float | None
+) -> Kept[dict[str, Any]]:
+    """Measure the built files in turns; None stands for each that nothing here runs.
+
+    Args:
+        store: Of the run.
+        device: Where they run.
+        files: The dense model's first.
+        expected_us: What that took when the latency table was measured.
+    """
 
     def bench(folder: Path) -> None:
         runs = device.backend.pricing != "never"
-        found = device.bench({side: file.value for side, file in files.items()}) if runs else dict.fromkeys(files)
+        found = device.bench({side: file.value for side, file in files.items()}, expected_us) if runs else dict.fromkeys(files)
         (folder / "latency.json").write_text(json.dumps(found, indent=1) + "\n")
         (folder / "device.json").write_text(json.dumps(device.state(), indent=1) + "\n")
 

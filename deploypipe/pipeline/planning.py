@@ -109,7 +109,8 @@ class Planner:
                 rates = self.device.target.rates
                 small = patterned(small, problem.graph.example, request.sparsity, plan.value, rates)
                 files = {"dense": dense.value, "pruned": built(small, problem.graph, self.device, Path(name))}
-                found = {side: Latency(**timing) for side, timing in self.device.bench(files).items()}
+                times = self.device.bench(files, table.predict(problem.graph))
+                found = {side: Latency(**timing) for side, timing in times.items()}
             limit = parse_budget(request.budget, request.metric, found["dense"].median_us)
             predicted = factor * table.predict(problem.graph, plan.value)
             result = Round(factor, problem.budget, predicted, limit, found["pruned"], found["dense"])

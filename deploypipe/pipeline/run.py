@@ -213,7 +213,8 @@ class Run:
     @cached_property
     def latencies(self) -> Kept[dict[str, Any]]:
         """Dense and pruned artifact measured in turns."""
-        return bench_stage(self.store, self.device, self.artifacts)
+        expected = self.table.value.predict(self.graph) if self.request.metric == "latency" else None
+        return bench_stage(self.store, self.device, self.artifacts, expected)
 
     @cached_property
     def accuracies(self) -> Kept[dict[str, Any]]:

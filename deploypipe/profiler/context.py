@@ -1,7 +1,7 @@
 """Time forms of a model, from dense to narrow, as wholes and kernel by kernel: what the table learns its context from."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,20 @@ from deploypipe.plan import KeepPlan
 from deploypipe.profiler.bench import Bench
 from deploypipe.profiler.check import N_PLANS, random_plans
 from deploypipe.profiler.fit import DENSE, RANDOM, Form, Turn, learned
+from deploypipe.profiler.sittings import sit
 from deploypipe.progress import Reporter
+from deploypipe.targets import Target
 from deploypipe.types import Graph
 
 _SHARES = (0.5, 0.2)  # of its channels that each group keeps in the even forms, as far as whole steps allow
 _SEED = 20  # of the random forms
-_SECONDS, _FEWEST = 8.0, 18  # of measuring all forms once; runs of each, at least
+_SECONDS, _FEWEST = 4.0, 12  # of measuring all forms once; runs of each, at least
 _PART = 0.5  # of what the dense form takes, the mean of all forms takes, roughly
 _PROFILED = 36  # profiled runs of each form at most: all forms together tell, and each run writes down every kernel
-_TURN_SECONDS, _TURNS = 1.0, 3  # of timing the dense form alone, as a whole and by kernel, in one turn; such turns
-_AGAIN = 2  # so often as many turns more are taken while its kernels do not add up
+_TURN_SECONDS = 1.0  # of timing the dense form alone, as a whole and by kernel, in one turn
+_SITTINGS, _MOST = 3, 8  # how often all forms and a turn are measured: so often undisturbed, but at most
+_PROFILES = 3  # how often all forms are profiled at most, until their kernels are as quick as in the turns
+_AGAIN = 6  # so many turns more are taken while kernels do not add up
 _ADDITIVE = (0.95, 1.05)
 _WANTED_ERROR = 0.03
 
@@ -44,21 +48,23 @@ def in_context(bench: Bench, model: nn.Module, example: Any, graph: Graph, table
     files = _exported(bench, model, example, graph, plans, reporter)
     reporter.advance(len(plans))
     target = bench.target.replace(runs=_runs(bench, files))
-    before = bench.whole(files, target)
-    reporter.advance(len(plans) + 1, f"{before[DENSE].quiet_us:.0f} us")
-    profiles = bench.profiles(files, target.replace(runs=min(target.measure.runs, _PROFILED)))
+    most, again = (_SITTINGS, 1) if bench.noise.accepted else (_MOST, _PROFILES)
+    sittings = sit(lambda: _sitting(bench, files, target), lambda found: found.wholes[DENSE].quiet_us, _SITTINGS, most)
+    turns = [sitting.turn for sitting in sittings]
+    reporter.advance(len(plans) + 1, f"{sittings[0].wholes[DENSE].quiet_us:.0f} us")
+    profiled = target.replace(runs=min(bench.target.measure.runs, _PROFILED))
+    quick = min(profile.sum_us for _, profile in turns)
+    (profiles,) = sit(lambda: bench.profiles(files, profiled), lambda found: found[DENSE].sum_us, 1, again, quick)
     reporter.advance(len(plans) + 2)
-    after = bench.whole(files, target)
-    turns = _turns(bench, files[DENSE], before[DENSE].quiet_us)
-    reporter.advance(len(plans) + 3)
-    level = _level([before[DENSE], after[DENSE]], turns)
-    forms = [Form(name, graph.kept(plans[name]), _both(before[name], after[name], level), profiles[name]) for name in files]
-    found = learned(graph, table, forms, bench.timer_us, turns)
+    wholes = _joined(sittings)
+    forms = [Form(name, graph.kept(plans[name]), wholes[name], profiles[name]) for name in files]
+    found = learned(graph, table, forms, bench.timer_us, _steady(turns))
     for _ in range(_AGAIN):
         if _additive(found):
             break
-        turns += _turns(bench, files[DENSE], before[DENSE].quiet_us)
-        found = learned(graph, table, forms, bench.timer_us, turns)
+        turns.append(_turn(bench, files[DENSE], wholes[DENSE].quiet_us))
+        found = learned(graph, table, forms, bench.timer_us, _steady(turns))
+    reporter.advance(len(plans) + 3)
     _judge(found, forms[0].whole, graph, reporter)
     return found
 
@@ -99,26 +105,52 @@ def _runs(bench: Bench, files: Mapping[str, Path]) -> int:
     return max(_FEWEST, min(bench.target.measure.runs, int(1e6 * _SECONDS / (_PART * len(files) * dense_us))))
 
 
-def _turns(bench: Bench, dense: Path, whole_us: float) -> list[Turn]:
-    """Time the dense form as a whole and by kernel, right after each other, several times: drift meets both alike."""
+@dataclass(frozen=True)
+class _Sitting:
+    """All forms as wholes, in turns, and right after that a turn of the dense form."""
+
+    wholes: Mapping[str, Timing]
+    turn: Turn
+
+
+def _sitting(bench: Bench, files: Mapping[str, Path], target: Target) -> _Sitting:
+    wholes = bench.whole(files, target)
+    return _Sitting(wholes, _turn(bench, files[DENSE], wholes[DENSE].quiet_us))
+
+
+def _turn(bench: Bench, dense: Path, whole_us: float) -> Turn:
+    """Time the dense form as a whole and by kernel, right after each other: drift meets both alike."""
     runs = max(_FEWEST, min(bench.target.measure.runs, _PROFILED, int(1e6 * _TURN_SECONDS / whole_us)))
     target, files = bench.target.replace(runs=runs), {DENSE: dense}
-    return [(bench.whole(files, target)[DENSE], bench.profiles(files, target)[DENSE]) for _ in range(_TURNS)]
+    return bench.whole(files, target)[DENSE], bench.profiles(files, target)[DENSE]
 
 
-def _level(around: Sequence[Timing], turns: Sequence[Turn]) -> float:
-    """Return by what the dense form's time in most measurements differs from its mean before and after profiling."""
-    times = [timing.quiet_us for timing in (*around, *(whole for whole, _ in turns))]
-    return float(np.median(times) / np.mean([timing.quiet_us for timing in around]))
+def _steady(turns: Sequence[Turn]) -> list[Turn]:
+    """Return the turns in which neither the whole nor its kernels were disturbed, or those that were least."""
+    times = np.array([(whole.quiet_us, profile.sum_us) for whole, profile in turns])
+    slowness = (times / times.min(0)).max(1)
+    return [turns[index] for index in np.argsort(slowness, kind="stable")[:_SITTINGS]]
 
 
-def _both(before: Timing, after: Timing, level: float) -> Timing:
-    """Join what was measured before and after profiling, multiplied by `level`."""
-    names = ("median_us", "p10_us", "p90_us")
-    mean = {name: level * float(np.mean([getattr(before, name), getattr(after, name)])) for name in names}
-    cpu = None if before.cpu_us is None or after.cpu_us is None else level * (before.cpu_us + after.cpu_us) / 2
-    loads = [load for load in (before.foreign_load, after.foreign_load) if load is not None]
-    return replace(before, **mean, cpu_us=cpu, runs=before.runs + after.runs, foreign_load=max(loads, default=None))
+def _joined(sittings: Sequence[_Sitting]) -> dict[str, Timing]:
+    """Return each form's time: its mean share of the dense form's, which is the median of all times that it was measured."""
+    measured = [sitting.wholes for sitting in sittings]
+    level = float(np.median([*(one[DENSE].quiet_us for one in measured), *(sitting.turn[0].quiet_us for sitting in sittings)]))
+    return {
+        name: _mean([one[name] for one in measured], [level / one[DENSE].quiet_us for one in measured]) for name in measured[0]
+    }
+
+
+def _mean(timings: Sequence[Timing], scales: Sequence[float]) -> Timing:
+    """Return the mean of timings, each multiplied by its scale."""
+
+    def mean(name: str) -> float:
+        return float(np.mean([scale * getattr(timing, name) for timing, scale in zip(timings, scales, strict=True)]))
+
+    cpu = None if any(timing.cpu_us is None for timing in timings) else mean("cpu_us")
+    loads = [timing.foreign_load for timing in timings if timing.foreign_load is not None]
+    runs = sum(timing.runs for timing in timings)
+    return Timing(mean("median_us"), mean("p10_us"), mean("p90_us"), runs, max(loads, default=None), cpu)
 
 
 def _additive(context: Context) -> bool:

@@ -143,8 +143,9 @@ class _Trainer:
             optimizer.zero_grad()
             placed = self.fabric.to_device((inputs, labels))
             loss = self._loss(run, teacher, *placed)
-            for hook in self.hooks:
-                loss = hook.on_loss(student, loss, placed[1])
+            with self.fabric.autocast():  # hooks run parts of the network, too
+                for hook in self.hooks:
+                    loss = hook.on_loss(student, loss, placed[1])
             self._check(loss, step)
             self.fabric.backward(loss)
             for hook in self.hooks:

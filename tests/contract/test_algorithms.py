@@ -97,14 +97,14 @@ def algorithm(name: str) -> Any:
     return make(name, FAST.get(name, {}))
 
 
-def learned(name: str, problem: Problem) -> Problem:
+def learned(name: str, problem: Problem, precision: str = "fp32") -> Problem:
     """What planning starts from: the model after one epoch, if the method trains before it plans."""
     method = algorithm(name)
     if not hasattr(method, "train"):
         return problem
     assert problem.data is not None
     data = Data(problem.data, problem.data, ("a", "b"), "toy", None, "toy")
-    settings = TrainSettings(lr=0.01, batch_size=32, seed=problem.seed)
+    settings = TrainSettings(lr=0.01, batch_size=32, seed=problem.seed, precision=precision)
     return dataclasses.replace(problem, model=trained(method, problem, data, settings)[0])
 
 
@@ -209,6 +209,13 @@ def test_training_changes_weights_and_leaves_plain_modules(name: str, net: str) 
     assert len(changed) > 4
     assert make(name, {"train_epochs": 1}).train_epochs == 1
     assert "training" in INFO[name].needs
+
+
+@pytest.mark.parametrize("name", sorted(name for name in ALGORITHMS if hasattr(make(name), "train")))
+def test_training_in_half_precision_gives_single_precision_weights(name: str) -> None:
+    after = learned(name, task("residual"), "bf16").model
+    assert {tensor.dtype for tensor in after.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in after.state_dict().values())
 
 
 @EVERY

@@ -9,25 +9,24 @@ from deploypipe.profiler.noise import Noise
 
 
 class Fake(stopwatch.Cores):
-    """Cores on which every turn takes a second, of which others take what is said."""
+    """Cores on which every turn takes a second, of which others take what is said; our work takes `own` of it."""
 
-    def __init__(self, loads):
-        self.cpus, self.loads = [0], iter(loads)
+    def __init__(self, loads, own=None):
+        self.cpus, self.loads, self.own = [0], iter(loads), iter(own or [0.1] * len(loads))
 
     def start(self):
         pass
 
     def taken(self):
-        load = next(self.loads)
-        return None if load is None else (load, 1.0)
+        return stopwatch.Window(next(self.own), next(self.loads), 1.0)
 
 
 REQUEST = {"attempts": 3, "max_foreign": 0.05, "runs": 18}
 
 
-def turns(loads, wanted=3):
+def turns(loads, wanted=3, own=None, **options):
     calls = []
-    return (*stopwatch.quiet_turns(lambda: calls.append(1), Fake(loads), REQUEST, wanted), len(calls))
+    return (*stopwatch.quiet_turns(lambda: calls.append(1), Fake(loads, own), REQUEST, wanted, **options), len(calls))
 
 
 def test_quiet_turns_are_not_repeated():
@@ -48,6 +47,22 @@ def test_the_quietest_are_kept_when_none_is_quiet():
 
 def test_where_the_system_does_not_tell_every_turn_counts():
     assert turns([None, None, None]) == ([0, 1, 2], None, 3)
+
+
+@pytest.mark.parametrize("load", [0.0, None])
+def test_turns_in_which_our_own_work_took_longer_are_replaced(load):
+    assert turns([load] * 9, own=[0.10, 0.14, 0.101, 0.13, 0.102]) == ([0, 2, 4], load, 5)
+    assert turns([load] * 9, own=[0.14, 0.10, 0.141, 0.101, 0.102]) == ([1, 3, 4], load, 5)
+
+
+def test_a_scatter_of_a_few_percent_is_no_disturbance():
+    assert turns([0.0] * 9, own=[0.10, 0.104, 0.102])[2] == 3
+
+
+def test_the_quickest_are_kept_when_the_work_never_takes_the_same_time():
+    chosen, _, called = turns([0.0] * 9, own=[0.1, 0.2, 0.3, 0.4, 0.5, 0.16, 0.12, 0.6, 0.7])
+    assert (chosen, called) == ([0, 5, 6], 9)
+    assert turns([0.0] * 9, own=[0.1, 0.2, 0.3], slower=float("inf"))[2] == 3
 
 
 @pytest.mark.parametrize(("runs", "wanted", "each"), [(1, 6, 1), (6, 6, 1), (18, 6, 3), (72, 12, 6), (100, 12, 9)])

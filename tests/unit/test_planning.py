@@ -62,7 +62,7 @@ class FakeDevice:
     facts: ClassVar[dict[str, str]] = {"runtime": "fake"}
     target: ClassVar[Target] = load_target("cpu")
 
-    def bench(self, files: dict[str, Path]) -> dict[str, dict[str, float]]:
+    def bench(self, files: dict[str, Path], expected_us: float) -> dict[str, dict[str, float]]:
         plan = KeepPlan.load(files["pruned"])
         times = {"dense": Table().predict(self.graph), "pruned": self.slower * Table().predict(self.graph, plan)}
         return {side: {"median_us": us, "p10_us": us, "p90_us": us, "n_runs": 100} for side, us in times.items()}
