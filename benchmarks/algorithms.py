@@ -9,8 +9,8 @@ latency on ONNX Runtime, one thread. Rows:
 - a method's name: `deploypipe build --algo NAME` with its default options; those that train before they prune do so for a third
   of the epochs, and fine-tune for the rest. `scratch-b` trains longer, as the protocol says.
 - `uniform`: equal shares, largest filters. `random`: one draw for each seed.
-- `torch-pruning`, `torch-pruning-taylor`: its global ranking by group norms, and by Taylor terms; widths rounded to 8, the
-  ratio by bisection to the same budget; its own channels. Trained as the others are.
+- `torch-pruning`, `torch-pruning-taylor`: its global ranking by group norms, and by Taylor terms; widths rounded to 8,
+  the ratio that comes nearest to the same budget; its own channels. Trained as the others are.
 - `auto`: the recipe, channels by group norms, widths by first-order terms, branches may go. `norms`: its channels alone.
   `taylor-by-taylor`: its widths alone. `...-measured`: `--value measured`; `-finalists`: with three finalists.
 
@@ -67,7 +67,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results") / "algorithms.csv"
 SPARE = 0.005  # of the budget, left unused by the plans: the table's error
 LEARN = 1 / 3  # of all epochs, for methods that train before they prune
-TAYLOR_BATCHES, BATCH = 16, 128
+TAYLOR_BATCHES, BATCH = 6, 128
 ASKED = ("model", "images", "epochs", "distill", "batch_size")  # what differs between tables
 DENSE_EPOCHS, DENSE_LR = 40, 0.1  # of a network that the bench trains itself
 
