@@ -46,7 +46,8 @@ class Reach:
 class BuildSpec:
     """What compiles the model, at which precision, from which ONNX operator set.
 
-    `tool` is the runtime's program on the device, where the runtime is one and does not lie on PATH.
+    `tool` is the runtime's program on the device, where the runtime is one and does not lie on PATH; `binary` a benchmark
+    program of the runtime's on this machine, built for the device, which is pushed there.
     """
 
     backend: str
@@ -54,6 +55,7 @@ class BuildSpec:
     opset: int = 20
     simplify: bool = True
     tool: str = ""
+    binary: str = ""
 
 
 @dataclass(frozen=True)

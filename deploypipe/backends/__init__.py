@@ -1,7 +1,9 @@
 """Runtimes: one file each, registered here by name."""
 
+from pathlib import Path
+
 from deploypipe.backends.base import Backend
-from deploypipe.errors import TargetError
+from deploypipe.errors import TargetError, UsageError
 from deploypipe.plugins import resolve
 from deploypipe.targets import Target
 
@@ -10,11 +12,13 @@ BACKENDS: dict[str, str] = {
     "executorch": "deploypipe.backends.executorch:ExecuTorch",
     "ncnn": "deploypipe.backends.ncnn:Ncnn",
     "onnxruntime": "deploypipe.backends.onnxruntime:OnnxRuntime",
+    "onnxruntime-binary": "deploypipe.backends.ort_binary:OrtBinary",
     "openvino": "deploypipe.backends.openvino:OpenVino",
     "ort-mobile": "deploypipe.backends.ort_mobile:OrtMobile",
     "tensorrt": "deploypipe.backends.tensorrt:TensorRt",
 }
 ENTRY_POINTS = "deploypipe.backends"
+BY_BINARY = {"onnxruntime": "onnxruntime-binary"}  # backend -> the one that measures the same runtime by a program of its own
 
 
 def load_backend(target: Target) -> Backend:
@@ -25,3 +29,20 @@ def load_backend(target: Target) -> Backend:
     """
     backend: Backend = resolve(target.build.backend, BACKENDS, ENTRY_POINTS, what="backend", error=TargetError)()
     return backend
+
+
+def by_binary(target: Target, program: str | Path) -> Target:
+    """Return the target as it is measured by a benchmark program of its runtime, pushed there, instead of by Python.
+
+    Raises:
+        UsageError: There is no such file.
+        TargetError: There is no such way for the target's runtime.
+    """
+    at = f"--benchmark-binary {program}"
+    backend = target.build.backend
+    if backend not in {*BY_BINARY, *BY_BINARY.values()}:
+        fix = f"leave it out, or name a target whose backend is {' or '.join(BY_BINARY)}, such as android-arm64"
+        raise TargetError(f"target {target.name} is measured by {backend}, which has no such program", at=at, fix=fix)
+    if not Path(program).expanduser().is_file():
+        raise UsageError("there is no such file", at=at, fix="name a build of onnxruntime_perf_test for the device")
+    return target.replace(backend=BY_BINARY.get(backend, backend), binary=str(program))

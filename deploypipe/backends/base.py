@@ -102,6 +102,7 @@ class Backend(Protocol):
         times_layers: Whether it can be asked for a profile.
         tolerance: The most by which an output may differ, as a share of the largest one.
         two_four: Whether it has kernels that make use of 2:4 weights, and is told to look for them in every job.
+        computes: Whether its jobs hand out what models compute; else outputs are compared on this machine only.
     """
 
     name: ClassVar[str]
@@ -111,6 +112,7 @@ class Backend(Protocol):
     times_layers: ClassVar[bool]
     tolerance: ClassVar[float]
     two_four: ClassVar[bool]
+    computes: ClassVar[bool]
 
     def available(self) -> tuple[bool, str]:
         """Return whether this machine can prepare jobs for it, and else what is missing."""

@@ -1,6 +1,7 @@
 """A runtime with Python bindings: every job is one script that is pushed to the target, and leaves its answer as JSON."""
 
 import importlib.util
+import inspect
 import io
 import json
 from collections.abc import Mapping
@@ -23,8 +24,8 @@ class Scripted:
     """What such backends have in common; each adds how its profile is asked for and read.
 
     Attributes:
-        script: The measuring script's file, in this folder.
-        beside: Files that are pushed beside it.
+        script: The measuring script's file, beside the backend's module or in this folder.
+        beside: Files that are pushed beside it, likewise.
         precisions: Those that a target may ask for.
         options: Sent to the script with every request.
         packages: What must be importable; the backend's own name if none are listed.
@@ -39,6 +40,7 @@ class Scripted:
     times_layers: ClassVar[bool] = True
     tolerance: ClassVar[float] = 1e-3  # other kernels (Winograd, fused multiply-add)
     two_four: ClassVar[bool] = False
+    computes: ClassVar[bool] = True
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     options: ClassVar[Mapping[str, Any]] = {}
     packages: ClassVar[tuple[str, ...]] = ()
@@ -134,9 +136,14 @@ class Scripted:
             **self.options, **self.told(target, push or {}), **details,
         }  # fmt: skip
         # As content: a linked script would find this package's modules beside it, some of which are called like a runtime.
-        scripts = {file: (_FOLDER / file).read_bytes() for file in (self.script, *self.beside)}
+        scripts = {file: self._beside_me(file).read_bytes() for file in (self.script, *self.beside)}
         files = {**scripts, "request.json": json.dumps(request).encode(), **(push or {})}
         return Job((PYTHON, self.script, "request.json"), files, ("answer.json", *pull), timeout_s=timeout_s)
+
+    def _beside_me(self, file: str) -> Path:
+        """Return a script's path: beside the backend's own module, which may be another package's, or else here."""
+        own = Path(inspect.getfile(type(self))).parent / file
+        return own if own.is_file() else _FOLDER / file
 
     def told(self, target: Target, push: Mapping[str, Path | bytes]) -> Mapping[str, Any]:
         """Return what this runtime's script is told besides, of the target or of the files that go with a job.

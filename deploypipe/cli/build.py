@@ -14,6 +14,10 @@ Budget = Annotated[str, typer.Option(help="At most this: 50% of the dense model,
 HostName = Annotated[
     str | None, typer.Option("--host", help="Which device: [user@]host[:port] over SSH, or a serial number over adb.")
 ]
+Binary = Annotated[
+    Path | None,
+    typer.Option("--benchmark-binary", help="Measure with this onnxruntime_perf_test, built for the device: no Python there."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 Keep = Annotated[list[str] | None, typer.Option(metavar="GROUP", help="Leave this group whole; may be repeated.")]
 Model = Annotated[str, typer.Option(help="demo, torchvision:NAME, timm:NAME, file.py:factory or package.module:factory.")]
@@ -63,6 +67,7 @@ def build(
     sparsity: Sparsity = "",
     value_finalists: ValueFinalists = 1,
     host: HostName = None,
+    benchmark_binary: Binary = None,
     as_json: Json = False,
 ) -> None:
     """Prune, fine-tune, export, verify and measure a model."""
@@ -70,13 +75,18 @@ def build(
 
     request = pipeline.Request(
         model, weights, data, target, algo, budget, metric, epochs, out, seed, parse_settings(settings or ()),
-        distill=distill, lr=lr, batch_size=batch_size, threads=threads, accuracy_floor=accuracy_floor, keep=tuple(keep or ()),
-        table=table, value=value, value_rounds=value_rounds, value_finalists=value_finalists,
-        host=host, sparsity=sparsity, train_precision=train_precision, command=shlex.join(["deploypipe", *(context.obj or ())]),
+        benchmark_binary=benchmark_binary, value_finalists=value_finalists, train_precision=train_precision, sparsity=sparsity,
+        accuracy_floor=accuracy_floor, value_rounds=value_rounds, keep=tuple(keep or ()), command=typed(context), table=table,
+        batch_size=batch_size, distill=distill, threads=threads, value=value, host=host, lr=lr,
     )  # fmt: skip
     with console.progress() as reporter:
         report = pipeline.build(request, reporter)
     show_report(report, request.folder, as_json)
+
+
+def typed(context: typer.Context) -> str:
+    """Return the command as it was typed."""
+    return shlex.join(["deploypipe", *(context.obj or ())])
 
 
 def show_report(report: Any, folder: Path, as_json: bool) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from deploypipe.cli import console
-from deploypipe.cli.build import HostName, Json, Model, TargetName, Threads, Weights
+from deploypipe.cli.build import Binary, HostName, Json, Model, TargetName, Threads, Weights
 
 
 def profile(
@@ -23,6 +23,7 @@ def profile(
         bool, typer.Option("--allow-noise", help="Accept what other programs disturbed; the table says so.")
     ] = False,
     host: HostName = None,
+    benchmark_binary: Binary = None,
     as_json: Json = False,
 ) -> None:
     """Measure a model's layers at many widths, on the target."""
@@ -33,7 +34,7 @@ def profile(
         console.answer_json(found) if as_json else console.pairs((k.replace("_", " "), str(v)) for k, v in found.items())
         return
     with console.progress() as reporter:
-        request = pipeline.Request(model, weights, target=target, threads=threads, host=host)
+        request = pipeline.Request(model, weights, target=target, threads=threads, host=host, benchmark_binary=benchmark_binary)
         summary = pipeline.profile_model(request, reporter, fresh=fresh, save=save, allow_noise=allow_noise or None)
     if as_json:
         console.answer_json(summary)
@@ -47,6 +48,7 @@ def bench(
     threads: Threads = None,
     layers: Annotated[bool, typer.Option(help="Also measure each kernel; takes about as long again.")] = True,
     host: HostName = None,
+    benchmark_binary: Binary = None,
     as_json: Json = False,
 ) -> None:
     """Measure an artifact's latency, whole and kernel by kernel."""
@@ -54,7 +56,9 @@ def bench(
     from deploypipe import pipeline
 
     with console.progress() as reporter:
-        times = pipeline.bench_artifact(artifact, target, threads, reporter, layers=layers, host=host)
+        times = pipeline.bench_artifact(
+            artifact, target, threads, reporter, layers=layers, host=host, benchmark_binary=benchmark_binary
+        )
     if as_json:
         console.answer_json(times.to_json())
         return

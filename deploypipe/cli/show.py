@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from deploypipe.cli import console
-from deploypipe.cli.build import HostName, Json, Model, Weights, show_report
+from deploypipe.cli.build import Binary, HostName, Json, Model, Weights, show_report
 from deploypipe.errors import BackendError
 
 
@@ -111,11 +111,12 @@ def targets(as_json: Json = False) -> None:
 def doctor(
     target: Annotated[str | None, typer.Option(help="Look at this target's device instead of this machine.")] = None,
     host: HostName = None,
+    benchmark_binary: Binary = None,
     as_json: Json = False,
 ) -> None:
     """Show what is installed here. With --target, step by step, whether its device can be used."""
-    if target is not None or host is not None:
-        _doctor_device(target or "cpu", host, as_json)
+    if target is not None or host is not None or benchmark_binary is not None:
+        _doctor_device(target or "cpu", host, benchmark_binary, as_json)
         return
     from deploypipe.doctor import diagnose
 
@@ -131,11 +132,12 @@ def doctor(
     console.table(("backend", "ready", "why not"), [(b.name, "yes" if b.ready else "no", b.reason) for b in facts.backends])
 
 
-def _doctor_device(target: str, host: str | None, as_json: bool) -> None:
+def _doctor_device(target: str, host: str | None, binary: Path | None, as_json: bool) -> None:
     from deploypipe import checkup
+    from deploypipe.backends import by_binary
     from deploypipe.targets import load_target
 
-    chosen = load_target(target)
+    chosen = by_binary(load_target(target), binary) if binary else load_target(target)
     found = checkup.examine(chosen.reached_at(host) if host else chosen)
     if as_json:
         console.answer_json(found.to_json())

@@ -21,14 +21,13 @@ from deploypipe.errors import TargetError
 from deploypipe.latency.estimate import ESTIMATED, estimated, launches_us
 from deploypipe.latency.table import LatencyTable
 from deploypipe.pipeline.request import BY_CHOICE
-from deploypipe.pipeline.stages import Device
+from deploypipe.pipeline.stages import REFERENCE, Device
 from deploypipe.plan import KeepPlan
 from deploypipe.reports.figures import UNVERIFIED, microseconds
 from deploypipe.runners import load_runner
 from deploypipe.targets import Target, cache_folder, load_target
 from deploypipe.types import Graph
 
-REFERENCE = "cpu"  # the target that runs exported files here, as a check
 RETURNED = "returned.json"  # in the run folder: what came back from the owner of a device
 
 

@@ -1,5 +1,6 @@
 """What the smaller commands do, in plain values: inspect a model, profile it, measure an artifact."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def bench_artifact(
     *,
     layers: bool = True,
     host: str | None = None,
+    benchmark_binary: str | Path | None = None,
 ) -> ArtifactTimes:
     """Measure an artifact or ONNX file on a target: the whole, and with `layers` each kernel.
 
@@ -75,15 +77,17 @@ def bench_artifact(
     path, tell = Path(artifact), reporter or Silent()
     if not path.is_file():
         raise UsageError("there is no such file", at=str(path), fix="give a built artifact or an .onnx file")
-    device = Device(Request(target=target, threads=threads, host=host).resolved_target())
-    tell.stage("bench")
-    whole = Latency(**device.bench({"model": path})["model"])
-    if layers:
-        tell.stage("profile kernels")
-        layers = device.backend.times_layers
-        if not layers:
-            tell.note(f"backend {device.backend.name} gives no times of single layers")
-    profiled = device.profile(path) if layers else None
+    request = Request(target=target, threads=threads, host=host, benchmark_binary=benchmark_binary)
+    device = Device(request.resolved_target())
+    with closing(device.runner):
+        tell.stage("bench")
+        whole = Latency(**device.bench({"model": path})["model"])
+        if layers:
+            tell.stage("profile kernels")
+            layers = device.backend.times_layers
+            if not layers:
+                tell.note(f"backend {device.backend.name} gives no times of single layers")
+        profiled = device.profile(path) if layers else None
     return ArtifactTimes(str(path), device.target.shown, device.target.measure.threads, whole, profiled)
 
 

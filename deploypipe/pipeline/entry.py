@@ -30,7 +30,11 @@ def build(request: Request | None = None, reporter: Reporter | None = None, **ch
     reporter = reporter or Silent()
     request.check()
     with Store(request.folder, reporter) as store:
-        report = Run(request, store, reporter).report()
+        run = Run(request, store, reporter)
+        try:
+            report = run.report()
+        finally:
+            run.close()
     floor, reached = request.accuracy_floor, report.pruned.accuracy
     if floor is not None and reached is not None and reached < floor:
         raise BudgetError(

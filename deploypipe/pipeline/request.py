@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from deploypipe.algorithms import AUTO, make
 from deploypipe.allocation.budget import parse_budget
-from deploypipe.backends import load_backend
+from deploypipe.backends import by_binary, load_backend
 from deploypipe.errors import TargetError, UsageError, nearest
 from deploypipe.runners import load_runner
 from deploypipe.targets import Target, load_target
@@ -52,6 +52,7 @@ class Request:
             choose the layers; "" leaves them dense.
         value_finalists: How many of the plans tried are trained for one epoch each before one is taken; 1: none.
         host: Which device, instead of the one that the target names.
+        benchmark_binary: The runtime's own benchmark program, built for the device, to measure with instead of Python.
         command: For the report.
     """
 
@@ -78,6 +79,7 @@ class Request:
     sparsity: str = ""
     value_finalists: int = 1
     host: str | None = None
+    benchmark_binary: str | Path | None = None
     train_precision: str = "fp32"
     command: str = ""
 
@@ -111,6 +113,8 @@ class Request:
             raise UsageError("a target is named twice", at=f"--target {self.target}", fix="leave one of them out")
         found = tuple(load_target(name) for name in names)
         found = tuple(target.replace(threads=self.threads) for target in found) if self.threads else found
+        if self.benchmark_binary:
+            found = tuple(by_binary(target, self.benchmark_binary) for target in found)
         return tuple(target.reached_at(self.host) for target in found) if self.host else found
 
     @classmethod

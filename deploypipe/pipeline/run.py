@@ -246,6 +246,11 @@ class Run:
         key = [2, *order, asked, self.data.description]
         return self.store.keep("report", key, lambda folder: render.write(self._assembled(order), folder), Report.load).value
 
+    def close(self) -> None:
+        """Leave the devices: what lies there for this run is removed."""
+        for device in (self.device, *self.elsewhere.devices):
+            device.runner.close()
+
     def _stages(self) -> list[Kept[Any]]:
         first = [self.table] if self.request.metric == "latency" else []
         order: list[Kept[Any] | None] = [*first, self.trained, self.plan, self.compacted, self.started, self.tuned]

@@ -152,11 +152,11 @@ class Remote(ABC):
         for source in job.push.values():
             if isinstance(source, Path) and not source.is_file():
                 raise BackendError(f"there is no file '{source}' to run", at="local", fix="check the path, or build it again")
-        program = job.push.get(argv[0].removeprefix("./"))
-        built = built_for(program) if program is not None else ""
-        if surely_foreign(built, link.arch):
-            said = f"it was built for {built}, the device is {link.arch}"
-            raise ending.not_startable(argv[0], said, ending.where(self.place, argv))
+        for name, source in job.push.items():  # the program itself, and what it starts or loads
+            built = built_for(source)
+            if surely_foreign(built, link.arch):
+                said = f"it was built for {built}, the device is {link.arch}"
+                raise ending.not_startable(name, said, ending.where(self.place, argv))
 
     def _put(self, link: Link, number: str, job: Job) -> None:
         files: dict[str, Path | bytes] = {

@@ -161,7 +161,11 @@ def refuses_other_precisions(case: BackendCase) -> None:
 
 
 def builds_what_torch_computes(case: BackendCase) -> None:
-    """The exported model and the built file compute what the module computes, within the backend's own tolerance."""
+    """The exported model and the built file compute what the module computes, within the tolerance; or running is refused."""
+    if not case.backend.computes:
+        assert case.built.stat().st_size > 0, "the built file is empty"
+        assert _refused(lambda: case.outputs(case.built)), "a backend that hands out no outputs must refuse to run on inputs"
+        return
     wanted = np.stack([case.model(x).detach().numpy() for x in case.inputs])
     for file in [case.exported, *([case.built] if case.runs else [])]:
         outputs = case.outputs(file)

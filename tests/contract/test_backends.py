@@ -1,5 +1,6 @@
 """What every backend must do, whatever it compiles for; rows that are not installed here are skipped with their reason."""
 
+import perf_standin
 import pytest
 
 from deploypipe.backends import BACKENDS, load_backend
@@ -12,6 +13,8 @@ from deploypipe.testing.backends import BACKEND_CONTRACTS, BackendCase
 @pytest.fixture(scope="module", params=sorted(BACKENDS))
 def case(request, tmp_path_factory):
     target = load_target("cpu").replace(backend=request.param)
+    if request.param == "onnxruntime-binary":  # the runtime is a program that the user names
+        target = target.replace(binary=str(perf_standin.install(tmp_path_factory.mktemp("program"))))
     ready, missing = load_backend(target).available()
     if not ready:
         pytest.skip(f"the optional runtime is not installed: {missing}")

@@ -83,6 +83,7 @@ class Request:
     train_precision: str = "fp32"
     command: str = ""
     table: Path | None = None
+    benchmark_binary: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -148,13 +149,13 @@ def test_build_passes_every_option_on(pipeline: FakePipeline) -> None:
         "--metric latency --epochs 7 --out runs/x "
         "--seed 5 --set images=64 --set ridge=1e-4 --no-distill --lr 0.01 --batch-size 32 --threads 2 "
         "--accuracy-floor 0.9 --keep stem --keep head --table tables/x --value measured --value-rounds 3 --value-finalists 4 "
-        "--host pi@box:2222 --sparsity 2:4 --train-precision bf16"
+        "--host pi@box:2222 --benchmark-binary b/perf --sparsity 2:4 --train-precision bf16"
     )
     assert run(line.split()) == 0
     expected = Request(
         "net.py:make", Path("w.safetensors"), "imagefolder:d", "jetson", "l1", "3ms", "latency", 7, Path("runs/x"), 5,
         {"images": "64", "ridge": "1e-4"}, False, 0.01, 32, 2, 0.9, ("stem", "head"), "measured", 3, 4, "pi@box:2222", "2:4",
-        "bf16", f"deploypipe {line}", Path("tables/x"),
+        "bf16", f"deploypipe {line}", Path("tables/x"), Path("b/perf"),
     )  # fmt: skip
     assert pipeline.got == [expected]
 
@@ -196,8 +197,8 @@ def test_inspect_shows_layers_groups_and_reasons(
     ("line", "passed"),
     [
         (
-            "profile --model m --target t --threads 2 --host h",
-            [Request("m", target="t", threads=2, host="h"), False, None, None],
+            "profile --model m --target t --threads 2 --host h --benchmark-binary b",
+            [Request("m", target="t", threads=2, host="h", benchmark_binary=Path("b")), False, None, None],
         ),
         ("profile --fresh --save x", [Request(), True, Path("x"), None]),
         ("profile --allow-noise", [Request(), False, None, True]),
@@ -233,8 +234,8 @@ TIMES = ArtifactTimes(
 @pytest.mark.parametrize(
     ("line", "passed"),
     [
-        ("bench a.onnx --target t --threads 2 --host h", [Path("a.onnx"), "t", 2, True, "h"]),
-        ("bench a.onnx --no-layers", [Path("a.onnx"), "cpu", None, False, None]),
+        ("bench a.onnx --target t --threads 2 --host h", [Path("a.onnx"), "t", 2, True, "h", None]),
+        ("bench a.onnx --no-layers --benchmark-binary b", [Path("a.onnx"), "cpu", None, False, None, Path("b")]),
     ],
 )
 def test_bench_passes_its_options_on(pipeline: FakePipeline, line: str, passed: list[object]) -> None:
@@ -321,6 +322,8 @@ def test_targets_lists_every_target(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert re.search(r"^cpu +.*onnxruntime +local", out, re.MULTILINE)
     assert re.search(r"^cpu-openvino +.*openvino +local", out, re.MULTILINE)
+    unmet = set(re.findall(r"^(\S+) .*not run on hardware$", out, re.MULTILINE))
+    assert unmet == {"android-arm64", "ios", "jetson", "jetson-orin", "jetson-orin-nano", "nvidia-gpu", "raspberry-pi-5"}
     assert run(["targets", "--json"]) == 0
     assert "cpu" in [target["name"] for target in json.loads(capsys.readouterr().out)]
 

@@ -160,7 +160,7 @@ def test_a_missing_interpreter_is_told_from_other_programs(ssh_server, device, t
 def test_a_program_for_another_processor_is_refused_before_it_runs(ssh, tmp_path):
     foreign = {"x86_64": 183}.get(os.uname().machine, 62)
     header = b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack("<HH", 2, foreign) + bytes(44)
-    with pytest.raises(BackendError, match=r"cannot execute '\./tool': it was built for") as caught:
+    with pytest.raises(BackendError, match="cannot execute 'tool': it was built for") as caught:
         ssh.run(Job(("./tool",), {"tool": header}), tmp_path)
     assert "uname -m" in caught.value.fix
 
