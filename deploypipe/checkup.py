@@ -123,6 +123,8 @@ class _Examination:
         return self.machine
 
     def _processor(self) -> str:
+        if self.backend.pricing == "never":
+            return f"{self._known.arch}, which converts for {self.target.device.arch}"
         require_arch(self.target, self._known.arch)
         return f"{self._known.arch}, {self._known.cpu or 'no name'}, {self._known.cores or '?'} cores"
 
@@ -152,6 +154,8 @@ class _Examination:
 
     def _measure(self) -> str:
         """Time the smallest model there is."""
+        if self.backend.pricing == "never":
+            return "nothing: what is built for this target cannot be run here"
         target = self.target.replace(runs=6, warmup=1)
         with tempfile.TemporaryDirectory(prefix="deploypipe-") as folder:
             model = Path(folder) / "smallest.onnx"

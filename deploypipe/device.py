@@ -18,7 +18,8 @@ def facts_of(backend: Backend, runner: Runner, target: Target, folder: Path) -> 
         BackendError: It cannot be reached, or the runtime is missing there.
     """
     machine = runner.describe()
-    require_arch(target, machine.arch)
+    if backend.pricing != "never":  # else this machine only converts for that one
+        require_arch(target, machine.arch)
     answer = backend.read_description(runner.run(backend.describe_job(target), folder))
     return {**machine.lasting, **answer}
 

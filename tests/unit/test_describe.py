@@ -1,5 +1,6 @@
 """What a device says of itself, read; and what the doctor makes of it."""
 
+import os
 import struct
 from pathlib import Path
 
@@ -48,6 +49,21 @@ def test_a_jetson_is_read():
     assert machine.python == ("3.10.12", "/usr/bin/python3")
     assert machine.packages == {"libnvinfer-bin": "10.3.0.30-1+cuda12.5", "numpy": "1.26.4"}
     assert len(machine.clocks) == 2
+
+
+def test_what_a_jetson_has_is_asked_for_and_what_needs_root_is_left_out(tmp_path, monkeypatch):
+    """By the script itself; the two programs print what L4T's print, to exactly the question that they are known to take."""
+    lines = "SOC family:tegra234  Machine:Jetson AGX Orin\nGPU MinFreq=306000000 MaxFreq=1300500000 CurrentFreq=306000000"
+    answers = {"nvpmodel": ("-q", "NV Power Mode: MODE_30W\n2"), "jetson_clocks": ("--show", lines)}
+    for name, (question, answer) in answers.items():
+        (tmp_path / name).write_text(f'#!/bin/sh\n[ "$*" = "{question}" ] || exit 1\ncat << "E"\n{answer}\nE\n')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    machine = Local(Reach()).describe()
+    assert machine.power_mode == "MODE_30W"
+    assert machine.clocks == tuple(lines.splitlines())
+    (tmp_path / "jetson_clocks").write_text("#!/bin/sh\necho Error: run as root\nexit 1\n")
+    assert Local(Reach()).describe().clocks == ()
 
 
 def test_what_changes_from_minute_to_minute_is_no_condition_of_a_measurement():
@@ -140,6 +156,14 @@ def test_the_doctor_wants_a_python_that_runs_the_scripts(looked, said, message):
     assert not found.usable
     assert message in steps["python"].found
     assert "[reach] python" in steps["python"].fix
+
+
+def test_a_target_that_is_only_converted_for_needs_no_such_processor(looked, monkeypatch):
+    monkeypatch.setattr(checkup._Examination, "_runtime", lambda self: "coremltools")
+    found, steps = looked(Machine(arch="x86_64", python=("3.11.7", "/usr/bin/python3")), "ios")
+    assert found.usable
+    assert steps["processor"].found == "x86_64, which converts for arm64"
+    assert steps["measures"].found == "nothing: what is built for this target cannot be run here"
 
 
 def test_the_doctor_notes_what_makes_measurements_unsteady(looked):
