@@ -50,6 +50,7 @@ REPORT = Report(
         ),
         "measured",
         ("TensorRT found 1 layer that could use sparse kernels and chose them for 1",),
+        ("tuned.safetensors", "pruned.onnx"),
     ),
     notes=("2 background processes were busy while measuring",),
 )

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
+from safetensors.numpy import load_file
 from torch import Tensor, nn
 
 from deploypipe import saved
 from deploypipe.backends.base import Backend
-from deploypipe.errors import ModelError, TargetError
+from deploypipe.errors import BackendError, ModelError, TargetError
 from deploypipe.graph import trace
 from deploypipe.latency.estimate import ESTIMATED, kernel_us
 from deploypipe.latency.files import Shape
@@ -26,11 +28,12 @@ from deploypipe.reports.pattern import LayerPattern, TwoFour
 from deploypipe.store import Kept, Store
 from deploypipe.targets import Rates, Target
 from deploypipe.training.masked import MaskedWeights
-from deploypipe.two_four import IN, Eligibility, eligibility, permuted, project, reads, retained, search
+from deploypipe.two_four import IN, Eligibility, eligibility, holds, permuted, project, reads, retained, search
 from deploypipe.types import Graph, Layer
 from deploypipe.verify import check, outputs_of, require
 
 WEIGHTS, FOUND = "two-four.safetensors", "two-four.json"
+_EXPORTED = ("pruned.onnx", "pruned-simplified.onnx", "pruned-built.onnx")  # those that a run has
 NOT_CHOSEN = "dense was the better choice within the budget"
 
 
@@ -206,17 +209,45 @@ def two_four_outcome(
         if reason == NOT_CHOSEN and saved_us == 0.0:
             reason = "no quicker than dense by the latency table"
         found.append(LayerPattern(one.layer, TWO_FOUR if not reason else "dense", reason, dense_us, saved_us))
-    return TwoFour(pattern, tuple(found), table.source if table and offered else "", tuple(evidence))
+    source, proof = table.source if table and offered else "", proven(root, two_four_weights(root))
+    return TwoFour(pattern, tuple(found), source, tuple(evidence), proof)
+
+
+def proven(root: Path, weights: Sequence[str]) -> tuple[str, ...]:
+    """Return the files of a run in which all of `weights` are found by name and hold the pattern by exact zeros.
+
+    Raises:
+        BackendError: A weight does not hold it: what was put in before fine-tuning was lost on the way.
+    """
+    files = {saved.WEIGHTS: load_file(root / saved.WEIGHTS)} if weights else {}
+    for path in (root / name for name in (_EXPORTED if weights else ()) if (root / name).is_file()):
+        tensors = onnx.load(str(path)).graph.initializer
+        files[path.name] = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in tensors if tensor.name in weights}
+    for file, found in files.items():
+        lost = [name for name in weights if name in found and not holds(found[name])]
+        if lost:
+            fix = "this is a bug in deploypipe: leave --sparsity out"
+            raise BackendError(f"{', '.join(lost)} should hold the 2:4 pattern and does not", at=str(root / file), fix=fix)
+    return tuple(file for file, found in files.items() if set(weights) <= set(found))
 
 
 def two_four_layers(root: Path) -> list[str]:
     """Return the layers of a run whose weights were made 2:4."""
-    return [layer for layer, reason in _reasons(root).items() if not reason]
+    return [row["layer"] for row in _rows(root) if not row["reason"]]
+
+
+def two_four_weights(root: Path) -> list[str]:
+    """Return the weights of a run that were made 2:4."""
+    return [row["weight"] for row in _rows(root) if not row["reason"]]
 
 
 def _reasons(root: Path) -> dict[str, str]:
-    rows = json.loads((root / FOUND).read_text())["layers"] if (root / FOUND).is_file() else []
-    return {row["layer"]: row["reason"] for row in rows}
+    return {row["layer"]: row["reason"] for row in _rows(root)}
+
+
+def _rows(root: Path) -> list[dict[str, str]]:
+    rows: list[dict[str, str]] = json.loads((root / FOUND).read_text())["layers"] if (root / FOUND).is_file() else []
+    return rows
 
 
 def _any(pattern: str, plan: KeepPlan) -> bool:

@@ -54,12 +54,14 @@ class TwoFour:
         layers: All layers of the model.
         source: Of the prices: that of the latency table; empty if it knows none of 2:4 weights.
         evidence: What the builder said about sparse kernels; nothing if there was no builder to ask.
+        proof: In which files of the run all those weights were looked at, and hold the pattern by exact zeros.
     """
 
     asked: str
     layers: tuple[LayerPattern, ...]
     source: str
     evidence: tuple[str, ...]
+    proof: tuple[str, ...] = ()
 
     @property
     def saved_us(self) -> float | None:
@@ -71,7 +73,7 @@ class TwoFour:
     def from_json(cls, state: Mapping[str, Any]) -> "TwoFour":
         """Read what `dataclasses.asdict` gave."""
         layers = tuple(LayerPattern(**layer) for layer in state["layers"])
-        return cls(**{**state, "layers": layers, "evidence": tuple(state["evidence"])})
+        return cls(**{**state, "layers": layers, "evidence": tuple(state["evidence"]), "proof": tuple(state.get("proof", ()))})
 
 
 def sentence(found: TwoFour) -> str:
@@ -90,8 +92,10 @@ def section(found: TwoFour | None) -> str:
     rows = [
         (f"`{layer.name}`", layer.pattern, _us(layer.dense_us), _us(layer.saved_us), layer.reason) for layer in found.layers
     ]
-    columns = ("layer", "weights", "dense", "2:4 saves", "why dense")
-    return f"## 2:4 weights\n\n{sentence(found)}.\n\n" + markdown_table(columns, rows)
+    unsure = f" ({_words(found)})" if found.source not in ("", "measured") else ""
+    columns = ("layer", "weights", f"dense{unsure}", f"2:4 saves{unsure}", "why dense")
+    proof = f" Each of these weights holds the pattern, by exact zeros, in {', '.join(found.proof)}." if found.proof else ""
+    return f"## 2:4 weights\n\n{sentence(found)}.{proof}\n\n" + markdown_table(columns, rows)
 
 
 def _us(value: float | None) -> str:

@@ -1,5 +1,6 @@
 """2:4 weights from the compacted model to the engine: found by the stand-in for trtexec, which looks for them one by one."""
 
+import json
 from functools import partial
 
 import onnx
@@ -12,14 +13,15 @@ from deploypipe.algorithms.base import Problem
 from deploypipe.backends.tensorrt import TensorRt
 from deploypipe.backends.trt_hand import sparsity_verdict
 from deploypipe.count import MacTable
-from deploypipe.errors import ModelError, UsageError
+from deploypipe.errors import BackendError, ModelError, UsageError
 from deploypipe.export import export_onnx
 from deploypipe.graph import trace
 from deploypipe.pipeline.request import Request
-from deploypipe.pipeline.sparsify import choice, named, patterned, sparse_hooks, sparsified
+from deploypipe.pipeline.sparsify import FOUND, choice, named, patterned, proven, sparse_hooks, sparsified
 from deploypipe.pipeline.valuing import choose
 from deploypipe.plan import KeepPlan
 from deploypipe.runners.local import Local
+from deploypipe.saved import save_weights
 from deploypipe.targets import Rates, Reach, load_target
 from deploypipe.two_four import holds
 
@@ -128,3 +130,26 @@ def test_a_method_that_chooses_widths_itself_cannot_weigh_a_choice(tmp_path):
         choose(Request(algo="erk", sparsity="auto"), problem, None, tmp_path)
     assert choose(Request(algo="erk", sparsity="2:4"), problem, None, tmp_path).two_four == ()
     assert choose(Request(algo="l2", sparsity="auto"), problem, None, tmp_path).certificate.two_four == ()
+
+
+def test_a_pattern_that_was_lost_on_the_way_is_never_reported(tmp_path):
+    """In what fine-tuning left, and in the exported file: by exact zeros, however small what stands there instead."""
+    sparse, found = sparsified(net(), INPUTS, UNKNOWN)
+    (tmp_path / FOUND).write_text(json.dumps(found))
+    weights = [row["weight"] for row in found["layers"] if not row["reason"]]
+    save_weights(sparse, tmp_path / "tuned.safetensors")
+    export_onnx(sparse, INPUTS[0], tmp_path / "pruned.onnx", 18)
+    assert proven(tmp_path, weights) == ("tuned.safetensors", "pruned.onnx")
+    assert proven(tmp_path, []) == ()
+    weight = sparse.get_parameter(weights[1])
+    place = tuple((weight == 0).nonzero()[0].tolist())
+    with torch.no_grad():
+        weight[place] = 1e-30
+    export_onnx(sparse, INPUTS[0], tmp_path / "pruned.onnx", 18)
+    with pytest.raises(BackendError, match=rf"error: {weights[1]} should hold the 2:4 pattern and does not") as caught:
+        proven(tmp_path, weights)
+    assert caught.value.at.endswith("pruned.onnx")
+    save_weights(sparse, tmp_path / "tuned.safetensors")
+    with pytest.raises(BackendError) as caught:
+        proven(tmp_path, weights)
+    assert caught.value.at.endswith("tuned.safetensors")
