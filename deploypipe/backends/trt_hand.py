@@ -6,6 +6,7 @@ from typing import Any
 from deploypipe.backends import trt_flags
 
 _GENERATIONS = {
+    "TensorRT 8.4 and 8.5 (JetPack 5)": (8, 5, 2),
     "TensorRT 8.6 (JetPack 6.0)": (8, 6, 2),
     "TensorRT 10 (JetPack 6.1 and later)": (10, 3, 0),
     "TensorRT 11": (11, 1, 0),

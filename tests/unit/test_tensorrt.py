@@ -4,6 +4,9 @@
 import inspect
 import json
 import os
+import re
+import shlex
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -11,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import tensorrt_standin
 import torch
 import trtexec_standin
 from ssh_server import SSHD, SshServer
@@ -130,6 +134,27 @@ def test_no_version_is_given_a_flag_that_it_refuses():
         trtexec_standin.parsed(asked((8, 6, 1)), (11, 1, 0))
     with pytest.raises(trtexec_standin.Refused, match="Unknown option: --stronglyTyped"):
         trtexec_standin.parsed(asked((10, 3, 0)), (8, 6, 1))
+
+
+def test_the_commands_for_people_are_those_that_each_version_takes(path, tmp_path, monkeypatch):
+    """As typed: accepted by the stand-in of each version, and by one of them carried out."""
+    monkeypatch.chdir(tmp_path)
+    Path("dense.onnx").write_bytes(BACKEND.stated(path, load_target("jetson")))
+    text = BACKEND.by_hand({"dense": "dense.onnx"}, load_target("jetson"))
+    blocks = dict(re.findall(r"^TensorRT ([\d.]+)[^\n]*:\n\n```\n(.*?)^```", text, re.M | re.S))
+    versions = {"8.4": (8, 5, 2), "8.6": (8, 6, 2), "10": (10, 3, 0), "11": (11, 1, 0)}
+    assert blocks.keys() == versions.keys()
+    for name, version in versions.items():
+        lines = [shlex.split(line) for line in blocks[name].splitlines()]
+        assert [line[0] for line in lines] == ["trtexec"] * 3
+        for _, *arguments in lines:
+            trtexec_standin.parsed(arguments, version)
+    program = trtexec_standin.install(tmp_path / "bin", versions["8.4"])
+    for _, *arguments in (shlex.split(line) for line in blocks["8.4"].splitlines()):
+        assert subprocess.run([program, *arguments], check=False, stdout=subprocess.DEVNULL).returncode == 0
+    assert trt_answers.run_times("dense-times.json", 200)
+    assert trt_answers.layer_times("dense-profile.json")
+    assert trt_answers.layer_nodes(json.loads(Path("dense-layers.json").read_text()))
 
 
 # ---- formats
@@ -388,10 +413,55 @@ def test_the_python_way_calls_what_polygraphy_has():
     """TensorRT is not at hand, but the signatures of what would be called can be checked where Polygraphy is installed."""
     trt = pytest.importorskip("polygraphy.backend.trt")
     cuda = pytest.importorskip("polygraphy.cuda")
+    assert {"sparse_weights", "profiling_verbosity", "load_timing_cache"} <= set(
+        inspect.signature(trt.CreateConfig.__mro__[1].__init__).parameters
+    )
     assert {"strongly_typed"} <= set(inspect.signature(trt.NetworkFromOnnxPath.__init__).parameters)
     assert {"save_timing_cache"} <= set(inspect.signature(trt.EngineFromNetwork.__init__).parameters)
     assert {"copy_outputs_to_host"} <= set(inspect.signature(trt.TrtRunner.infer_impl).parameters)
     assert {"shape", "dtype"} <= set(inspect.signature(cuda.DeviceArray.__init__).parameters)
+
+
+@pytest.mark.parametrize("version", [(8, 6, 1), (10, 3, 0)], ids=["8.6.1", "10.3.0"])
+def test_the_python_way_comes_to_the_same_result(version, model, path, tmp_path, monkeypatch):
+    """Executed with stand-ins for `tensorrt` and `polygraphy`: jobs and answers are those of trtexec, at the same times."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    models, inputs = {"m": path}, {"input": np.stack([INPUT.numpy(), -INPUT.numpy()])}
+    target = load_target("cpu").replace(backend="tensorrt", precision="fp16", runs=2, warmup=1)
+    found = {}
+    for way, package in (("trtexec", trtexec_standin), ("python", tensorrt_standin)):
+        package.install(tmp_path / way, version)
+        with monkeypatch.context() as patch:
+            patch.setenv("PATH", f"{tmp_path / way}{os.pathsep}{os.environ['PATH']}")
+            patch.setenv("PYTHONPATH", f"{tmp_path / way}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+
+            def run(job, way=way):
+                return Local(Reach()).run(job, tmp_path / f"out-{way}")
+
+            facts = BACKEND.read_description(run(BACKEND.describe_job(target)))
+            profile = BACKEND.read_profile(run(BACKEND.profile_job(models, target)), models)["m"]
+            built = run(BACKEND.build_job(path, target)).pulled["artifact.zip"]
+            times = BACKEND.read_bench(run(BACKEND.bench_job({"m": built}, target)))["m"]
+            outputs = BACKEND.read_run(run(BACKEND.run_job(built, inputs, target)))["output"]
+            found[way] = facts, profile, times, outputs
+    facts, profile, times, outputs = found["python"]
+    assert (facts["version"], facts["gpu"], facts["capability"]) == (".".join(map(str, version)), "NVIDIA Orin", "8.7")
+    assert facts.keys() == found["trtexec"][0].keys()
+    assert [(k.name, k.weight, k.op) for k in profile.kernels] == [
+        (k.name, k.weight, k.op) for k in found["trtexec"][1].kernels
+    ]
+    assert times.median_us == pytest.approx(found["trtexec"][2].median_us, rel=0.02)
+    assert profile.ratio == pytest.approx(1.2, rel=0.02)
+    np.testing.assert_array_equal(outputs, found["trtexec"][3])
+    assert list((tmp_path / ".cache/deploypipe/tensorrt").glob("timing-*.cache"))
+
+
+def test_bindings_without_a_gpu_are_told_in_a_sentence(tmp_path, monkeypatch):
+    tensorrt_standin.install(tmp_path / "headless", (10, 3, 0), headless=True)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'headless'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    target = load_target("cpu").replace(backend="tensorrt", precision="fp16")
+    with pytest.raises(BackendError, match=r"there is no TensorRT here: .*factory function returned nullptr"):
+        Local(Reach()).run(BACKEND.describe_job(target), tmp_path / "out")
 
 
 # ---- the same jobs over SSH, to a server on the loopback address
