@@ -52,6 +52,7 @@ class Request:
             choose the layers; "" leaves them dense.
         value_finalists: How many of the plans tried are trained for one epoch each before one is taken; 1: none.
         host: Which device, instead of the one that the target names.
+        recipe: Name of the recipe that chose the algorithm and the value; "" if the user did.
         command: For the report.
     """
 
@@ -79,6 +80,7 @@ class Request:
     value_finalists: int = 1
     host: str | None = None
     train_precision: str = "fp32"
+    recipe: str = ""
     command: str = ""
 
     @property
