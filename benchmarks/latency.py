@@ -1,14 +1,15 @@
 """Predicted against measured latency of whole models under random plans: how far the latency table may be trusted.
 
-    python benchmarks/latency.py                             # all models, one and two threads, 10 plans each
+    python benchmarks/latency.py                             # all models, one and two threads, 20 plans each
     python benchmarks/latency.py --models resnet20 demo --threads 1
     python benchmarks/latency.py --target cpu-openvino       # another target's table goes to latency-BACKEND.csv
     python benchmarks/latency.py --models                    # measures nothing: sums up what is in the file
 
 Widths are drawn from the table's own candidates, so most pairs of widths of a plan were never measured as such, and with
-another seed than the plans that the table learned from. All plans of a model are timed in one job, in turns, together with the
-dense model. `ratio_error` compares predicted and measured latency relative to the dense model in that same job, so that a
-machine that became slower between profiling and checking does not count; `error` compares the plain microseconds.
+another seed than the plans that the table learned from. All plans of a model are timed in turns with the dense model, in jobs
+at several times, of which those three count that a neighbour slowed down least. `ratio_error` compares predicted and measured
+latency relative to the dense model in the same jobs, so that a machine that became slower between profiling and checking does
+not count; `error` compares the plain microseconds.
 
 The file is written after every model and number of threads; a second call goes on with what is missing (--fresh: from the
 start). Row `dense` of a model also says what its profile cost: seconds, and kernels measured for it; kernels that a model
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ from deploypipe.plan import KeepPlan
 from deploypipe.profiler.check import random_plans
 from deploypipe.profiler.export import exported
 from deploypipe.profiler.measure import profile
+from deploypipe.profiler.sittings import joined, sit
 from deploypipe.progress import Recorder
 from deploypipe.runners import load_runner
 from deploypipe.targets import Target, load_target
@@ -83,7 +86,8 @@ COLUMNS = (
     "ratio_error", "factor", "additivity", "table_error", "profile_s", "kernels_new", "kernels", "date",
 )  # fmt: skip
 SAME = ("runtime", "version", "cpu", "cpu_flags", "cores", "torch")  # facts that all rows of a file share
-SECONDS, FEWEST = 10.0, 24  # of measuring all plans of a model, roughly; runs of each, at least
+SECONDS, FEWEST = 4.0, 12  # of measuring all plans of a model once, roughly; runs of each, at least
+SITTINGS, MOST, PAUSE_S = 3, 8, 3.0  # so often undisturbed, but at most; seconds before another
 MODELS: dict[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {"resnet20": resnet20, "resnet56": resnet56, "demo": demo}
 
 
@@ -135,7 +139,8 @@ def check(subject: Subject, target: Target, n_plans: int, seed: int, cache: Path
     }
     files = {name: subject.file(plan, target) for name, plan in plans.items()}
     runs = max(FEWEST, min(target.measure.runs, int(1e6 * SECONDS / (0.5 * len(files) * context.whole_us))))
-    timings = measured(files, target.replace(runs=runs))
+    take, dense_of = partial(measured, files, target.replace(runs=runs)), lambda found: found["dense"].quiet_us
+    timings = joined(sit(take, dense_of, SITTINGS, MOST, pause_s=PAUSE_S), "dense")
     dense_us, dense = table.predict(graph), timings["dense"]
     common = {"model": subject.name, "threads": target.measure.threads, "date": datetime.now(UTC).isoformat(timespec="seconds")}
     rows = []
@@ -210,7 +215,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(ALL))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--target", default=DEFAULT_TARGET)
-    parser.add_argument("--plans", type=int, default=10)
+    parser.add_argument("--plans", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--cache", type=Path, help="where kernel measurements are kept (default: the user's cache)")
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the file already")

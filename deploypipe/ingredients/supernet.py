@@ -120,4 +120,6 @@ class Sandwich(TrainHook):
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the mean over the batch of `KL(softmax(teacher) || softmax(student))`, temperature 1."""
-    return F.kl_div(F.log_softmax(student.float(), 1), F.log_softmax(teacher.float(), 1), reduction="batchmean", log_target=True)
+    return F.kl_div(
+        F.log_softmax(student.float(), 1), F.log_softmax(teacher.float(), 1), reduction="batchmean", log_target=True
+    )

@@ -67,6 +67,8 @@ def assemble(request: Request, data: Data, target: Target, found: Findings) -> R
         data=data.description,
         target=target.name,
         algorithm=request.algo,
+        value=request.value,
+        recipe=request.recipe,
         options=asdict(make(request.algo, request.options)),
         seed=request.seed,
         epochs=found.epochs[1],

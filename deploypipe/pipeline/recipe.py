@@ -50,4 +50,4 @@ def resolved(request: Request) -> Request:
     recipe = asdict(Recipe())
     if request.value != Request.value:
         del recipe["value"]  # the user knows better
-    return replace(request, **recipe, out=request.folder)
+    return replace(request, **recipe, recipe=AUTO, out=request.folder)

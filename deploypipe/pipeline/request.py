@@ -53,6 +53,7 @@ class Request:
         value_finalists: How many of the plans tried are trained for one epoch each before one is taken; 1: none.
         host: Which device, instead of the one that the target names.
         benchmark_binary: The runtime's own benchmark program, built for the device, to measure with instead of Python.
+        recipe: Name of the recipe that chose the algorithm and the value; "" if the user did.
         command: For the report.
     """
 
@@ -81,6 +82,7 @@ class Request:
     host: str | None = None
     benchmark_binary: str | Path | None = None
     train_precision: str = "fp32"
+    recipe: str = ""
     command: str = ""
 
     @property

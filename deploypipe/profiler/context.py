@@ -17,7 +17,7 @@ from deploypipe.plan import KeepPlan
 from deploypipe.profiler.bench import Bench
 from deploypipe.profiler.check import N_PLANS, random_plans
 from deploypipe.profiler.fit import DENSE, RANDOM, Form, Turn, learned
-from deploypipe.profiler.sittings import sit
+from deploypipe.profiler.sittings import joined, sit
 from deploypipe.progress import Reporter
 from deploypipe.targets import Target
 from deploypipe.types import Graph
@@ -56,7 +56,7 @@ def in_context(bench: Bench, model: nn.Module, example: Any, graph: Graph, table
     quick = min(profile.sum_us for _, profile in turns)
     (profiles,) = sit(lambda: bench.profiles(files, profiled), lambda found: found[DENSE].sum_us, 1, again, quick)
     reporter.advance(len(plans) + 2)
-    wholes = _joined(sittings)
+    wholes = joined([sitting.wholes for sitting in sittings], DENSE, [turn[0].quiet_us for turn in turns])
     forms = [Form(name, graph.kept(plans[name]), wholes[name], profiles[name]) for name in files]
     found = learned(graph, table, forms, bench.timer_us, _steady(turns))
     for _ in range(_AGAIN):
@@ -130,27 +130,6 @@ def _steady(turns: Sequence[Turn]) -> list[Turn]:
     times = np.array([(whole.quiet_us, profile.sum_us) for whole, profile in turns])
     slowness = (times / times.min(0)).max(1)
     return [turns[index] for index in np.argsort(slowness, kind="stable")[:_SITTINGS]]
-
-
-def _joined(sittings: Sequence[_Sitting]) -> dict[str, Timing]:
-    """Return each form's time: its mean share of the dense form's, which is the median of all times that it was measured."""
-    measured = [sitting.wholes for sitting in sittings]
-    level = float(np.median([*(one[DENSE].quiet_us for one in measured), *(sitting.turn[0].quiet_us for sitting in sittings)]))
-    return {
-        name: _mean([one[name] for one in measured], [level / one[DENSE].quiet_us for one in measured]) for name in measured[0]
-    }
-
-
-def _mean(timings: Sequence[Timing], scales: Sequence[float]) -> Timing:
-    """Return the mean of timings, each multiplied by its scale."""
-
-    def mean(name: str) -> float:
-        return float(np.mean([scale * getattr(timing, name) for timing, scale in zip(timings, scales, strict=True)]))
-
-    cpu = None if any(timing.cpu_us is None for timing in timings) else mean("cpu_us")
-    loads = [timing.foreign_load for timing in timings if timing.foreign_load is not None]
-    runs = sum(timing.runs for timing in timings)
-    return Timing(mean("median_us"), mean("p10_us"), mean("p90_us"), runs, max(loads, default=None), cpu)
 
 
 def _additive(context: Context) -> bool:

@@ -58,7 +58,7 @@ def _outcome_row(name: str, report: Report) -> Row:
     pruned, lost = report.pruned, points_lost(report.dense, report.pruned)
     return (
         name,
-        report.algorithm,
+        report.method,
         f"{report.budget.asked} {report.budget.metric}",
         "yes" if report.budget.met else "no",
         accuracy_text(pruned.accuracy, report.n_test),

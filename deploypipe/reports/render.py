@@ -32,7 +32,7 @@ def write(report: Report, folder: Path) -> None:
 def title(report: Report) -> str:
     """Return the run in one line."""
     budget = f"budget {report.budget.asked} ({report.budget.metric})"
-    return f"{report.model} on {report.target}: {report.algorithm}, {budget}, {report.epochs} epochs, seed {report.seed}"
+    return f"{report.model} on {report.target}: {report.method}, {budget}, {report.epochs} epochs, seed {report.seed}"
 
 
 def summary_rows(report: Report) -> tuple[Row, ...]:
@@ -135,7 +135,7 @@ def faster_text(speedup: float | None) -> str:
 def _head(report: Report) -> str:
     return (
         f"# {report.model} on {report.target}\n\n"
-        f"Pruned with `{report.algorithm}`, budget {report.budget.asked} ({report.budget.metric}), data `{report.data}`, "
+        f"Pruned with `{report.method}`, budget {report.budget.asked} ({report.budget.metric}), data `{report.data}`, "
         f"{trained_text(report.epochs, report.epochs_before)}, seed {report.seed}."
     )
 

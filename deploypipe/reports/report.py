@@ -157,6 +157,8 @@ class Report:
         artifacts: What -> path below the run folder.
         runtimes: The pruned model on each target, the first of which is `target`; empty unless several were asked for.
         two_four: What became of `--sparsity`; None if it was not given.
+        value: What a width was worth, as `--value` names it.
+        recipe: That chose algorithm and value; empty if the user did.
         notes: What else the user should know, in sentences.
     """
 
@@ -190,6 +192,14 @@ class Report:
     sparsity: tuple[SparseLayer, ...] = ()
     arms: tuple[Arm, ...] = ()
     two_four: TwoFour | None = None
+    value: str = "scores"
+    recipe: str = ""
+
+    @property
+    def method(self) -> str:
+        """The algorithm, what chose widths if not its scores, and the recipe that both are from."""
+        chosen = self.algorithm if self.value == "scores" else f"{self.algorithm} with {self.value} widths"
+        return f"{self.recipe} ({chosen})" if self.recipe else chosen
 
     @property
     def speedup(self) -> float | None:

@@ -24,7 +24,8 @@ def test_auto_is_another_method_in_the_same_folder() -> None:
     assert found.algo in ALGORITHMS
     found.check()
     values = {name: getattr(asked, name) for name in Recipe.__dataclass_fields__}
-    assert replace(found, **values, out=None) == asked
+    assert found.recipe == "auto"
+    assert replace(found, **values, recipe="", out=None) == asked
 
 
 def test_what_the_user_asks_for_counts_more_than_the_recipe() -> None:

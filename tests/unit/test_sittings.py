@@ -1,0 +1,44 @@
+"""Measurements at several times: the undisturbed ones count."""
+
+import pytest
+
+from deploypipe.profiler import sittings
+from deploypipe.profiler.sittings import sit
+
+
+def run(times, wanted=2, most=5, **options):
+    left = list(times)
+    found = sit(lambda: left.pop(0), float, wanted, most, **options)
+    return found, len(times) - len(left)
+
+
+def test_alike_sittings_are_not_repeated():
+    assert run([100, 103, 90]) == ([100, 103], 2)
+
+
+def test_what_was_slowed_down_is_taken_again():
+    assert run([100, 130, 128, 101, 90]) == ([100, 101], 4)
+    assert run([130, 101, 128, 100, 90]) == ([101, 100], 4)
+
+
+def test_the_quickest_count_in_the_order_taken_when_no_two_are_alike():
+    assert run([140, 100, 130, 120, 110]) == ([100, 110], 5)
+
+
+def test_a_spell_that_lasts_is_seen_beside_what_was_measured_before():
+    assert run([130, 131, 132]) == ([130, 131], 2)
+    assert run([130, 131, 102, 101], best=100.0) == ([102, 101], 4)
+    assert run([130, 131, 132, 133, 134], best=100.0) == ([130, 131], 5)
+
+
+def test_never_fewer_than_wanted():
+    assert run([100, 150, 130], wanted=3, most=1) == ([100, 150, 130], 3)
+
+
+def test_only_repeated_sittings_wait(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(sittings.time, "sleep", pauses.append)
+    run([100, 130, 128, 101], pause_s=3.0)
+    assert pauses == [3.0, 3.0]
+    with pytest.raises(IndexError):
+        run([100, 130, 128])
