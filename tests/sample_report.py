@@ -51,6 +51,7 @@ REPORT = Report(
         "measured",
         ("TensorRT found 1 layer that could use sparse kernels and chose them for 1",),
         ("tuned.safetensors", "pruned.onnx"),
+        0.9012,
     ),
     notes=("2 background processes were busy while measuring",),
 )

@@ -33,7 +33,7 @@ from deploypipe.pipeline.planning import Planner, read_rounds
 from deploypipe.pipeline.record import recorded
 from deploypipe.pipeline.request import Request
 from deploypipe.pipeline.several import Elsewhere, with_outcomes
-from deploypipe.pipeline.sparsify import priced, sparse_hooks, sparse_notes, two_four_outcome, two_four_stage
+from deploypipe.pipeline.sparsify import MASKED, priced, sparse_hooks, sparse_notes, two_four_outcome, two_four_stage
 from deploypipe.pipeline.training import arms_stage, epochs_before, schedule, train_stage, tuned, tuning_hooks
 from deploypipe.pipeline.valuing import held_back, held_out, value_notes
 from deploypipe.plan import KeepPlan
@@ -220,6 +220,7 @@ class Run:
     def accuracies(self) -> Kept[dict[str, Any]]:
         """The one time that the test set is read."""
         models = {"dense": self.loaded.model, "compacted": self.compacted.value, "pruned": self.tuned.value}
+        models |= {MASKED: self.started.value} if self.started is not self.compacted else {}
         return accuracy_stage(self.store, models, self.data, [self.tuned, self.dense_key, self.data.key], self.reporter)
 
     @cached_property
@@ -282,7 +283,7 @@ class Run:
             epochs=(epochs_before(self.store.root) if self.trained else 0, self.tuning.epochs),
             sparse=(self.compacted.value, self.tuned.value) if sparse else None,
             arms=tuple(self.arms.value) if self.arms else (),
-            two_four=two_four_outcome(root, self.graph, plan, table, pattern, self.device.backend),
+            two_four=two_four_outcome(root, self.graph, plan, table, pattern, self.device.backend, self.accuracies.value),
             notes=tuple(note for note in (*self.loaded.notes, *self.graph.notes, *valued, *notes, *self.device.notes) if note),
         )
         report = with_outcomes(assemble(self.request, self.data, self.target, found), self.outcomes)

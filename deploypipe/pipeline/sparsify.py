@@ -33,6 +33,7 @@ from deploypipe.types import Graph, Layer
 from deploypipe.verify import check, outputs_of, require
 
 WEIGHTS, FOUND = "two-four.safetensors", "two-four.json"
+MASKED = "masked"  # the model with the pattern, before fine-tuning
 _EXPORTED = ("pruned.onnx", "pruned-simplified.onnx", "pruned-built.onnx")  # those that a run has
 NOT_CHOSEN = "dense was the better choice within the budget"
 
@@ -179,7 +180,13 @@ def sparse_notes(root: Path, target: Target, table: LatencyTable | None, pattern
 
 
 def two_four_outcome(
-    root: Path, graph: Graph, plan: KeepPlan, table: LatencyTable | None, pattern: str, backend: Backend
+    root: Path,
+    graph: Graph,
+    plan: KeepPlan,
+    table: LatencyTable | None,
+    pattern: str,
+    backend: Backend,
+    accuracies: Mapping[str, float | None],
 ) -> TwoFour | None:
     """Return for every layer of the model whether its weight is 2:4, why not, and what the table says that saves.
 
@@ -190,6 +197,7 @@ def two_four_outcome(
         table: The run's latency table; None if it needed none.
         pattern: What was asked for.
         backend: Of the target; what its builder said about the pruned model is evidence if it knows sparse kernels.
+        accuracies: Of the model in its stages; MASKED is that with the pattern, before fine-tuning.
     """
     if not pattern:
         return None
@@ -210,7 +218,7 @@ def two_four_outcome(
             reason = "no quicker than dense by the latency table"
         found.append(LayerPattern(one.layer, TWO_FOUR if not reason else "dense", reason, dense_us, saved_us))
     source, proof = table.source if table and offered else "", proven(root, two_four_weights(root))
-    return TwoFour(pattern, tuple(found), source, tuple(evidence), proof)
+    return TwoFour(pattern, tuple(found), source, tuple(evidence), proof, accuracies.get(MASKED))
 
 
 def proven(root: Path, weights: Sequence[str]) -> tuple[str, ...]:

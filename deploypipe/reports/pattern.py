@@ -55,6 +55,7 @@ class TwoFour:
         source: Of the prices: that of the latency table; empty if it knows none of 2:4 weights.
         evidence: What the builder said about sparse kernels; nothing if there was no builder to ask.
         proof: In which files of the run all those weights were looked at, and hold the pattern by exact zeros.
+        accuracy: With those weights, before fine-tuning: share of the test set, 0 to 1; None if that is not known.
     """
 
     asked: str
@@ -62,6 +63,7 @@ class TwoFour:
     source: str
     evidence: tuple[str, ...]
     proof: tuple[str, ...] = ()
+    accuracy: float | None = None
 
     @property
     def saved_us(self) -> float | None:

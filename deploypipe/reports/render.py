@@ -143,7 +143,12 @@ def _head(report: Report) -> str:
 def _accuracy_section(report: Report) -> str:
     if report.dense.accuracy is None:
         return ""
-    steps = (("dense", report.dense.accuracy), ("compacted", report.compacted_accuracy), ("fine-tuned", report.pruned.accuracy))
+    masked = report.two_four.accuracy if report.two_four else None
+    steps = (
+        *(("dense", report.dense.accuracy), ("compacted", report.compacted_accuracy)),
+        *((("with 2:4 weights", masked),) if masked is not None else ()),
+        ("fine-tuned", report.pruned.accuracy),
+    )
     rows = [(step, accuracy_text(value, report.n_test)) for step, value in steps]
     return f"## Accuracy\n\nOn {report.n_test} test samples, read once; ± is one standard error.\n\n" + markdown_table(
         ("step", "accuracy"), rows

@@ -72,4 +72,3 @@ def test_a_target_that_runs_nothing_cannot_be_planned_by(start, tmp_path):
     finished = start(*arguments(tmp_path / "x", target="ios")).wait()
     assert finished.code == 4
     assert "--metric macs" in finished.err
-
