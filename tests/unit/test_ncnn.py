@@ -1,7 +1,9 @@
 import importlib.util
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,6 +66,35 @@ def test_a_built_file_states_its_inputs_as_the_runtime_reads_them(script, shape,
 def test_every_return_code_is_looked_at(script, tmp_path, param, said):
     with pytest.raises(SystemExit, match=said):
         script.Network(packed(tmp_path / "m.zip", param), {"threads": 1})
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ("input_names", r"does not take input 'nowhere' \(return code -1\)"),
+        ("output_names", r"cannot compute output 'nowhere' \(return code -1\)"),
+    ],
+)
+def test_return_codes_of_a_run_are_looked_at_too(script, tmp_path, names, said):
+    """ncnn itself is asked for a tensor that the model does not have; it says so by a code, and goes on."""
+    network = script.Network(packed(tmp_path / "m.zip", script.stated(PARAM, [[1, 3, 4, 4]])), {"threads": 1})
+    net = {name: getattr(network.net, name) for name in ("input_names", "output_names", "create_extractor")}
+    network.net = SimpleNamespace(**{**net, names: lambda: ["nowhere"]})
+    with pytest.raises(SystemExit, match=said):
+        network.run(network.sample())
+
+
+def test_a_converter_that_fails_is_not_believed_though_its_files_are_there(script, tmp_path, monkeypatch):
+    def run(argv, cwd, **options):
+        for name in script.CONVERTED:
+            (Path(cwd) / name).write_text(PARAM)
+        return subprocess.CompletedProcess(argv, 1, "", "an operator is left out")
+
+    pytest.importorskip("pnnx")
+    monkeypatch.setattr(script.subprocess, "run", run)
+    (tmp_path / "model.onnx").write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"pnnx cannot convert the model \(return code 1\): an operator is left out"):
+        script.converted(str(tmp_path / "model.onnx"), [[1, 3, 4, 4]])
 
 
 def test_a_missing_input_is_an_error_before_anything_is_computed(script, tmp_path):
