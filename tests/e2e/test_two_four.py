@@ -69,7 +69,7 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(bench.Bench, "cost_of_measuring", lambda self: (0.0, 2.0, 0.0))
         patch.setattr(bench, "_AGAIN", 0)
         patch.setattr(context, "_AGAIN", 0)
-        patch.setattr(context, "_TURNS", 1)
+        patch.setattr(context, "_SITTINGS", 1)
         patch.setattr(profiler, "unconfirmed", lambda *_: {})
         patch.setattr(context, "_plans", lambda *_: {context.DENSE: dp.KeepPlan({})})
         patch.setattr(stages, "N_INPUTS", 1)
