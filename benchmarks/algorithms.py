@@ -69,7 +69,7 @@ SPARE = 0.005  # of the budget, left unused by the plans: the table's error
 LEARN = 1 / 3  # of all epochs, for methods that train before they prune
 TAYLOR_BATCHES, BATCH = 6, 128
 ASKED = ("model", "images", "epochs", "distill", "batch_size")  # what differs between tables
-DENSE_EPOCHS, DENSE_LR = 40, 0.1  # of a network that the bench trains itself
+DENSE_EPOCHS, DENSE_LR = 20, 0.1  # of a network that the bench trains itself
 
 
 @dataclass(frozen=True)

@@ -54,25 +54,30 @@ def held_back(request: Request, data: Data) -> Data:
 
 
 def choose(request: Request, problem: Problem, meter: Meter | None, folder: Path) -> KeepPlan:
-    """Ask the algorithm which channels stay. With a meter it only orders them, and how many stay is measured.
+    """Ask the algorithm which channels stay; how many stay is decided in the way that the request names.
 
-    The plans that were tried are written into `folder`.
+    What is worth telling about that is written into `folder`.
 
     Raises:
         UsageError: Widths are to be measured, or 2:4 weights chosen, but the algorithm chooses widths itself.
         BudgetError: The budget cannot be reached.
     """
-    if request.value == "taylor":
-        return _by_first_order(request, problem, folder)
-    if meter is None:
-        plan: KeepPlan = make(request.algo, request.options).plan(problem)
-        if request.sparsity == BY_CHOICE and (plan.certificate is None or plan.certificate.bound is None):
-            raise UsageError(
-                f"algorithm '{request.algo}' chooses widths itself, so that nothing weighs 2:4 weights against fewer channels",
-                at="--sparsity auto",
-                fix="take an algorithm whose scores are allocated, such as thinet or l2, or one with --set widths=shares",
-            )
-        return plan
+    return _WAYS[request.value](request, problem, meter, folder)
+
+
+def _by_scores(request: Request, problem: Problem, meter: Meter | None, folder: Path) -> KeepPlan:
+    plan: KeepPlan = make(request.algo, request.options).plan(problem)
+    if request.sparsity == BY_CHOICE and (plan.certificate is None or plan.certificate.bound is None):
+        raise UsageError(
+            f"algorithm '{request.algo}' chooses widths itself, so that nothing weighs 2:4 weights against fewer channels",
+            at="--sparsity auto",
+            fix="take an algorithm whose scores are allocated, such as thinet or l2, or one with --set widths=shares",
+        )
+    return plan
+
+
+def _by_measuring(request: Request, problem: Problem, meter: Meter | None, folder: Path) -> KeepPlan:
+    assert meter is not None, "whoever asks for measured values gives what measures them"
     searches: list[Found] = []
 
     def measured(problem: Problem, orders: Orders, values: Values) -> tuple[dict[str, int], Certificate]:
@@ -90,7 +95,7 @@ def choose(request: Request, problem: Problem, meter: Meter | None, folder: Path
     return plan
 
 
-def _by_first_order(request: Request, problem: Problem, folder: Path) -> KeepPlan:
+def _by_first_order(request: Request, problem: Problem, meter: Meter | None, folder: Path) -> KeepPlan:
     asked: list[Certificate] = []
 
     def widths(problem: Problem, orders: Orders, values: Values) -> tuple[dict[str, int], Certificate]:
@@ -101,6 +106,9 @@ def _by_first_order(request: Request, problem: Problem, folder: Path) -> KeepPla
     plan = _ordered(request, problem, widths, asked)
     (folder / VALUES_FILE).write_text(json.dumps({"by": "taylor"}) + "\n")
     return plan
+
+
+_WAYS = {"scores": _by_scores, "taylor": _by_first_order, "measured": _by_measuring}  # by the request's `value`
 
 
 def _scored(

@@ -98,7 +98,8 @@ def settle(
     problem = Problem(model, graph, table, limit, None, 0, recorder)
     with Store(tmp_path / "run", recorder) as store:
         dense = Kept("build-dense", tmp_path, "key", 0.0, reused=False)
-        device, request = FakeDevice(graph, slower), Request(algo="l1", budget=budget)
+        request = Request(algo="l1", budget=budget, value="measured" if meter else "scores")
+        device = FakeDevice(graph, slower)
         planner = Planner(request, store, device, problem, [], lambda: dense, meter)
         kept = planner.measured(table)
     chosen, rounds = read_rounds(tmp_path / "run")

@@ -130,7 +130,7 @@ def test_a_profile_prices_every_term_and_reproduces_the_dense_model(graph, measu
 
 def test_a_second_profile_measures_nothing(net, graph, measured, export, tmp_path, monkeypatch, counting):
     target = prepared(tmp_path, monkeypatch)
-    monkeypatch.setattr(context, "_AGAIN", 0)
+    monkeypatch.setattr(context, "_SITTINGS", 3)
     first = measured(target=target, cache_dir=tmp_path)
     sitting = ["bench", "bench", "profile"]  # all forms; the dense form as a whole and by kernel
     assert counting.jobs[-11:] == ["bench", *3 * sitting, "profile"]
