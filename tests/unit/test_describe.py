@@ -2,6 +2,7 @@
 
 import os
 import struct
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,9 @@ def test_a_script_is_built_for_nothing():
 def test_our_own_interpreter_is_built_for_this_machine():
     machine = Local(Reach()).describe()
     assert machine.python is not None
+    assert {name: machine.packages[name] for name in ("numpy", "onnxruntime")} == {
+        name: version(name) for name in ("numpy", "onnxruntime")
+    }
     built = built_for(Path(machine.python[1]).resolve())
     assert not surely_foreign(built, machine.arch)
 
