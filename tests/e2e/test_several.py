@@ -45,7 +45,7 @@ def test_a_target_that_is_only_converted_for_gets_its_file_and_says_that_nothing
     assert [note for note in runtime["notes"] if note.startswith("UNVERIFIED")]
     with zipfile.ZipFile(out / runtime["artifact"]) as packed:
         assert any(name.endswith("model.mlmodel") for name in packed.namelist())
-    assert "unverified" in finished.out
+    assert "not verified" in finished.out
 
 
 def test_the_answer_says_which_is_fastest(run):
