@@ -52,7 +52,8 @@ class OrtBinary(Scripted):
         lines = result.pulled[_FACTS].read_text().splitlines()
         said = {name: value for name, _, value in (line.partition("\t") for line in reversed(lines))}  # the first one stands
         flags = said.pop("cpu_flags", "").split()
-        return {"runtime": PROGRAM, "version": asked["version"], "threads": asked["threads"], **said, "cpu_flags": flags}
+        known = {"runtime": PROGRAM, "version": asked["version"], "threads": asked["threads"], "governor": ""}
+        return {**known, **said, "cpu_flags": flags}  # a device may have no governor
 
     def build_job(self, model: Path, target: Target) -> Job:
         """Run the model once on the device; it is its own artifact."""

@@ -21,8 +21,10 @@ from deploypipe.backends.ort_binary import OrtBinary, timing
 from deploypipe.checkup import examine
 from deploypipe.errors import BackendError, TargetError, UsageError
 from deploypipe.export import export_onnx
+from deploypipe.job import JobResult
 from deploypipe.pipeline.stages import Device
 from deploypipe.precision import tiny
+from deploypipe.profiler.measure import device_key
 from deploypipe.targets import load_target
 
 BACKEND = OrtBinary()
@@ -94,6 +96,17 @@ def test_shared_libraries_beside_the_program_go_with_it(target, program):
     assert {"libonnxruntime.so", "onnxruntime_perf_test"} <= set(job.push)
     assert "libother.so" not in job.push
     assert job.env == {"LD_LIBRARY_PATH": "."}
+
+
+def test_a_latency_table_can_be_kept_for_a_device_without_a_readable_governor(tmp_path):
+    (tmp_path / "request.json").write_text('{"version": "abc", "threads": 1}')
+    pulled = {name: tmp_path / name for name in ("request.json", "facts.txt")}
+
+    def key(more):
+        (tmp_path / "facts.txt").write_text(f"arch\taarch64\ncpu\tCortex\n{more}")
+        return device_key({**BACKEND.read_description(JobResult(0, "", "", pulled, 1.0)), "precision": "fp32"})
+
+    assert key("") != key("governor\tschedutil\n")
 
 
 @pytest.mark.parametrize("where", ["onnxruntime_perf_test", "libonnxruntime.so"])
