@@ -1,7 +1,9 @@
 """A program that stands in for `adb`: it behaves as adb's documentation and source say, and its devices are folders.
 
-Copied to a file called `adb` on PATH. Beside that lies `devices.json`: {serial: state}. A device's files are this machine's;
-what runs there runs here. A file called `unplugged` beside it takes all devices away, as pulling the cable does.
+    install(folder, PHONE="device")      # writes folder/adb, and the devices; the folder goes onto PATH
+
+`devices.json` beside it says what is attached: {serial: state}. A device's files are this machine's; what runs there runs here.
+A file called `unplugged` beside it takes all devices away, as pulling the cable does.
 
 From the manual page adb(1) 1.0.41: commands and options, `-s SERIAL`, `push LOCAL... REMOTE`, `pull REMOTE... LOCAL`, the list
 of `devices`. From the source, client/commandline.cpp: `shell` returns the remote exit code, and 255 when the device goes away.
@@ -19,6 +21,18 @@ import time
 from pathlib import Path
 
 HERE = Path(sys.argv[0]).resolve().parent
+
+
+def install(folder: Path, **states: str) -> None:
+    """Write the program, and which devices are attached in which state."""
+    (folder / "adb").write_text(f"#!{sys.executable} -IS\n{Path(__file__).read_text()}")
+    (folder / "adb").chmod(0o755)
+    attach(folder, **states)
+
+
+def attach(folder: Path, **states: str) -> None:
+    """Change which devices are attached."""
+    (folder / "devices.json").write_text(json.dumps(states))
 
 
 def fail(text: str, code: int = 1) -> None:
@@ -106,4 +120,5 @@ def main(arguments: list[str]) -> None:
     known[command](*rest)
 
 
-main(sys.argv[1:])
+if __name__ == "__main__":
+    main(sys.argv[1:])

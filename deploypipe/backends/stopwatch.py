@@ -96,11 +96,11 @@ def quiet_turns(
         Which calls count, the least disturbed, and the share of our cores' time that went to other programs meanwhile.
     """
     windows: list[Window] = []
+    most = {"share": request["max_foreign"], "slowness": slower}
     for _ in range(wanted * request["attempts"]):
         cores.start()
         turn()
         windows.append(cores.taken())
-        most = {"share": request["max_foreign"], "slowness": slower}
         disturbed = [disturbance(window, windows, cores, most) for window in windows]
         if disturbed.count(0.0) >= wanted:
             break

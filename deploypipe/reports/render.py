@@ -282,7 +282,7 @@ def _threads(report: Report) -> str:
 
 def _points(dense: Side, pruned: Side) -> str:
     lost = points_lost(dense, pruned)
-    return "" if lost is None else f"{-100 * lost:+.2f} points"
+    return "" if lost is None else f"{0.0 - 100 * lost:+.2f} points"
 
 
 def _change(before: float, after: float) -> str:

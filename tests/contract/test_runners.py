@@ -1,22 +1,18 @@
 """The published contract of runners, over every row of the table."""
 
 import os
-import sys
 from pathlib import Path
 
+import adb_standin
 import pytest
 
 from deploypipe.runners import RUNNERS, load_runner
 from deploypipe.targets import load_target
 from deploypipe.testing.runners import RunnerContract
 
-STANDIN = Path(__file__).parents[1] / "adb_standin.py"
-
 
 def attached_phone(folder, monkeypatch):
-    (folder / "adb").write_text(f"#!{sys.executable} -IS\n{STANDIN.read_text()}")
-    (folder / "adb").chmod(0o755)
-    (folder / "devices.json").write_text('{"PHONE": "device"}')
+    adb_standin.install(folder, PHONE="device")
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
 

@@ -2,9 +2,8 @@
 
 import json
 import os
-import sys
-from pathlib import Path
 
+import adb_standin
 import perf_standin
 import pytest
 from command_line import FACTORY
@@ -13,7 +12,6 @@ from deploypipe.cli.main import run
 from deploypipe.errors import BackendError, TargetError, UsageError
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
-ADB = Path(__file__).parents[1] / "adb_standin.py"
 
 
 @pytest.fixture
@@ -21,9 +19,7 @@ def asked(tmp_path, monkeypatch):
     """Options that name the phone and the program; the phone is this machine, so its processor is not the target's."""
     for name in ("bin", "phone"):
         (tmp_path / name).mkdir()
-    (tmp_path / "bin" / "adb").write_text(f"#!{sys.executable} -IS\n{ADB.read_text()}")
-    (tmp_path / "bin" / "adb").chmod(0o755)
-    (tmp_path / "bin" / "devices.json").write_text('{"PHONE": "device"}')
+    adb_standin.install(tmp_path / "bin", PHONE="device")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     reach = f'[reach]\nvia = "adb"\nworkdir = "{tmp_path / "phone"}"\npython = "/no/python3"\n'
     (tmp_path / "here.toml").write_text(

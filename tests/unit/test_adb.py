@@ -1,11 +1,10 @@
 """The adb runner, driven through a program that stands in for `adb`: see adb_standin.py for where its behaviour comes from."""
 
-import json
 import os
-import sys
 import threading
 from pathlib import Path
 
+import adb_standin
 import psutil
 import pytest
 from jobs import shell, soon
@@ -16,7 +15,6 @@ from deploypipe.runners import remote
 from deploypipe.runners.adb import Adb, devices
 from deploypipe.targets import Reach
 
-STANDIN = Path(__file__).parents[1] / "adb_standin.py"
 HOSTILE = ["a b", "-rf", "$(touch pwned)", "it's", 'say "hi"', "back\\slash", "new\nline", "ünï", "*"]
 
 
@@ -25,9 +23,7 @@ def bench(tmp_path, monkeypatch):
     """The folder of the stand-in, which comes first on PATH; one phone is attached."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    (folder / "adb").write_text(f"#!{sys.executable} -IS\n{STANDIN.read_text()}")
-    (folder / "adb").chmod(0o755)
-    attach(folder, PHONE="device")
+    adb_standin.install(folder, PHONE="device")
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setattr(remote, "PAUSES_S", (0.05, 0.05))
     return folder
@@ -45,10 +41,6 @@ def adb(bench, phone):
     runner = Adb(Reach("adb", "PHONE", str(phone)))
     yield runner
     runner.close()
-
-
-def attach(bench, **states):
-    (bench / "devices.json").write_text(json.dumps(states))
 
 
 def test_files_go_there_and_back_and_nothing_stays(adb, phone, tmp_path):
@@ -135,7 +127,7 @@ def test_a_cable_that_is_pulled_during_a_job(adb, bench, phone, tmp_path):
     ],
 )
 def test_which_device_and_whether_it_is_ready(bench, tmp_path, states, host, message, fix):
-    attach(bench, **states)
+    adb_standin.attach(bench, **states)
     with pytest.raises(BackendError, match=message) as caught:
         Adb(Reach("adb", host)).run(shell("true"), tmp_path)
     assert fix in caught.value.fix

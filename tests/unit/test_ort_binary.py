@@ -6,9 +6,9 @@ Nothing here has met a phone, nor the real program.
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import adb_standin
 import numpy as np
 import perf_standin
 import pytest
@@ -28,7 +28,6 @@ from deploypipe.profiler.measure import device_key
 from deploypipe.targets import load_target
 
 BACKEND = OrtBinary()
-ADB = Path(__file__).parents[1] / "adb_standin.py"
 SCRIPT = Path(deploypipe.__file__).parent / "backends" / "perf_measure.sh"
 FOREIGN = b"\x7fELF\x02\x01\x01" + bytes(11) + (243).to_bytes(2, "little") + bytes(44)  # for riscv64, which no machine here is
 
@@ -38,9 +37,7 @@ def phone(tmp_path, monkeypatch):
     """The folder of the only phone that is attached."""
     for name in ("bin", "data local tmp"):
         (tmp_path / name).mkdir()
-    (tmp_path / "bin" / "adb").write_text(f"#!{sys.executable} -IS\n{ADB.read_text()}")
-    (tmp_path / "bin" / "adb").chmod(0o755)
-    (tmp_path / "bin" / "devices.json").write_text('{"PHONE": "device"}')
+    adb_standin.install(tmp_path / "bin", PHONE="device")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     return tmp_path / "data local tmp"
 
@@ -76,7 +73,7 @@ def test_a_phone_without_python_describes_builds_and_times(target, phone, tmp_pa
     assert 0 < found["8"]["p10_us"] <= found["8"]["median_us"] <= found["8"]["p90_us"]
     assert found["96"]["median_us"] > 2 * found["8"]["median_us"], "it is the model that is timed"
     (outputs,) = device.run(models["8"], {"input": x.numpy()[None]})
-    np.testing.assert_allclose(outputs[0], nets[8](x).detach().numpy(), atol=1e-5), "computed on this machine"
+    np.testing.assert_allclose(outputs[0], nets[8](x).detach().numpy(), atol=1e-5, err_msg="computed on this machine")
     device.runner.close()
     assert not list(phone.iterdir()), "nothing is left on the device"
 
