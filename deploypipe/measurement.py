@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import hypot, sqrt
 from typing import Any
 
 
@@ -10,7 +10,10 @@ from typing import Any
 class Latency:
     """Measured time of one forward pass, in microseconds: median, spread and number of runs.
 
-    `foreign_load` is the share of our cores' time that other programs took meanwhile; None if unknown.
+    Attributes:
+        foreign_load: Share of our cores' time that other programs took meanwhile; None if unknown.
+        scatter: Of the medians of several sittings, each a process of its own: their standard deviation as a share of the mean,
+            for a model that was measured in turns with another, of its share of that one's time. 0 if there was one sitting.
     """
 
     median_us: float
@@ -18,11 +21,17 @@ class Latency:
     p90_us: float
     n_runs: int
     foreign_load: float | None = None
+    scatter: float = 0.0
 
     @property
     def relative_error(self) -> float:
         """Standard error of the median as a share of it, taking the runs as normal and independent."""
         return 1.2533 * (self.p90_us - self.p10_us) / 2.5631 / sqrt(self.n_runs) / self.median_us
+
+
+# Student's t for 95 % on one side with two degrees of freedom, since three sittings tell their own scatter poorly. A plan is
+# measured in three, and once it is trained in three others: the two means differ by sqrt(2/3) of it.
+SURE = 2.92 * sqrt(2 / 3)
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,7 @@ class Round:
         limit_us: The most that is allowed, by the dense model as measured now.
         pruned: Measured in turns with ...
         dense: ... the dense model.
+        absolute: Whether the limit is a time, not a share of the dense model's.
     """
 
     factor: float
@@ -44,12 +54,14 @@ class Round:
     limit_us: float
     pruned: Latency
     dense: Latency
+    absolute: bool = False
 
     @property
     def upper_us(self) -> float:
-        """What the pruned model takes, and two standard errors of how it compares with the dense one."""
-        error = sqrt(self.pruned.relative_error**2 + self.dense.relative_error**2)
-        return self.pruned.median_us * (1 + 2 * error)
+        """What the pruned model will hardly exceed when it is measured again: with 95 % of certainty."""
+        within = hypot(self.pruned.relative_error, self.dense.relative_error)
+        scatter = hypot(self.pruned.scatter, self.dense.scatter) if self.absolute else self.pruned.scatter
+        return self.pruned.median_us * (1 + hypot(2 * within, SURE * scatter))
 
     @property
     def fits(self) -> bool:

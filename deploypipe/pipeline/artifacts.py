@@ -97,7 +97,7 @@ def bench_stage(
         (folder / "latency.json").write_text(json.dumps(found, indent=1) + "\n")
         (folder / "device.json").write_text(json.dumps(device.state(), indent=1) + "\n")
 
-    key = [2, *files.values(), asdict(device.target.measure), device.facts]
+    key = [3, *files.values(), asdict(device.target.measure), device.facts]
     return store.keep("bench", key, bench, lambda root: json.loads((root / "latency.json").read_text()))
 
 

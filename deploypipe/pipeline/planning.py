@@ -113,7 +113,8 @@ class Planner:
                 found = {side: Latency(**timing) for side, timing in times.items()}
             limit = parse_budget(request.budget, request.metric, found["dense"].median_us)
             predicted = factor * table.predict(problem.graph, plan.value)
-            result = Round(factor, problem.budget, predicted, limit, found["pruned"], found["dense"])
+            absolute = not request.budget_is_share
+            result = Round(factor, problem.budget, predicted, limit, found["pruned"], found["dense"], absolute)
             (folder / plan.stage).mkdir()
             (folder / plan.stage / "latency.json").write_text(json.dumps(asdict(result), indent=1) + "\n")
 
@@ -121,7 +122,7 @@ class Planner:
             return Round.from_json(json.loads((root / plan.stage / "latency.json").read_text()))
 
         target = self.device.target
-        key = [1, plan, dense, asdict(target.build), asdict(target.measure), self.device.facts, request.budget]
+        key = [2, plan, dense, asdict(target.build), asdict(target.measure), self.device.facts, request.budget]
         return self.store.keep(stage, key, measure, read)
 
     def _settle(self, plans: Sequence[Kept[KeepPlan]], rounds: Sequence[Kept[Round]]) -> Kept[KeepPlan]:

@@ -94,6 +94,11 @@ class Request:
         return Path("runs") / re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(filter(None, parts))).strip("-")
 
     @property
+    def budget_is_share(self) -> bool:
+        """Whether the budget is a share of the dense model, not an amount."""
+        return self.budget.strip().endswith("%")
+
+    @property
     def training(self) -> TrainSettings:
         """Settings of fine-tuning.
 

@@ -87,7 +87,7 @@ class Run:
     def budget(self) -> float:
         """The budget in the cost's unit."""
         limit = parse_budget(self.request.budget, self.request.metric, self.cost.predict(self.graph))
-        return self.device.within_reach(limit, self.cost, self.graph, share=self.request.budget.strip().endswith("%"))
+        return self.device.within_reach(limit, self.cost, self.graph, share=self.request.budget_is_share)
 
     @cached_property
     def problem(self) -> Problem:

@@ -2,8 +2,9 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
-from math import inf
+from math import ceil, inf
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ from deploypipe.errors import ModelError
 from deploypipe.latency.stale import refuse_stale
 from deploypipe.latency.table import LatencyTable
 from deploypipe.plan import KeepPlan
-from deploypipe.profiler.sittings import sit
+from deploypipe.profiler.sittings import joined, scatter, sit
 from deploypipe.progress import Reporter
 from deploypipe.reports.report import Check
 from deploypipe.runners import load_runner
@@ -35,7 +36,7 @@ from deploypipe.verify import check, outputs_of, require
 
 REFERENCE = "cpu"  # the target that runs exported files here, as a check
 N_INPUTS = 8  # real inputs that every verification runs on
-_MOST, _PAUSE_S = 4, 3.0  # measurements of the same models, and seconds between them
+_SITTINGS, _MORE, _PAUSE_S = 3, 4, 3.0  # measurements of the same models, those that repeat one, and seconds before such
 COMPACT_TOLERANCE = 1e-4  # float32 sums in another order
 
 
@@ -88,21 +89,26 @@ class Device:
             return list(self.backend.read_run(result).values())
 
     def bench(self, models: Mapping[str, Path], expected_us: float | None = None) -> dict[str, Any]:
-        """Measure models in turns; return for each median, p10, p90 (us), runs and foreign load.
+        """Measure models in turns, in several sittings; return for each the fields of a `Latency`.
+
+        Two processes that run the same model differ by more than the runs inside of one do: where its memory happens to lie.
 
         Args:
             models: Built files.
-            expected_us: What the first one took before. While it takes clearly longer, the measurement is repeated after a
-                pause, a few times at most; the quickest stands.
+            expected_us: What the first one took before. While it takes clearly longer, sittings are repeated after a pause, a
+                few times at most; the quickest count.
         """
+        measure = self.target.measure
+        target = replace(self.target, measure=replace(measure, runs=ceil(measure.runs / _SITTINGS)))
 
         def take() -> dict[str, Timing]:
             with tempfile.TemporaryDirectory(prefix="deploypipe-") as folder:
-                return self.backend.read_bench(self.runner.run(self.backend.bench_job(models, self.target), Path(folder)))
+                return self.backend.read_bench(self.runner.run(self.backend.bench_job(models, target), Path(folder)))
 
-        most = 1 if expected_us is None or noise_accepted() else _MOST
+        most = _SITTINGS + (0 if expected_us is None or noise_accepted() else _MORE)
         first = next(iter(models))
-        (timings,) = sit(take, lambda found: found[first].quiet_us, 1, most, expected_us or inf, _PAUSE_S)
+        found = sit(take, lambda timings: timings[first].quiet_us, _SITTINGS, most, expected_us or inf, _PAUSE_S)
+        scatters = scatter(found, first)
         return {
             name: {
                 "median_us": t.median_us,
@@ -110,8 +116,9 @@ class Device:
                 "p90_us": t.p90_us,
                 "n_runs": t.runs,
                 "foreign_load": t.foreign_load,
+                "scatter": scatters[name],
             }
-            for name, t in timings.items()
+            for name, t in joined(found, first).items()
         }
 
     def tolerance(self, stage: str) -> float:

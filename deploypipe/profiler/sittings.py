@@ -54,6 +54,19 @@ def joined(measured: Sequence[Mapping[str, Timing]], reference: str, more_us: Se
     return {name: _mean([one[name] for one in measured], scales) for name in measured[0]}
 
 
+def scatter(measured: Sequence[Mapping[str, Timing]], reference: str) -> dict[str, float]:
+    """Return the standard deviation of each model's time over sittings, as a share; of its share of the reference's time.
+
+    For the reference, of its own time. 0 where there was one sitting.
+    """
+    if len(measured) < 2:
+        return dict.fromkeys(measured[0], 0.0)
+    levels = np.array([one[reference].quiet_us for one in measured])
+    times = {name: np.array([one[name].quiet_us for one in measured]) for name in measured[0]}
+    shares = {name: us if name == reference else us / levels for name, us in times.items()}
+    return {name: float(np.std(share, ddof=1) / np.mean(share)) for name, share in shares.items()}
+
+
 def _mean(timings: Sequence[Timing], scales: Sequence[float]) -> Timing:
     """Return the mean of timings, each multiplied by its scale."""
 

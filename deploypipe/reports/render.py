@@ -186,7 +186,8 @@ def _rounds(budget: BudgetOutcome) -> str:
     columns = ("plan", "table times", "predicted", "measured", "at most", "allowed", "fits")
     text = (
         "Each plan was built and measured before training; if it missed the budget, or left much of it unused, the table was "
-        'corrected by that and the plan made again. "At most" is the measurement and two standard errors.'
+        'corrected by that and the plan made again. "At most" is what it will hardly exceed when it is measured again, by how '
+        "much several processes differed that measured it."
     )
     return f"{text}\n\n" + markdown_table(columns, rows)
 

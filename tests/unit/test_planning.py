@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -197,6 +198,27 @@ def test_a_noisy_measurement_must_leave_room_for_its_error() -> None:
     assert not noisy.fits
     assert noisy.upper_us > 50.0
     assert found(49.9).fits
+
+
+def test_a_plan_must_leave_room_for_what_differs_between_sittings() -> None:
+    scattered = replace(latency(49.8), scatter=0.003)
+    assert found(49.8).fits
+    assert not replace(found(49.8), pruned=scattered).fits
+    assert replace(found(49.5), pruned=replace(latency(49.5), scatter=0.003)).fits
+    # Of a share of the dense model, the pruned model's scatter is told beside it; a time knows no such partner.
+    drifting = replace(found(49.8), dense=replace(latency(100.0), scatter=0.01))
+    assert drifting.fits
+    assert not replace(drifting, absolute=True).fits
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_fits_keeps_its_limit_when_it_is_measured_again(seed: int) -> None:
+    """The means of three draws each, the second held against the bound that the first gave: one in twenty is above."""
+    rng = np.random.default_rng(seed)
+    first, second = rng.normal(1.0, 0.003, (2, 20_000, 3))
+    pruned = [replace(latency(mean), scatter=sd) for mean, sd in zip(first.mean(1), first.std(1, ddof=1), strict=True)]
+    upper = np.array([replace(found(1.0), pruned=one).upper_us for one in pruned])
+    assert np.mean(second.mean(1) > upper) == pytest.approx(0.05, abs=0.01)
 
 
 def test_more_runs_make_the_median_surer() -> None:

@@ -2,8 +2,9 @@
 
 import pytest
 
+from deploypipe.backends.base import Timing
 from deploypipe.profiler import sittings
-from deploypipe.profiler.sittings import sit
+from deploypipe.profiler.sittings import scatter, sit
 
 
 def run(times, wanted=2, most=5, **options):
@@ -42,3 +43,19 @@ def test_only_repeated_sittings_wait(monkeypatch):
     assert pauses == [3.0, 3.0]
     with pytest.raises(IndexError):
         run([100, 130, 128])
+
+
+def sitting(dense, pruned):
+    return {name: Timing(us, us, us, 10, 0.0) for name, us in {"dense": dense, "pruned": pruned}.items()}
+
+
+def test_scatter_is_of_the_share_of_the_reference():
+    alike = [sitting(100.0, 50.0), sitting(130.0, 65.0)]
+    assert scatter(alike, "dense")["pruned"] == 0.0
+    assert scatter(alike, "dense")["dense"] == pytest.approx(30 / 2**0.5 / 115)
+    apart = scatter([sitting(100.0, 50.0), sitting(100.0, 51.0), sitting(100.0, 49.0)], "dense")
+    assert apart == {"dense": 0.0, "pruned": pytest.approx(0.02)}
+
+
+def test_one_sitting_tells_nothing_of_scatter():
+    assert scatter([sitting(100.0, 50.0)], "dense") == {"dense": 0.0, "pruned": 0.0}
