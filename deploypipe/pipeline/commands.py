@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from deploypipe.artifact import ArtifactTimes
+from deploypipe.backends.base import SUFFIX
 from deploypipe.errors import UsageError
 from deploypipe.folder import explained
 from deploypipe.graph import trace
@@ -72,13 +73,17 @@ def bench_artifact(
     """Measure an artifact or ONNX file on a target: the whole, and with `layers` each kernel.
 
     Raises:
-        UsageError: There is no such file.
+        UsageError: There is no such file, or it is none that this target runs.
     """
     path, tell = Path(artifact), reporter or Silent()
     if not path.is_file():
         raise UsageError("there is no such file", at=str(path), fix="give a built artifact or an .onnx file")
     request = Request(target=target, threads=threads, host=host, benchmark_binary=benchmark_binary)
     device = Device(request.resolved_target())
+    suffixes = tuple(dict.fromkeys((SUFFIX[device.backend.source], device.suffix)))
+    if not path.name.endswith(suffixes):
+        fix = f"give a file that ends in {' or '.join(suffixes)}, or name another --target"
+        raise UsageError(f"this is no model for target {device.target.name}", at=str(path), fix=fix)
     with closing(device.runner):
         tell.stage("bench")
         whole = Latency(**device.bench({"model": path})["model"])

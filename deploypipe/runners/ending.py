@@ -23,7 +23,9 @@ def where(place: str, argv: Iterable[str]) -> str:
 
 
 def last_lines(text: str, count: int = 3, width: int = 400) -> str:
-    """Return the end of a program's output on one line."""
+    """Return the end of a program's output on one line; of a Python traceback, what it ends with."""
+    _, traced, trace = text.rpartition("Traceback (most recent call last):\n")
+    text = re.sub(r"\A(?:[ \t].*\n)+", "", trace) if traced else text
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " | ".join(lines[-count:])[-width:] or "it said nothing"
 

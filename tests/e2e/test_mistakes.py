@@ -92,3 +92,11 @@ def test_accuracy_floor_fails_after_the_report_is_written(tmp_path: Path, capsys
 def test_report_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fails(capsys, ["report", str(tmp_path)], 2)
     fails(capsys, ["bench", str(tmp_path / "none.onnx")], 2, "none.onnx")
+
+
+def test_what_is_no_model_is_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "notes.md"
+    text.write_text("no model")
+    fails(capsys, ["bench", str(text)], 2, "no model for target cpu", "ends in .onnx")
+    text = text.rename(tmp_path / "notes.onnx")
+    fails(capsys, ["bench", str(text)], 5, "exit code 1: onnxruntime.capi", "INVALID_PROTOBUF")

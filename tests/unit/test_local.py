@@ -37,6 +37,12 @@ def test_a_failure_shows_the_end_of_what_the_program_said(local, tmp_path):
     assert caught.value.exit_code == 5
 
 
+def test_of_a_traceback_the_end_is_shown(local, tmp_path):
+    with pytest.raises(BackendError) as caught:
+        local.run(job("def f(): raise ValueError('one\\ntwo')\nf()"), tmp_path)
+    assert caught.value.message.endswith("exit code 1: ValueError: one | two")
+
+
 def test_a_missing_package_is_named_in_the_fix(local, tmp_path):
     with pytest.raises(BackendError, match="pip install a_module_that_is_not_there"):
         local.run(job("import a_module_that_is_not_there"), tmp_path)
