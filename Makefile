@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-zoo check format clean
+.PHONY: help install demo test test-quick test-zoo check format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z%-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -26,8 +26,11 @@ install: $(INSTALLED)  ## install into .venv
 demo: $(INSTALLED)  ## prune, prove and measure a small network on real data
 	$(BIN)/deploypipe build --target cpu --algo thinet
 
-test: $(INSTALLED)  ## run the default tests, in four to five minutes on two cores
+test: $(INSTALLED)  ## run the tests, in about five minutes on two cores
 	$(ONE_THREAD) $(BIN)/pytest -m "not zoo" -n 2 --dist worksteal -q
+
+test-quick: $(INSTALLED)  ## run them without whole builds and slow converters, in less than three minutes
+	$(ONE_THREAD) $(BIN)/pytest -m "not slow and not zoo" -n 2 --dist worksteal -q
 
 test-zoo: $(INSTALLED)  ## run the slow tests over the torchvision zoo
 	$(BIN)/pytest -m zoo -q

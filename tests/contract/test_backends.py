@@ -9,8 +9,11 @@ from deploypipe.runners import load_runner
 from deploypipe.targets import load_target
 from deploypipe.testing.backends import BACKEND_CONTRACTS, BackendCase
 
+CONVERTERS = {"coreml", "executorch"}  # they take seconds for the smallest model
+ROWS = [pytest.param(name, marks=[pytest.mark.slow] if name in CONVERTERS else []) for name in sorted(BACKENDS)]
 
-@pytest.fixture(scope="module", params=sorted(BACKENDS))
+
+@pytest.fixture(scope="module", params=ROWS)
 def case(request, tmp_path_factory):
     target = load_target("cpu").replace(backend=request.param)
     if request.param == "onnxruntime-binary":  # the runtime is a program that the user names

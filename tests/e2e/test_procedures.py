@@ -9,7 +9,7 @@ from command_line import arguments
 import deploypipe as dp
 from deploypipe.cli.main import run
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 QUICK = {
     "autoslim": ["train_epochs=1", "images=20", "norm_images=16"],
     "lth": ["rounds=2", "train_epochs=1", "rewind=1"],

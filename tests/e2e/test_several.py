@@ -9,7 +9,7 @@ from command_line import arguments
 from deploypipe.backends import load_backend
 from deploypipe.targets import load_target
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 OTHERS = [name for name in ("cpu-ort-mobile", "ncnn") if load_backend(load_target(name)).available()[0]]
 CONVERTED = [name for name in ("ios",) if load_backend(load_target(name)).available()[0]]
 CHEAP = {"metric": "macs", "epochs": 0, "algo": "l1"}

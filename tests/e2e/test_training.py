@@ -15,7 +15,7 @@ from deploypipe.algorithms import ALGORITHMS
 from deploypipe.cli.main import run
 from deploypipe.pipeline import training
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 COUNTED = {"metric": "macs", "epochs": 1}
 
 

@@ -14,7 +14,7 @@ from deploypipe.saved import load
 from deploypipe.targets import cache_folder
 from deploypipe.worth import heldout
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 MEASURED = {"metric": "macs", "epochs": 0, "algo": "l2", "value": "measured", "value_rounds": 1}
 
 

@@ -144,6 +144,7 @@ def test_an_exported_program_is_run_by_torch(script, tmp_path, program):
 # ---- for real
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not BACKEND.available()[0], reason="an optional converter: pip install coremltools")
 def test_a_small_model_is_converted_and_its_package_read_back(program, tmp_path):
     result = Local(Reach()).run(BACKEND.build_job(program, TARGET), tmp_path / "built")

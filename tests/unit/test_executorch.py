@@ -215,6 +215,7 @@ def test_a_converter_s_success_is_not_believed(script, monkeypatch, tmp_path, ou
 # ---- for real
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not BACKEND.available()[0], reason="an optional runtime: pip install executorch")
 def test_a_small_model_is_built_and_its_delegation_told(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval()
