@@ -9,7 +9,8 @@ Widths are drawn from the table's own candidates, so most pairs of widths of a p
 another seed than the plans that the table learned from. All plans of a model are timed in turns with the dense model, in jobs
 at several times, of which those three count that a neighbour slowed down least. `ratio_error` compares predicted and measured
 latency relative to the dense model in the same jobs, so that a machine that became slower between profiling and checking does
-not count; `error` compares the plain microseconds.
+not count; `error` compares the plain microseconds. `scatter` is the standard deviation of that relative latency over the three
+jobs: what no table can predict.
 
 The file is written after every model and number of threads; a second call goes on with what is missing (--fresh: from the
 start). Row `dense` of a model also says what its profile cost: seconds, and kernels measured for it; kernels that a model
@@ -46,7 +47,7 @@ from deploypipe.plan import KeepPlan
 from deploypipe.profiler.check import random_plans
 from deploypipe.profiler.export import exported
 from deploypipe.profiler.measure import profile
-from deploypipe.profiler.sittings import joined, sit
+from deploypipe.profiler.sittings import joined, scatter, sit
 from deploypipe.progress import Recorder
 from deploypipe.runners import load_runner
 from deploypipe.targets import Target, load_target
@@ -83,7 +84,7 @@ ALL = (
 )  # fmt: skip
 COLUMNS = (
     "model", "threads", "plan", "predicted_us", "measured_us", "wall_us", "p10_us", "p90_us", "runs", "foreign_load", "error",
-    "ratio_error", "factor", "additivity", "table_error", "profile_s", "kernels_new", "kernels", "date",
+    "ratio_error", "factor", "additivity", "table_error", "profile_s", "kernels_new", "kernels", "date", "scatter",
 )  # fmt: skip
 SAME = ("runtime", "version", "cpu", "cpu_flags", "cores", "torch")  # facts that all rows of a file share
 SECONDS, FEWEST = 4.0, 12  # of measuring all plans of a model once, roughly; runs of each, at least
@@ -140,7 +141,8 @@ def check(subject: Subject, target: Target, n_plans: int, seed: int, cache: Path
     files = {name: subject.file(plan, target) for name, plan in plans.items()}
     runs = max(FEWEST, min(target.measure.runs, int(1e6 * SECONDS / (0.5 * len(files) * context.whole_us))))
     take, dense_of = partial(measured, files, target.replace(runs=runs)), lambda found: found["dense"].quiet_us
-    timings = joined(sit(take, dense_of, SITTINGS, MOST, pause_s=PAUSE_S), "dense")
+    taken = sit(take, dense_of, SITTINGS, MOST, pause_s=PAUSE_S)
+    timings, scatters = joined(taken, "dense"), scatter(taken, "dense")
     dense_us, dense = table.predict(graph), timings["dense"]
     common = {"model": subject.name, "threads": target.measure.threads, "date": datetime.now(UTC).isoformat(timespec="seconds")}
     rows = []
@@ -149,7 +151,7 @@ def check(subject: Subject, target: Target, n_plans: int, seed: int, cache: Path
         times = {"p10_us": timing.p10_us, "p90_us": timing.p90_us, "runs": timing.runs, "foreign_load": timing.foreign_load}
         judged = {"predicted_us": predicted, "measured_us": timing.quiet_us, "wall_us": timing.median_us}
         ratio = (predicted / dense_us) / (timing.quiet_us / dense.quiet_us) - 1
-        errors = {"error": predicted / timing.quiet_us - 1, "ratio_error": ratio}
+        errors = {"error": predicted / timing.quiet_us - 1, "ratio_error": ratio, "scatter": scatters[name]}
         rows.append({**common, "plan": name, **judged, **times, **errors})
     cost = {"profile_s": seconds, "kernels_new": told.work.get("profile kernels", 0), "kernels": len(table.only(graph).kernels)}
     rows[0] |= {"factor": context.factor, "additivity": context.additivity, "table_error": context.error, **cost}
@@ -200,11 +202,13 @@ def show(rows: Sequence[Row]) -> None:
     ratios, plain = (np.abs([float(row[name]) for row in plans]) for name in ("ratio_error", "error"))
     rank = spearmanr([float(row["predicted_us"]) for row in plans], [float(row["measured_us"]) for row in plans]).statistic
     fastest = min(float(row["measured_us"]) for row in plans) / float(dense["measured_us"])
+    repeats = [float(row["scatter"]) for row in plans if row["scatter"]]
+    noise = f", repeats within {np.mean(repeats):.1%}" if repeats else ""
     own = f"{float(dense['table_error']):.1%}" if dense["table_error"] not in ("", None) else "-"
     print(
         f"{dense['model']:<20}{dense['threads']}t dense {float(dense['measured_us']):>7.0f} us, down to {fastest:>4.0%}  "
-        f"MAPE {ratios.mean():.1%} (worst {ratios.max():.1%}, in us {plain.mean():.1%}, table says {own})  rank {rank:.3f}  "
-        f"additivity {float(dense['additivity']):.3f}  load {float(dense['foreign_load'] or 0):.0%}  "
+        f"MAPE {ratios.mean():.1%} (worst {ratios.max():.1%}, in us {plain.mean():.1%}, table says {own}{noise})  "
+        f"rank {rank:.3f}  additivity {float(dense['additivity']):.3f}  load {float(dense['foreign_load'] or 0):.0%}  "
         f"profiled in {float(dense['profile_s']):.0f} s ({dense['kernels_new']} of {dense['kernels']} kernels)",
         flush=True,
     )
