@@ -21,11 +21,9 @@ several may run beside each other (`--until train`); measuring comes last, alone
 
 import argparse
 import csv
-import fcntl
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,9 +31,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from ladder import once, timed
 from machine import describe
 from peers import torch_pruning
+from steps import claimed, once, timed
 from torch import nn
 
 from deploypipe import saved
@@ -263,19 +261,6 @@ def export(model: nn.Module, example: tuple[Any, ...], file: Path) -> Path:
         export_onnx(model, example, raw)
         simplify_onnx(raw, file)
     return file
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[bool]:
-    """Say whether this process may work on a row; another one that runs beside it may be there already."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
 
 
 def folder_of(args: argparse.Namespace) -> Path:

@@ -24,7 +24,6 @@ Then all plans get the same fine-tuning and are measured in turns with the dense
 import argparse
 import csv
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,6 +35,7 @@ import torch
 from allocator import threshold_widths, uniform_widths
 from machine import describe
 from peers import torch_pruning
+from steps import once, timed
 from torch import nn
 
 from deploypipe.algorithms.depgraph import group_squares
@@ -218,16 +218,6 @@ RUNGS: dict[str, Callable[[Bench], KeepPlan]] = {
 }
 
 
-def once(path: Path, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what is in the file, or make it and write it."""
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(make(), indent=1) + "\n"
-        path.with_suffix(".tmp").write_text(text)
-        path.with_suffix(".tmp").replace(path)
-    return dict(json.loads(path.read_text()))
-
-
 def planned(bench: Bench, name: str, folder: Path) -> dict[str, Any]:
     def make() -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
@@ -259,19 +249,6 @@ def trained(bench: Bench, folder: Path, settings: TrainSettings) -> dict[str, An
         return {"before": before, "accuracy": evaluate(tuned, bench.data.test).top1}
 
     return once(folder / f"trained-{settings.epochs}.json", make)
-
-
-def timed(device: Device, models: Mapping[str, Path], turns: int = 3) -> dict[str, list[float]]:
-    """Return the median latencies (us) of all models, measured in turns, `turns` times over."""
-    found: dict[str, list[float]] = {name: [] for name in models}
-    with tempfile.TemporaryDirectory() as folder:
-        built = {name: Path(folder) / f"{i}{device.backend.suffix}" for i, name in enumerate(models)}
-        for name, path in models.items():
-            device.build(path, built[name])
-        for _ in range(turns):
-            for name, timing in device.bench(built).items():
-                found[name].append(timing["median_us"])
-    return found
 
 
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
