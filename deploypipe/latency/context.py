@@ -49,7 +49,8 @@ class Overhead:
 
     `layers` feed them; they take `fixed_us`, and `per_channel_us` for each of the output channels of those layers. A runtime
     that keeps channels in blocks handles tensors that fill their blocks in another way than those that do not: the latter take
-    `ragged_us` and `ragged_per_channel_us` more.
+    `ragged_us` and `ragged_per_channel_us` more. Tensors too large for a near cache take longer for what is beyond: channels
+    above `knee` take `beyond_us` more each.
 
     Attributes:
         block: Channels of a block, as the steps of the feeding layers show it.
@@ -62,13 +63,15 @@ class Overhead:
     ragged_us: float = 0.0
     ragged_per_channel_us: float = 0.0
     block: int = 1
+    beyond_us: float = 0.0
+    knee: float = 0.0
 
     def us(self, widths: Sequence[int]) -> float:
         """Return the time when the feeding layers have these output widths."""
-        fixed, slope = self.fixed_us, self.per_channel_us
+        fixed, slope, total = self.fixed_us, self.per_channel_us, sum(widths)
         if any(width % self.block for width in widths):
             fixed, slope = fixed + self.ragged_us, slope + self.ragged_per_channel_us
-        return fixed + slope * sum(widths)
+        return fixed + slope * total + self.beyond_us * max(0.0, total - self.knee)
 
 
 @dataclass(frozen=True)

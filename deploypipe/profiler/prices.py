@@ -20,6 +20,7 @@ from deploypipe.latency.files import Shape
 _COMMON = 0.02  # how strongly what layers of a kind have in common is drawn towards the time alone
 _OWN = 0.1  # how strongly a layer's own prices are drawn towards what its kind has in common
 _CAUTIOUS = 0.02  # how strongly prices of other kernels are drawn towards zero
+_KNEE = 0.5  # of the full width: from there on other kernels may take more for each channel
 _KILO = 1e-3  # prices are fitted for a thousand elements
 
 Floats = NDArray[np.float64]
@@ -120,16 +121,20 @@ def _norms(system: Floats) -> Floats:
 
 
 def overhead_price(op: str, layers: Sequence[str], times: OtherTimes, weights: Floats) -> Overhead:
-    """Return what other kernels take: a constant and a part in proportion, and more of both where blocks are not full."""
+    """Return what other kernels take: a constant and a part in proportion, and more of both where blocks are not full.
+
+    What one group decides may rise faster above half of the full width: where it leaves a near cache is not known, and half is
+    close enough to tell.
+    """
     use, total = weights > 0, times.widths.sum(axis=1).astype(float)
     if np.ptp(total[use]) == 0:
         return Overhead(op, tuple(layers), max(0.0, float(np.mean(times.us[use]))))
-    ragged = (times.widths % times.block != 0).any(axis=1).astype(float)
-    columns = [np.ones(len(total)), total]
+    columns, knee = [np.ones(len(total)), total], _KNEE * float(total.max())
     if times.single:  # of several groups it would be no sum over groups
-        columns += [ragged, ragged * total]
+        ragged = (times.widths % times.block != 0).any(axis=1).astype(float)
+        columns += [ragged, ragged * total, np.maximum(0.0, total - knee)]
     system = np.stack(columns, axis=1)[use] * weights[use, None]
     wanted = np.maximum(times.us, 0.0)[use] * weights[use]
     found = _ridge(system, wanted, _CAUTIOUS, np.zeros(len(columns)))
-    fixed, slope, ragged_fixed, ragged_slope = map(float, (*found, 0.0, 0.0)[:4])
-    return Overhead(op, tuple(layers), fixed, slope, ragged_fixed, ragged_slope, times.block)
+    fixed, slope, ragged_fixed, ragged_slope, beyond = map(float, (*found, 0.0, 0.0, 0.0)[:5])
+    return Overhead(op, tuple(layers), fixed, slope, ragged_fixed, ragged_slope, times.block, beyond, knee)

@@ -16,6 +16,7 @@ from deploypipe.latency.files import Entry, Shape
 from deploypipe.latency.table import LatencyTable, structure_of
 from deploypipe.latency.widths import Steps
 from deploypipe.plan import KeepPlan
+from deploypipe.profiler import prices
 from deploypipe.profiler.check import random_plans
 from deploypipe.profiler.context import even_plan
 from deploypipe.profiler.fit import DENSE, Form, learned
@@ -49,12 +50,13 @@ def table(graph):
 class Machine:
     """A device with cold caches, in plain arithmetic: it fetches inputs, weights and outputs, each layer in its own way.
 
-    A pool follows every layer and is slower where 16 channels do not fill their block. The dense form takes `thrash` times what
-    the law says; kernels that are profiled take `slower` times as long, and `timer` more.
+    A pool follows every layer and is slower where 16 channels do not fill their block; channels above 40 leave a near cache and
+    take it `spill` more each. The dense form takes `thrash` times what the law says; kernels that are profiled take `slower`
+    times as long, and `timer` more.
     """
 
-    def __init__(self, graph, slower=1.0, noise=0.0, timer=TIMER, thrash=1.0):
-        self.graph, self.slower, self.timer, self.thrash = graph, slower, timer, thrash
+    def __init__(self, graph, slower=1.0, noise=0.0, timer=TIMER, thrash=1.0, spill=0.0):
+        self.graph, self.slower, self.timer, self.thrash, self.spill = graph, slower, timer, thrash, spill
         self.random, self.noise = np.random.default_rng(3), noise
         self.own = dict(zip((layer.name for layer in graph.layers), (1.0, 1.2, 0.8, 1.1, 0.9), strict=True))
 
@@ -65,7 +67,7 @@ class Machine:
 
     def pool_us(self, layer, kept):
         width = layer.n_out.at(kept)
-        return 2.0 + 0.2 * width if width % 16 == 0 else 8.0 + 1.0 * width
+        return (2.0 + 0.2 * width if width % 16 == 0 else 8.0 + 1.0 * width) + self.spill * max(0, width - 40)
 
     def whole_us(self, plan=None):
         kept = self.graph.kept(plan)
@@ -156,6 +158,20 @@ def test_kernels_that_are_slower_on_blocks_not_full_are_told_apart(graph, table)
     )
     assert half > 3 * full, "half as wide, and three times the price"
     assert np.abs(errors(machine, found, narrow)).mean() < 0.03
+
+
+def test_what_leaves_a_near_cache_is_told_apart(graph, table, monkeypatch):
+    machine = Machine(graph, spill=2.0)
+    forms, _ = machine.forms(table)
+
+    def off():
+        found = table.with_context(learned(graph, table, forms, TIMER))
+        return np.abs(errors(machine, found, unseen(graph, table))).mean()
+
+    with_knee = off()
+    monkeypatch.setattr(prices, "_KNEE", 1.0)
+    assert with_knee < 0.02
+    assert off() > 2 * with_knee
 
 
 def test_a_dense_form_in_another_regime_is_exact_and_spoils_no_other(graph, table):

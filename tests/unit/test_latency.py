@@ -128,6 +128,13 @@ def test_tensors_that_do_not_fill_their_blocks_cost_more(net, kernels):
         assert full.predict(net, chosen) - bare.predict(net, chosen) == pytest.approx(taken + 1.0 + 0.5 * (32 + b))
 
 
+def test_tensors_that_leave_the_near_cache_cost_more_for_what_is_beyond(net, kernels):
+    pool = Overhead("Pool", ("b",), 4.0, 0.5, beyond_us=0.25, knee=6.0)
+    bare, full = (LatencyTable({}, STEPS, kernels, (context(net, *extra),)) for extra in ((), (pool,)))
+    for b, taken in ((16, 4.0 + 8.0 + 2.5), (8, 4.0 + 4.0 + 0.5), (4, 4.0 + 2.0)):
+        assert full.predict(net, plan(b=b)) - bare.predict(net, plan(b=b)) == pytest.approx(taken)
+
+
 @pytest.mark.parametrize(("n_in", "n_out", "same"), [(20, 16, (24, 16)), (8, 12, (8, 16)), (1, 8, None), (30, 16, None)])
 def test_between_steps_a_width_costs_the_next_step_and_off_alignment_more(net, kernels, n_in, n_out, same):
     table = LatencyTable({}, STEPS, kernels, (context(net),))
@@ -166,7 +173,7 @@ def test_a_missing_kernel_or_model_is_an_error_with_the_command(net, kernels):
 
 
 def test_a_pruned_model_is_still_the_profiled_one(net, kernels):
-    relu = Overhead("Relu", ("a",), 0.0, 6.0 / 32)
+    relu = Overhead("Relu", ("a",), 0.0, 6.0 / 32, beyond_us=0.5, knee=16.0)
     table = LatencyTable({}, STEPS, kernels, (context(net, relu),))
     small = replace_widths(net, a=16, b=8)
     assert structure_of(small) == structure_of(net)
@@ -189,7 +196,7 @@ def test_concatenated_inputs_are_priced_by_their_sum():
 
 
 def test_saving_and_loading_is_the_identity(net, kernels, tmp_path):
-    relu = Overhead("Relu", ("a",), 0.0, 6.0 / 32)
+    relu = Overhead("Relu", ("a",), 0.0, 6.0 / 32, beyond_us=0.5, knee=16.0)
     table = LatencyTable(
         {"runtime": "r", "threads": 1},
         STEPS,
