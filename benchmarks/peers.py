@@ -62,7 +62,7 @@ def torch_pruning(
     for way in ([(float(ratio), 1) for ratio in RATIOS], *([(MOST, n_steps)] for n_steps in IN_STEPS)):
         for ratio, n_steps in way:
             for plan in pruned(ratio, n_steps):
-                cost = table.predict(graph, plan)
+                cost = _cost(table, graph, plan)
                 best = (cost, plan) if cost <= budget and cost > (best[0] if best else 0.0) else best
         if best and best[0] >= NEAR * budget:
             break
@@ -82,11 +82,25 @@ def _followable(model: nn.Module) -> Iterator[nn.Module]:
     yield model
 
 
+def _cost(table: CostTable, graph: Graph, plan: KeepPlan) -> float:
+    """Price a plan; widths below all that the table offers, which it has not measured, cost what the least of these costs."""
+    least = {name: min(widths) for name, widths in table.candidates(graph).items()}
+    kept = graph.kept(plan)
+    return table.predict(graph, KeepPlan.of_widths({name: max(kept[name], least[name]) for name in plan.keep}))
+
+
 def _plan(model: nn.Module, small: nn.Module, graph: Graph) -> KeepPlan:
-    """Find what was kept again in our groups, by the scales of the batch norms, which it slices."""
-    before, after, keep = dict(model.named_parameters()), dict(small.named_parameters()), {}
+    """Find what was kept again in our groups, by the batch norms, whose vectors it slices."""
+    keep = {}
     for group in graph.prunable:
-        name = next(m.param for m in group.members if m.role == "carries" and m.param.endswith("weight"))
-        keep[group.name] = tuple(np.flatnonzero(torch.isin(before[name], after[name]).numpy()).tolist())
-        assert len(keep[group.name]) == len(after[name]), f"scales of {name} are not all different"
+        name = next(m.param for m in group.members if m.role == "carries" and m.param.endswith("weight")).rpartition(".")[0]
+        before, after = (_channels(whole.get_submodule(name)) for whole in (model, small))
+        same = (before[:, None] == after).all(dim=2).any(dim=1)
+        keep[group.name] = tuple(np.flatnonzero(same.numpy()).tolist())
+        assert len(keep[group.name]) == len(after), f"channels of {name} are not all different"
     return KeepPlan(keep, fingerprint=graph.fingerprint)
+
+
+def _channels(norm: nn.Module) -> Tensor:
+    """Return (channels, 4): what a batch norm knows of each."""
+    return torch.stack([norm.weight, norm.bias, norm.running_mean, norm.running_var], dim=1).detach()
