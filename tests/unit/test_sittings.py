@@ -3,8 +3,11 @@
 import pytest
 
 from deploypipe.backends.base import Timing
+from deploypipe.measurement import Latency
+from deploypipe.pipeline import stages
 from deploypipe.profiler import sittings
 from deploypipe.profiler.sittings import scatter, sit
+from deploypipe.targets import load_target
 
 
 def run(times, wanted=2, most=5, **options):
@@ -59,3 +62,48 @@ def test_scatter_is_of_the_share_of_the_reference():
 
 def test_one_sitting_tells_nothing_of_scatter():
     assert scatter([sitting(100.0, 50.0)], "dense") == {"dense": 0.0, "pruned": 0.0}
+
+
+class Answers:
+    """A backend and runner whose jobs are the numbers of runs that were asked for, and answer what was given."""
+
+    def __init__(self, *times):
+        self.left, self.runs = list(times), []
+
+    def bench_job(self, models, target):
+        return target.measure.runs
+
+    def run(self, job, folder):
+        self.runs.append(job)
+        return self.left.pop(0)
+
+    def read_bench(self, found):
+        return sitting(*found)
+
+
+def benched(monkeypatch, answers, expected_us=None, noise="0"):
+    monkeypatch.setattr(stages, "_SITTINGS", 3)
+    monkeypatch.setattr(sittings.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("DEPLOYPIPE_ALLOW_NOISE", noise)
+    device = stages.Device(load_target("cpu").replace(runs=100))
+    device.backend = device.runner = answers
+    return {side: Latency(**found) for side, found in device.bench({"dense": "d", "pruned": "p"}, expected_us).items()}
+
+
+def test_a_device_measures_in_three_processes_that_share_the_runs(monkeypatch):
+    answers = Answers((100.0, 50.0), (110.0, 55.0), (102.0, 52.02), (1.0, 1.0))
+    found = benched(monkeypatch, answers)
+    assert answers.runs == [34, 34, 34]
+    assert found["dense"].median_us == pytest.approx(102.0)
+    assert found["pruned"].median_us == pytest.approx(102.0 * (0.5 + 0.5 + 0.51) / 3), "its mean share of the dense model"
+    assert found["pruned"].scatter == pytest.approx(0.01 / 3**0.5 / (1.51 / 3))
+    assert found["pruned"].n_runs == 30
+
+
+def test_a_device_repeats_what_was_slower_than_before(monkeypatch):
+    slow = ((130.0, 50.0), (130.0, 50.0))
+    found = benched(monkeypatch, Answers(*slow, *3 * [(100.0, 50.0)], (1.0, 1.0)), expected_us=99.0)
+    assert found["dense"].median_us == 100.0
+    assert found["pruned"].scatter == 0.0
+    accepted = benched(monkeypatch, Answers(*slow, *3 * [(100.0, 50.0)]), expected_us=99.0, noise="1")
+    assert accepted["dense"].median_us == 130.0, "where noise is accepted, the first three count"
