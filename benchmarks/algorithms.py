@@ -29,7 +29,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from machine import describe
 from peers import torch_pruning
@@ -310,12 +309,8 @@ def measured(
         files = {f"{seed}/{name}": root / f"seed-{seed}" / name / "model.onnx" for seed, name in part}
         times = timed(Device(load_target("cpu")), {"dense": export(loaded.model, loaded.example, root / "dense.onnx"), **files})
         for seed, name in part:
-            us, dense_us = np.array(times[f"{seed}/{name}"]), np.array(times["dense"])
-            told = {
-                "us": float(np.median(us)),
-                "dense_us": float(np.median(dense_us)),
-                "of_dense": float(np.median(us / dense_us)),
-            }
+            us, dense_us = times[f"{seed}/{name}"], times["dense"]
+            told = {"us": us, "dense_us": dense_us, "of_dense": us / dense_us}
             asked = {key: getattr(args, key) for key in ASKED} | {"row": name, "seed": seed}
             yield {**asked, **found[seed, name], **told}
 

@@ -34,14 +34,10 @@ def claimed(folder: Path) -> Iterator[bool]:
             yield True
 
 
-def timed(device: Device, models: Mapping[str, Path], turns: int = 3) -> dict[str, list[float]]:
-    """Return the median latencies (us) of all models, measured in turns, `turns` times over."""
-    found: dict[str, list[float]] = {name: [] for name in models}
+def timed(device: Device, models: Mapping[str, Path]) -> dict[str, float]:
+    """Return the latencies (us) of all models, measured in turns by several processes."""
     with tempfile.TemporaryDirectory() as folder:
         built = {name: Path(folder) / f"{i}{device.backend.suffix}" for i, name in enumerate(models)}
         for name, path in models.items():
             device.build(path, built[name])
-        for _ in range(turns):
-            for name, timing in device.bench(built).items():
-                found[name].append(timing["median_us"])
-    return found
+        return {name: timing["median_us"] for name, timing in device.bench(built).items()}
