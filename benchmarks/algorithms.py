@@ -33,6 +33,7 @@ import torch
 from machine import describe
 from peers import torch_pruning
 from steps import claimed, once, timed
+from teacher import Remembered
 from torch import nn
 
 from deploypipe import saved
@@ -137,6 +138,12 @@ class Bench:
     data: Data
     settings: TrainSettings
     share: float
+    said: Path
+
+    @cached_property
+    def teacher(self) -> nn.Module:
+        """The dense model, with what it said about the batches that earlier rows met."""
+        return Remembered(self.loaded.model, self.said, self.settings.precision)
 
     @cached_property
     def graph(self) -> Graph:
@@ -193,7 +200,7 @@ def planned(bench: Bench, name: str, row: Row, folder: Path) -> dict[str, Any]:
                 problem = replace(problem, data=data.train)
             algorithm = make(row.algo, bench.options(row))
             if hasattr(algorithm, "train"):
-                model, epochs = trained(algorithm, problem, data, bench.settings, folder / "training")
+                model, epochs = trained(algorithm, problem, data, bench.settings, folder / "training", bench.teacher)
                 problem = replace(problem, model=model)
             meter = held_out(request, problem.model, bench.loaded.key, bench.graph, bench.data) if measures else None
             plan = choose(request, problem, meter, folder)
@@ -224,8 +231,8 @@ def finished(bench: Bench, row: Row, before: Mapping[str, Any], folder: Path) ->
             algorithm = make(row.algo, bench.options(row))
             small = algorithm.repair(small, problem, plan) if hasattr(algorithm, "repair") else small
             settings, hooks = schedule(algorithm, settings, problem, plan), tuning_hooks(algorithm, problem, small, plan)
-        untrained = tuned(small, bench.data, replace(settings, epochs=0), bench.loaded.model, folder, Silent())
-        after = tuned(small, bench.data, settings, bench.loaded.model, folder, Silent(), hooks)
+        untrained = tuned(small, bench.data, replace(settings, epochs=0), bench.teacher, folder, Silent())
+        after = tuned(small, bench.data, settings, bench.teacher, folder, Silent(), hooks)
         export_onnx(after, bench.loaded.example, folder / "exported.onnx")
         simplify_onnx(folder / "exported.onnx", folder / "model.onnx")
         top1 = {"before": evaluate(untrained, bench.data.test).top1, "accuracy": evaluate(after, bench.data.test).top1}
@@ -279,7 +286,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         settings = TrainSettings(
             epochs=args.epochs, distill=args.distill, seed=seed, precision=args.precision, batch_size=args.batch_size
         )
-        bench = Bench(args.model, loaded, data, settings, args.share)
+        bench = Bench(args.model, loaded, data, settings, args.share, args.work / args.model / "teacher")
         for name in args.rows:
             row, folder = ROWS[name], root / f"seed-{seed}" / name
             with claimed(folder) as mine:

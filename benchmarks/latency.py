@@ -9,12 +9,17 @@ Widths are drawn from the table's own candidates, so most pairs of widths of a p
 another seed than the plans that the table learned from. All plans of a model are timed in turns with the dense model, in jobs
 at several times, of which those three count that a neighbour slowed down least. `ratio_error` compares predicted and measured
 latency relative to the dense model in the same jobs, so that a machine that became slower between profiling and checking does
-not count; `error` compares the plain microseconds. `scatter` is the standard deviation of that relative latency over the three
-jobs: what no table can predict.
+not count; `error` compares the plain microseconds. The bar of 3 % is for what one factor for the whole machine leaves: each
+plan's microseconds against its prediction times the mean of all other plans' ("after one factor"). `scatter` is the standard
+deviation of that relative latency over the three jobs: what no table can predict.
+
+A machine whose speed changed between profile and check cannot be judged: where the dense model, which the table returns as
+it was measured, is off by over 8 %, both are done again from the start, twice at most; `attempts` says how often they were
+done. The other plans decide nothing.
 
 The file is written after every model and number of threads; a second call goes on with what is missing (--fresh: from the
-start). Row `dense` of a model also says what its profile cost: seconds, and kernels measured for it; kernels that a model
-before it has too are not measured again.
+start). Row `dense` of a model also says what its profile cost: seconds, and kernels measured for it. Each model starts with
+an empty cache, unless --cache names one for all.
 """
 
 import argparse
@@ -84,10 +89,11 @@ ALL = (
 )  # fmt: skip
 COLUMNS = (
     "model", "threads", "plan", "predicted_us", "measured_us", "wall_us", "p10_us", "p90_us", "runs", "foreign_load", "error",
-    "ratio_error", "factor", "additivity", "table_error", "profile_s", "kernels_new", "kernels", "date", "scatter",
+    "ratio_error", "factor", "additivity", "table_error", "profile_s", "kernels_new", "kernels", "date", "scatter", "attempts",
 )  # fmt: skip
 SAME = ("runtime", "version", "cpu", "cpu_flags", "cores", "torch")  # facts that all rows of a file share
 SECONDS, FEWEST = 4.0, 12  # of measuring all plans of a model once, roughly; runs of each, at least
+CHANGED, ATTEMPTS = 0.08, 3  # the dense model is off by so much: the machine is no longer the one that was profiled
 SITTINGS, MOST, PAUSE_S = 3, 8, 3.0  # so often undisturbed, but at most; seconds before another
 MODELS: dict[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {"resnet20": resnet20, "resnet56": resnet56, "demo": demo}
 
@@ -128,10 +134,23 @@ class Subject:
 
 
 def check(subject: Subject, target: Target, n_plans: int, seed: int, cache: Path | None) -> list[Row]:
-    """Profile a model, predict and measure plans; return one row per plan, that of the dense model first."""
+    """Profile a model, predict and measure plans, again if the machine changed; return one row per plan, dense first."""
+    for attempt in range(1, ATTEMPTS + 1):
+        rows = checked(subject, target, n_plans, seed, cache or subject.folder / f"cache-{attempt}", fresh=attempt > 1)
+        rows[0]["attempts"] = attempt
+        off = rows[0]["error"]
+        if abs(off) <= CHANGED:
+            break
+        print(f"  {subject.name}: the dense model is off by {off:+.0%}: the machine changed", file=sys.stderr, flush=True)
+    return rows
+
+
+def checked(subject: Subject, target: Target, n_plans: int, seed: int, cache: Path, *, fresh: bool) -> list[Row]:
     graph, told = subject.graph, Told()
     start = time.perf_counter()
-    table = profile(subject.model, subject.example, target, graph=graph, cache_dir=cache, reporter=told, export=subject.export)
+    table = profile(
+        subject.model, subject.example, target, graph=graph, cache_dir=cache, reporter=told, fresh=fresh, export=subject.export
+    )
     seconds, context = time.perf_counter() - start, table.context(graph)
     for note in told.notes:
         print(f"  {subject.name}: {note}", file=sys.stderr, flush=True)
@@ -196,9 +215,17 @@ def write(path: Path, facts: dict[str, str], rows: Iterable[Row]) -> None:
     temporary.replace(path)
 
 
+def after_one_factor(rows: Sequence[Row]) -> np.ndarray:
+    """Return each plan's error (n,) after the machine's speed is corrected by what all other plans say of it."""
+    ratios = np.array([float(row["predicted_us"]) / float(row["measured_us"]) for row in rows])
+    others = (ratios.sum() - ratios) / max(1, len(ratios) - 1)
+    return np.abs(ratios / others - 1)
+
+
 def show(rows: Sequence[Row]) -> None:
     """Print one line for one model and number of threads."""
     dense, plans = rows[0], rows[1:]
+    shape = after_one_factor(plans)
     ratios, plain = (np.abs([float(row[name]) for row in plans]) for name in ("ratio_error", "error"))
     rank = spearmanr([float(row["predicted_us"]) for row in plans], [float(row["measured_us"]) for row in plans]).statistic
     fastest = min(float(row["measured_us"]) for row in plans) / float(dense["measured_us"])
@@ -207,7 +234,8 @@ def show(rows: Sequence[Row]) -> None:
     own = f"{float(dense['table_error']):.1%}" if dense["table_error"] not in ("", None) else "-"
     print(
         f"{dense['model']:<20}{dense['threads']}t dense {float(dense['measured_us']):>7.0f} us, down to {fastest:>4.0%}  "
-        f"MAPE {ratios.mean():.1%} (worst {ratios.max():.1%}, in us {plain.mean():.1%}, table says {own}{noise})  "
+        f"MAPE {shape.mean():.1%} after one factor (worst {shape.max():.1%}; relative to dense {ratios.mean():.1%}, "
+        f"in us {plain.mean():.1%}, table says {own}{noise})  "
         f"rank {rank:.3f}  additivity {float(dense['additivity']):.3f}  load {float(dense['foreign_load'] or 0):.0%}  "
         f"profiled in {float(dense['profile_s']):.0f} s ({dense['kernels_new']} of {dense['kernels']} kernels)",
         flush=True,
@@ -221,7 +249,7 @@ def main() -> None:
     parser.add_argument("--target", default=DEFAULT_TARGET)
     parser.add_argument("--plans", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--cache", type=Path, help="where kernel measurements are kept (default: the user's cache)")
+    parser.add_argument("--cache", type=Path, help="where kernel measurements are kept (default: a new folder for each model)")
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the file already")
     parser.add_argument("--out", type=Path, help="file to write (default: in benchmarks/results)")
     options = parser.parse_args()

@@ -28,7 +28,12 @@ TRAINED, TRAINED_EPOCHS = "trained.safetensors", "trained.json"
 
 
 def trained(
-    algorithm: Any, problem: Problem, data: Data | None, settings: TrainSettings, folder: Path | None = None
+    algorithm: Any,
+    problem: Problem,
+    data: Data | None,
+    settings: TrainSettings,
+    folder: Path | None = None,
+    teacher: nn.Module | None = None,
 ) -> tuple[nn.Module, int]:
     """Return the model that the algorithm trains before it plans, and for how many epochs it did.
 
@@ -36,13 +41,14 @@ def trained(
         algorithm: With a method `train`.
         problem: What it is asked, with the user's model.
         data: What is trained on; None is enough for 0 epochs.
-        settings: Of the run; with distillation, the user's model is the teacher.
+        settings: Of the run.
         folder: For checkpoints; without it nothing is resumed.
+        teacher: Of distillation; default: the user's model.
 
     Raises:
         ModelError: The algorithm returned another architecture.
     """
-    teacher = problem.model if settings.distill else None
+    teacher = (teacher or problem.model) if settings.distill else None
     trainer = Trainer(data, settings, teacher=teacher, folder=folder, reporter=problem.reporter)
     model: nn.Module = algorithm.train(problem, trainer)
     if _architecture(model) != _architecture(problem.model):
