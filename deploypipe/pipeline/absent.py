@@ -18,7 +18,7 @@ from deploypipe.backends import load_backend
 from deploypipe.backends.base import Arrays, Facts
 from deploypipe.cost import CostTable
 from deploypipe.errors import TargetError
-from deploypipe.latency.estimate import ESTIMATED, estimated, launches_us
+from deploypipe.latency.estimate import CALIBRATED, ESTIMATED, estimated, launches_us
 from deploypipe.latency.table import LatencyTable
 from deploypipe.pipeline.request import BY_CHOICE
 from deploypipe.pipeline.stages import REFERENCE, Device
@@ -158,6 +158,17 @@ def stored_table(target: Target, graph: Graph, *, two_four: bool = False) -> Lat
         except TargetError:  # of an older version, or of other models
             continue
     return max(found, key=lambda table: (table.source == "measured", str(table.facts.get("date"))), default=None)
+
+
+def stored(table: LatencyTable) -> str:
+    """Say which stored profile a table is that the run did not measure: of which device, power mode and date; "" if none."""
+    facts = table.facts
+    if table.source == ESTIMATED:
+        return ""
+    device = next((str(facts[name]) for name in ("model", "gpu", "cpu") if facts.get(name)), "an unknown device")
+    mode = str(facts.get("power_mode") or "unknown").removeprefix("NV Power Mode: ")
+    date = str(facts.get("date") or "date unknown")[:16].replace("T", " ")
+    return f"a {CALIBRATED if table.source == CALIBRATED else 'stored'} profile of {device} (power mode {mode}, {date})"
 
 
 def read_returned(run: Path | None) -> dict[str, Any] | None:

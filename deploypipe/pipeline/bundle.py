@@ -10,9 +10,10 @@ from typing import Any
 from deploypipe import saved
 from deploypipe.job import PYTHON
 from deploypipe.latency.table import LatencyTable
+from deploypipe.pipeline.absent import stored
 from deploypipe.pipeline.stages import Device
 from deploypipe.plan import KeepPlan
-from deploypipe.reports.figures import microseconds
+from deploypipe.reports.figures import microseconds, unmeasured
 from deploypipe.store import Kept, Store
 from deploypipe.targets import Rates, list_targets
 from deploypipe.types import Graph
@@ -54,7 +55,7 @@ def bundle_stage(
         by_hand = device.backend.by_hand({side: f"{side}.onnx" for side in files}, device.target)
         (made / "README.md").write_text(_readme(device, manifest, shlex.join(argv), by_hand))
 
-    key = [1, *files.values(), plan, table, vars(device.target)["name"]]
+    key = [2, *files.values(), plan, table, vars(device.target)["name"]]
     return store.keep(BUNDLE, key, write, lambda root: root / BUNDLE)
 
 
@@ -75,7 +76,7 @@ def _manifest(
         "precision": device.target.build.precision,
         "sha256": {side: hashlib.sha256(kept.value.read_bytes()).hexdigest() for side, kept in files.items()},
         "predicted_us": predicted,
-        "latency_source": f"{table.value.source}, not measured" if table else "",
+        "latency_source": unmeasured(table.value.source, stored(table.value)) if table else "",
         "table": table.value.id if table else "",
     }
 

@@ -24,7 +24,7 @@ from deploypipe.count import MacTable, ParamTable, params
 from deploypipe.data.load import Data
 from deploypipe.latency.table import LatencyTable
 from deploypipe.pipeline import stages
-from deploypipe.pipeline.absent import device_of
+from deploypipe.pipeline.absent import device_of, stored
 from deploypipe.pipeline.artifacts import accuracy_stage, artifact_stage, bench_stage, checks_stage, file_notes
 from deploypipe.pipeline.bundle import bundle_stage
 from deploypipe.pipeline.given import given
@@ -244,7 +244,7 @@ class Run:
         """Run every stage and put the findings together."""
         order = self._stages()
         asked = [str(getattr(self.request, name)) for name in ("model", "target", "budget", "metric", "command")]
-        key = [2, *order, asked, self.data.description]
+        key = [3, *order, asked, self.data.description]
         return self.store.keep("report", key, lambda folder: render.write(self._assembled(order), folder), Report.load).value
 
     def close(self) -> None:
@@ -272,6 +272,7 @@ class Run:
             cost=self.cost,
             budget=self.budget,
             table=table,
+            profile=stored(table) if table and not self.device.present else "",
             chosen=chosen,
             rounds=rounds,
             checks=self.checks.value,

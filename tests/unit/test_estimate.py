@@ -14,7 +14,7 @@ from deploypipe.graph import trace
 from deploypipe.latency.estimate import estimated, kernel_us, launches_us
 from deploypipe.latency.files import Shape
 from deploypipe.latency.table import LatencyTable
-from deploypipe.pipeline.absent import Absent, device_of, stored_table
+from deploypipe.pipeline.absent import Absent, device_of, stored, stored_table
 from deploypipe.pipeline.sparsify import priced, sparse_notes
 from deploypipe.pipeline.stages import Device
 from deploypipe.plan import KeepPlan
@@ -175,6 +175,13 @@ def test_a_profile_of_such_a_device_is_taken_before_an_estimate(graph, tmp_path,
             tmp_path / "profiles" / folder
         )
     assert stored_table(target, graph).source == "measured"
+    assert stored(table) == ""
+    about = {"model": "Orin", "gpu": "ga10b", "power_mode": "NV Power Mode: MAXN 0", "date": "2026-11-24T08:00:09+00:00"}
+    for source, kind in (("", "stored"), ("calibrated", "calibrated")):
+        known = LatencyTable({**table.facts, **about, "source": source}, table.steps, table.kernels, table.contexts)
+        assert stored(known) == f"a {kind} profile of Orin (power mode MAXN 0, 2026-11-24 08:00)"
+    bare = LatencyTable({**table.facts, "gpu": "ga10b", "source": ""}, table.steps, table.kernels, table.contexts)
+    assert stored(bare) == "a stored profile of ga10b (power mode unknown, date unknown)"
     assert device_of(target).known_table(graph, None).source == "measured"
 
 
