@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from deploypipe.backends import load_backend
 from deploypipe.backends.base import Arrays, Facts
 from deploypipe.cost import CostTable
+from deploypipe.device import at_home
 from deploypipe.errors import TargetError
 from deploypipe.latency.estimate import CALIBRATED, ESTIMATED, estimated, launches_us
 from deploypipe.latency.table import LatencyTable
@@ -34,16 +35,24 @@ RETURNED = "returned.json"  # in the run folder: what came back from the owner o
 def device_of(target: Target, run: Path | None = None, sparsity: str = "") -> Device:
     """Return the device of `target`, or a stand-in if there is none at hand and the target file allows an estimate.
 
-    At hand is this machine if the runtime is installed, and any device that a host is named for; whether that host answers is
-    no question here: a device that was named and cannot be reached is an error, not a reason to estimate.
+    At hand is this machine if the runtime is installed, also for a target elsewhere if this machine is such a device and no
+    host is named (see `at_home`), and any device that a host is named for; whether that host answers is no question here: a
+    device that was named and cannot be reached is an error, not a reason to estimate.
 
     Args:
         target: With the host that was asked for.
         run: The run folder, in which measurements by the owner may lie.
         sparsity: As in a request: with any, an estimate prices 2:4 weights too; with "auto" a stored profile must do so.
     """
-    at_hand = load_backend(target).available()[0] if load_runner(target).here else bool(target.reach.host)
-    return Device(target) if at_hand or not target.rates.known else Absent(target, run, sparsity)
+    found = at_home(target)
+    at_hand = load_backend(found).available()[0] if load_runner(found).here else bool(found.reach.host)
+    if not at_hand and found.rates.known:
+        return Absent(found, run, sparsity)
+    device = Device(found)
+    if found is not target:
+        what = f"this machine has the processor ({target.device.arch}) and the runtime ({target.build.backend})"
+        device.notes = (f"no host was named, and {what} of target {target.name}: it was taken for the device",)
+    return device
 
 
 class Absent(Device):

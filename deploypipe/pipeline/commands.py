@@ -6,6 +6,7 @@ from typing import Any
 
 from deploypipe.artifact import ArtifactTimes
 from deploypipe.backends.base import SUFFIX
+from deploypipe.device import at_home
 from deploypipe.errors import UsageError
 from deploypipe.folder import explained
 from deploypipe.graph import trace
@@ -81,7 +82,7 @@ def bench_artifact(
     if not path.is_file():
         raise UsageError("there is no such file", at=str(path), fix="give a built artifact or an .onnx file")
     request = Request(target=target, threads=threads, host=host, benchmark_binary=benchmark_binary)
-    device = Device(request.resolved_target())
+    device = Device(at_home(request.resolved_target()))
     suffixes = tuple(dict.fromkeys((SUFFIX[device.backend.source], device.suffix)))
     if not path.name.endswith(suffixes):
         fix = f"give a file that ends in {' or '.join(suffixes)}, or name another --target"

@@ -52,8 +52,8 @@ class Run:
 
     def __init__(self, request: Request, store: Store, reporter: Reporter) -> None:
         self.request, self.store, self.reporter = request, store, reporter
-        self.target = request.resolved_target()
-        self.device, self.elsewhere = device_of(self.target, request.folder, request.sparsity), Elsewhere(request)
+        self.device, self.elsewhere = device_of(request.resolved_target(), request.folder, request.sparsity), Elsewhere(request)
+        self.target = self.device.target
         self.algorithm = make(request.algo, request.options)
         found = given(request, reporter)
         self.loaded, self.data, self.inputs, self.graph = found.loaded, found.data, found.inputs, found.graph

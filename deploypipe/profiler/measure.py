@@ -12,6 +12,7 @@ from torch import nn
 
 from deploypipe.backends import load_backend
 from deploypipe.backends.base import Facts
+from deploypipe.device import at_home
 from deploypipe.graph import trace
 from deploypipe.latency import files as latency_file
 from deploypipe.latency.table import Context, LatencyTable, Shape, structure_of
@@ -70,7 +71,7 @@ def profile(  # noqa: PLR0913 - the public surface, named arguments in practice
         ModelError: The model cannot be traced or exported.
         BackendError: The runtime is missing or failed.
     """
-    chosen = load_target(target) if isinstance(target, str) else target
+    chosen = at_home(load_target(target) if isinstance(target, str) else target)
     tell = reporter or Silent()
     example = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
     graph = graph or trace(model, example)

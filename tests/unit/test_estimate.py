@@ -1,14 +1,19 @@
 """The estimate against closed forms computed by hand."""
 
+import os
+import platform
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import trtexec_standin
 from torch import nn
 
 from deploypipe.allocation.allocate import allocate, allocate_widths
+from deploypipe.checkup import examine
+from deploypipe.device import at_home
 from deploypipe.errors import BudgetError, TargetError
 from deploypipe.graph import trace
 from deploypipe.latency.estimate import estimated, kernel_us, launches_us
@@ -117,6 +122,50 @@ def test_a_device_that_was_named_is_never_replaced_by_an_estimate(tmp_path):
     assert isinstance(device_of(target), Absent)
     assert type(device_of(target.reached_at("nobody@192.0.2.1"))) is Device
     assert type(device_of(load_target("cpu"))) is Device
+
+
+def machine(monkeypatch, arch, tensorrt=True):
+    monkeypatch.setattr("platform.machine", lambda: arch)
+    monkeypatch.setattr("deploypipe.backends.tensorrt.TensorRt.available", lambda self: (tensorrt, ""))
+
+
+def test_the_device_itself_needs_no_host(monkeypatch):
+    machine(monkeypatch, "aarch64")
+    device = device_of(load_target("jetson-orin-nano"))
+    assert type(device) is Device
+    assert device.runner.here
+    assert device.target.reach.via == "local"
+    (note,) = device.notes
+    assert "no host was named, and this machine has the processor (aarch64) and the runtime (tensorrt)" in note
+    assert examine(load_target("jetson")).place == "local"
+    named = device_of(load_target("jetson").reached_at("nobody@192.0.2.1"))
+    assert (named.runner.here, named.notes) == (False, ())
+
+
+@pytest.mark.parametrize(("arch", "tensorrt"), [("x86_64", True), ("aarch64", False)])
+def test_a_machine_without_its_processor_or_runtime_is_not_taken_for_the_device(monkeypatch, arch, tensorrt):
+    machine(monkeypatch, arch, tensorrt)
+    assert isinstance(device_of(load_target("jetson")), Absent)
+
+
+def test_a_processor_alone_makes_no_machine_a_board(monkeypatch):
+    machine(monkeypatch, "aarch64")
+    target = load_target("raspberry-pi-5")
+    assert at_home(target) is target
+    anywhere = load_target("jetson").replace(arch="native")
+    assert at_home(anywhere) is anywhere, "a target that states no processor tells nothing"
+    with pytest.raises(TargetError, match=r"names no device[\s\S]*on the device itself"):
+        device_of(target).runner.describe()
+
+
+def test_a_machine_that_is_the_device_measures_there(tmp_path, monkeypatch):
+    trtexec_standin.install(tmp_path / "bin", (10, 3, 0))
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    own = tmp_path / "own.toml"
+    own.write_text(f'name = "own"\nlike = "jetson-orin"\n[device]\narch = "{platform.machine()}"\n')
+    facts = device_of(load_target(own)).facts
+    assert (facts["runtime"], facts["gpu"]) == ("tensorrt", trtexec_standin.GPU)
 
 
 def figures(graph, target):
