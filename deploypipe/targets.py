@@ -138,9 +138,14 @@ class Target:
         """The name, with the device if it is not this machine."""
         return f"{self.name} at {self.reach.host}" if self.reach.host else self.name
 
+    @property
+    def away(self) -> bool:
+        """Whether it is reached over a connection, by what the file says."""
+        return self.reach.via != Reach.via
+
     def reached_at(self, host: str) -> "Target":
         """Return a copy for another device of this kind; a target on this machine becomes one that SSH reaches."""
-        return self.replace(host=host, via=self.reach.via if self.reach.via != Reach.via else "ssh")
+        return self.replace(host=host, via=self.reach.via if self.away else "ssh")
 
     def replace(self, **changes: Any) -> "Target":
         """Return a copy with some facts changed, wherever in the tree they stand: `target.replace(threads=2)`.
