@@ -71,7 +71,9 @@ class Run:
 
         def measure(folder: Path) -> None:
             model, example = self.loaded.model, self.loaded.example
-            found = given or profile(model, example, self.target, graph=self.graph, reporter=self.reporter)
+            found = given or profile(
+                model, example, self.target, graph=self.graph, reporter=self.reporter, runner=self.device.runner
+            )
             found.save(folder / "table")
 
         key = [1, self.dense_key, asdict(self.target), self.device.facts, *([given.id] if given else [])]
