@@ -82,21 +82,22 @@ def _manifest(
 
 
 def _readme(device: Device, manifest: Mapping[str, Any], command: str, by_hand: str) -> str:
-    target = device.target
+    target, folder = device.target, shlex.quote(f"{manifest['run']}/{BUNDLE}")
     figures = ", ".join(f"{side} {microseconds(us)}" for side, us in manifest["predicted_us"].items())
     parts = [
         f"# Measure this on: {target.title}",
         "This folder was written without the device at hand. Nothing in it has been built or run there"
         + (f"; its latencies are **{manifest['latency_source']}**: {figures}." if figures else "."),
-        f"1. Copy the folder to the device: `scp -r {BUNDLE} USER@DEVICE:`\n"
+        f"1. Copy the folder to the device: `scp -r {folder} USER@DEVICE:`\n"
         f"2. There, with the power mode and clocks of production: `cd {BUNDLE} && {command}`. It needs Python 3 and the "
         "runtime, builds both models, times them in turns and layer by layer, and writes "
         f"`{ANSWER}`. A first build may take minutes.\n"
-        f"3. Copy `{ANSWER}` back into this folder, then: `deploypipe profile --import {manifest['run']}/{BUNDLE}`. That puts "
+        f"3. Copy `{ANSWER}` back into this folder, then: `deploypipe profile --import {folder}`. That puts "
         "the measured figures into the report, and makes a profile that later builds for this target use.",
     ]
     if by_hand:
-        parts += ["## By hand", "The same without the script. Times are `computeMs` in the times file.", by_hand]
+        limits = f"These figures are for people: they cannot be imported; only the script writes `{ANSWER}`."
+        parts += ["## By hand", f"The same without the script. Times are `computeMs` in the times file. {limits}", by_hand]
     if target.rates.known:
         parts += ["## What the estimate rests on", sources(target.rates)]
     return "\n\n".join(parts) + "\n"
