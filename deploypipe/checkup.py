@@ -8,7 +8,7 @@ from typing import Any
 
 from deploypipe.backends import load_backend
 from deploypipe.backends.base import Backend, Facts
-from deploypipe.device import require_arch
+from deploypipe.device import at_home, require_arch
 from deploypipe.errors import BackendError, DeployPipeError
 from deploypipe.job import PYTHON
 from deploypipe.profiler.probe import IDLE_OPS, chain
@@ -61,6 +61,7 @@ def examine(target: Target) -> Checkup:
     Raises:
         TargetError: The target names no backend or runner that there is.
     """
+    target = at_home(target)
     backend, runner = load_backend(target), load_runner(target)
     found = _Examination(target, backend, runner)
     try:

@@ -1,12 +1,15 @@
 """What a target is like now: the facts that decide whether two measurements may be compared."""
 
+import platform
 from pathlib import Path
 
+from deploypipe.backends import load_backend
 from deploypipe.backends.base import Backend, Facts
 from deploypipe.errors import TargetError
 from deploypipe.runners.base import Runner
-from deploypipe.targets import Target
+from deploypipe.targets import Device, Reach, Target
 
+_ANY_ARCH, _NO_ACCELERATOR = Device.arch, Device.accelerator
 _SAME = {"arm64": "aarch64", "amd64": "x86_64"}  # other names for the same processors
 
 
@@ -24,16 +27,33 @@ def facts_of(backend: Backend, runner: Runner, target: Target, folder: Path) -> 
     return {**machine.lasting, **answer}
 
 
-def require_arch(target: Target, arch: str) -> None:
+def at_home(target: Target) -> Target:
+    """Return the target without the connection to it, if this machine is such a device and no other was named.
+
+    It is taken for one if it has the processor that the target states, and the runtime of its accelerator. Where there is no
+    accelerator, that would be no evidence: the processor is that of many boards, and the runtime comes with this program.
+    """
+    stated, reach = target.device, target.reach
+    if reach.via != "ssh" or reach.host or stated.arch == _ANY_ARCH or stated.accelerator == _NO_ACCELERATOR:
+        return target
+    such = _same_arch(stated.arch, platform.machine()) and load_backend(target).available()[0]
+    return target.replace(via=Reach.via) if such else target
+
+
+def require_arch(target: Target, arch: str, fix: str = "check --host") -> None:
     """Compare the processor that the target states with the device's.
 
     Raises:
-        TargetError: They differ.
+        TargetError: They differ; `fix` is what to do unless the target file is wrong.
     """
     stated = target.device.arch
-    if stated != "native" and _SAME.get(stated, stated) != _SAME.get(arch, arch):
+    if stated != _ANY_ARCH and not _same_arch(stated, arch):
         raise TargetError(
             f"the target is a device with {stated}, the one that answered has {arch}",
             at=f"{target.path or target.name}: device.arch",
-            fix="check --host, or correct [device] arch in the target file",
+            fix=f"{fix}, or correct [device] arch in the target file",
         )
+
+
+def _same_arch(one: str, other: str) -> bool:
+    return _SAME.get(one, one) == _SAME.get(other, other)

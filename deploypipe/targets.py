@@ -115,7 +115,7 @@ class Target:
     """What a model is deployed to. Facts only; `path` is the file they were read from.
 
     Attributes:
-        like: Another target, whose facts hold here too where this one's file is silent.
+        like: Another target, whose facts hold here too where this one's file is silent, key by key within each table.
         note: What the user should know before choosing it.
         run_on_hardware: Whether anything has ever been built and measured there with this program.
         rates: For an estimate where no device is at hand.
@@ -138,9 +138,14 @@ class Target:
         """The name, with the device if it is not this machine."""
         return f"{self.name} at {self.reach.host}" if self.reach.host else self.name
 
+    @property
+    def away(self) -> bool:
+        """Whether it is reached over a connection, by what the file says."""
+        return self.reach.via != Reach.via
+
     def reached_at(self, host: str) -> "Target":
         """Return a copy for another device of this kind; a target on this machine becomes one that SSH reaches."""
-        return self.replace(host=host, via=self.reach.via if self.reach.via != Reach.via else "ssh")
+        return self.replace(host=host, via=self.reach.via if self.away else "ssh")
 
     def replace(self, **changes: Any) -> "Target":
         """Return a copy with some facts changed, wherever in the tree they stand: `target.replace(threads=2)`.
@@ -169,15 +174,27 @@ def load_target(name: str | Path) -> Target:
         TargetError: No such target or file, or the file is no valid target; names the key.
     """
     path = _find(str(name))
-    state = _state(path)
-    if isinstance(state.get("like"), str) and state["like"]:
-        state = {**_state(_find(state["like"])), **state}
-    target: Target = _read(Target, state, str(path), "")
+    target: Target = _read(Target, _whole(path), str(path), "")
     if target.name != path.stem:
         raise TargetError(
             f"target calls itself '{target.name}'", at=f"{path}: name", fix=f'write name = "{path.stem}" or rename the file'
         )
     return dataclasses.replace(target, path=str(path))
+
+
+def _whole(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return a file's facts, with those of the target that it is `like` where it is silent: in each table, key by key."""
+    if path in seen:
+        ring = " -> ".join(known.stem for known in (*seen, path))
+        raise TargetError(f"the target is like itself: {ring}", at=f"{path}: like", fix="let one of them stand without like")
+    state = _state(path)
+    if not isinstance(state.get("like"), str) or not state["like"]:
+        return state
+    whole = _whole(_find(state["like"]), (*seen, path))
+    for key, value in state.items():
+        before = whole.get(key)
+        whole[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
+    return whole
 
 
 def _state(path: Path) -> dict[str, Any]:

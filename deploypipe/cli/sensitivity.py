@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from deploypipe.cli import console
-from deploypipe.cli.build import Json, Keep, Model, Settings, Threads, Weights, parse_settings
+from deploypipe.cli.build import HostName, Json, Keep, Model, Settings, Threads, Weights, parse_settings
 
 
 def sensitivity(
@@ -19,6 +19,7 @@ def sensitivity(
     seed: Annotated[int, typer.Option(min=0, help="Decides which training images are held out.")] = 0,
     threads: Threads = None,
     keep: Keep = None,
+    host: HostName = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE.csv", help="Write the table there, too.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -27,8 +28,8 @@ def sensitivity(
     from deploypipe.worth import curves
 
     request = pipeline.Request(
-        model, weights, data, target or "cpu", algo, metric="latency" if target else "macs", seed=seed,
-        options=parse_settings(settings or ()), threads=threads, keep=tuple(keep or ()),
+        model, weights, data, target or "cpu", algo, metric="latency" if target or host else "macs", seed=seed,
+        options=parse_settings(settings or ()), threads=threads, keep=tuple(keep or ()), host=host,
     )  # fmt: skip
     with console.progress() as reporter:
         found = pipeline.sensitivity(request, reporter)

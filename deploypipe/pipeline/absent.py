@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from deploypipe.backends import load_backend
 from deploypipe.backends.base import Arrays, Facts
 from deploypipe.cost import CostTable
+from deploypipe.device import at_home
 from deploypipe.errors import TargetError
-from deploypipe.latency.estimate import ESTIMATED, estimated, launches_us
+from deploypipe.latency.estimate import CALIBRATED, ESTIMATED, estimated, launches_us
 from deploypipe.latency.table import LatencyTable
 from deploypipe.pipeline.request import BY_CHOICE
 from deploypipe.pipeline.stages import REFERENCE, Device
@@ -34,16 +35,24 @@ RETURNED = "returned.json"  # in the run folder: what came back from the owner o
 def device_of(target: Target, run: Path | None = None, sparsity: str = "") -> Device:
     """Return the device of `target`, or a stand-in if there is none at hand and the target file allows an estimate.
 
-    At hand is this machine if the runtime is installed, and any device that a host is named for; whether that host answers is
-    no question here: a device that was named and cannot be reached is an error, not a reason to estimate.
+    At hand is this machine if the runtime is installed, also for a target elsewhere if this machine is such a device and no
+    host is named (see `at_home`), and any device that a host is named for; whether that host answers is no question here: a
+    device that was named and cannot be reached is an error, not a reason to estimate.
 
     Args:
         target: With the host that was asked for.
         run: The run folder, in which measurements by the owner may lie.
         sparsity: As in a request: with any, an estimate prices 2:4 weights too; with "auto" a stored profile must do so.
     """
-    at_hand = load_backend(target).available()[0] if load_runner(target).here else bool(target.reach.host)
-    return Device(target) if at_hand or not target.rates.known else Absent(target, run, sparsity)
+    found = at_home(target)
+    at_hand = load_backend(found).available()[0] if load_runner(found).here else bool(found.reach.host)
+    if not at_hand and found.rates.known:
+        return Absent(found, run, sparsity)
+    device = Device(found)
+    if found is not target:
+        what = f"this machine has the processor ({target.device.arch}) and the runtime ({target.build.backend})"
+        device.notes = (f"no host was named, and {what} of target {target.name}: it was taken for the device",)
+    return device
 
 
 class Absent(Device):
@@ -158,6 +167,17 @@ def stored_table(target: Target, graph: Graph, *, two_four: bool = False) -> Lat
         except TargetError:  # of an older version, or of other models
             continue
     return max(found, key=lambda table: (table.source == "measured", str(table.facts.get("date"))), default=None)
+
+
+def stored(table: LatencyTable) -> str:
+    """Say which stored profile a table is that the run did not measure: of which device, power mode and date; "" if none."""
+    facts = table.facts
+    if table.source == ESTIMATED:
+        return ""
+    device = next((str(facts[name]) for name in ("model", "gpu", "cpu") if facts.get(name)), "an unknown device")
+    mode = str(facts.get("power_mode") or "unknown").removeprefix("NV Power Mode: ")
+    date = str(facts.get("date") or "date unknown")[:16].replace("T", " ")
+    return f"a {CALIBRATED if table.source == CALIBRATED else 'stored'} profile of {device} (power mode {mode}, {date})"
 
 
 def read_returned(run: Path | None) -> dict[str, Any] | None:

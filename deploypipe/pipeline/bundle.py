@@ -10,9 +10,10 @@ from typing import Any
 from deploypipe import saved
 from deploypipe.job import PYTHON
 from deploypipe.latency.table import LatencyTable
+from deploypipe.pipeline.absent import stored
 from deploypipe.pipeline.stages import Device
 from deploypipe.plan import KeepPlan
-from deploypipe.reports.figures import microseconds
+from deploypipe.reports.figures import microseconds, unmeasured
 from deploypipe.store import Kept, Store
 from deploypipe.targets import Rates, list_targets
 from deploypipe.types import Graph
@@ -54,7 +55,7 @@ def bundle_stage(
         by_hand = device.backend.by_hand({side: f"{side}.onnx" for side in files}, device.target)
         (made / "README.md").write_text(_readme(device, manifest, shlex.join(argv), by_hand))
 
-    key = [1, *files.values(), plan, table, vars(device.target)["name"]]
+    key = [2, *files.values(), plan, table, vars(device.target)["name"]]
     return store.keep(BUNDLE, key, write, lambda root: root / BUNDLE)
 
 
@@ -75,27 +76,28 @@ def _manifest(
         "precision": device.target.build.precision,
         "sha256": {side: hashlib.sha256(kept.value.read_bytes()).hexdigest() for side, kept in files.items()},
         "predicted_us": predicted,
-        "latency_source": f"{table.value.source}, not measured" if table else "",
+        "latency_source": unmeasured(table.value.source, stored(table.value)) if table else "",
         "table": table.value.id if table else "",
     }
 
 
 def _readme(device: Device, manifest: Mapping[str, Any], command: str, by_hand: str) -> str:
-    target = device.target
+    target, folder = device.target, shlex.quote(f"{manifest['run']}/{BUNDLE}")
     figures = ", ".join(f"{side} {microseconds(us)}" for side, us in manifest["predicted_us"].items())
     parts = [
         f"# Measure this on: {target.title}",
         "This folder was written without the device at hand. Nothing in it has been built or run there"
         + (f"; its latencies are **{manifest['latency_source']}**: {figures}." if figures else "."),
-        f"1. Copy the folder to the device: `scp -r {BUNDLE} USER@DEVICE:`\n"
+        f"1. Copy the folder to the device: `scp -r {folder} USER@DEVICE:`\n"
         f"2. There, with the power mode and clocks of production: `cd {BUNDLE} && {command}`. It needs Python 3 and the "
         "runtime, builds both models, times them in turns and layer by layer, and writes "
         f"`{ANSWER}`. A first build may take minutes.\n"
-        f"3. Copy `{ANSWER}` back into this folder, then: `deploypipe profile --import {manifest['run']}/{BUNDLE}`. That puts "
+        f"3. Copy `{ANSWER}` back into this folder, then: `deploypipe profile --import {folder}`. That puts "
         "the measured figures into the report, and makes a profile that later builds for this target use.",
     ]
     if by_hand:
-        parts += ["## By hand", "The same without the script. Times are `computeMs` in the times file.", by_hand]
+        limits = f"These figures are for people: they cannot be imported; only the script writes `{ANSWER}`."
+        parts += ["## By hand", f"The same without the script. Times are `computeMs` in the times file. {limits}", by_hand]
     if target.rates.known:
         parts += ["## What the estimate rests on", sources(target.rates)]
     return "\n\n".join(parts) + "\n"

@@ -6,6 +6,7 @@ from typing import Any
 
 from deploypipe.artifact import ArtifactTimes
 from deploypipe.backends.base import SUFFIX
+from deploypipe.device import at_home
 from deploypipe.errors import UsageError
 from deploypipe.folder import explained
 from deploypipe.graph import trace
@@ -15,11 +16,12 @@ from deploypipe.latency.table import LatencyTable, Shape
 from deploypipe.latency.widths import AllSteps, Steps
 from deploypipe.measurement import Latency
 from deploypipe.models.load import load_model
-from deploypipe.pipeline.absent import device_of
+from deploypipe.pipeline.absent import device_of, stored
 from deploypipe.pipeline.request import Request
 from deploypipe.pipeline.stages import Device
 from deploypipe.profiler.measure import ACCEPTED, profile
 from deploypipe.progress import Reporter, Silent
+from deploypipe.reports.figures import unmeasured
 from deploypipe.types import Graph
 
 
@@ -47,17 +49,18 @@ def profile_model(
     """
     if save and Path(save).exists() and (not Path(save).is_dir() or any(Path(save).iterdir())):
         raise UsageError("the folder to save the table in is not empty", at=f"--save {save}", fix="name a new folder")
-    chosen = request.resolved_target()
+    device, tell = device_of(request.resolved_target()), reporter or Silent()
+    for note in device.notes:
+        tell.note(note)
     loaded = load_model(request.model, request.weights)
     graph = trace(loaded.model, loaded.example)
-    known, example = device_of(chosen).known_table(graph, None), loaded.example
-    table = known or profile(
-        loaded.model, example, chosen, graph=graph, reporter=reporter, fresh=fresh, allow_noise=allow_noise
+    table = device.known_table(graph, None) or profile(
+        loaded.model, loaded.example, device.target, graph=graph, reporter=tell, fresh=fresh, allow_noise=allow_noise
     )
     if save:
         with explained(Path(save)):
             table.only(graph).save(save)
-    return _summary(chosen.shown, table, graph)
+    return _summary(device, table, graph)
 
 
 def bench_artifact(
@@ -79,7 +82,7 @@ def bench_artifact(
     if not path.is_file():
         raise UsageError("there is no such file", at=str(path), fix="give a built artifact or an .onnx file")
     request = Request(target=target, threads=threads, host=host, benchmark_binary=benchmark_binary)
-    device = Device(request.resolved_target())
+    device = Device(at_home(request.resolved_target()))
     suffixes = tuple(dict.fromkeys((SUFFIX[device.backend.source], device.suffix)))
     if not path.name.endswith(suffixes):
         fix = f"give a file that ends in {' or '.join(suffixes)}, or name another --target"
@@ -96,14 +99,14 @@ def bench_artifact(
     return ArtifactTimes(str(path), device.target.shown, device.target.measure.threads, whole, profiled)
 
 
-def _summary(target: str, table: LatencyTable, graph: Graph) -> dict[str, Any]:
+def _summary(device: Device, table: LatencyTable, graph: Graph) -> dict[str, Any]:
     """Return what profiling taught, in plain values."""
-    context = table.context(graph)
+    target, context = device.target.shown, table.context(graph)
     predicted = table.predict(graph)
     if table.source == ESTIMATED:
         return {
             "target": target,
-            "latencies": f"{ESTIMATED}, not measured: there is no device at hand",
+            "latencies": f"{unmeasured(ESTIMATED)}: there is no device at hand",
             "kernels_estimated": len(table.kernels),
             "dense_estimated_us": round(predicted, 1),
             "rests_on": dict(table.facts["rates"]),
@@ -111,6 +114,7 @@ def _summary(target: str, table: LatencyTable, graph: Graph) -> dict[str, Any]:
     return {
         "target": target,
         "table": table.source,
+        **({} if device.present else {"latencies": unmeasured(table.source, stored(table))}),
         "runtime": f"{table.facts.get('runtime')} {table.facts.get('version')}, {table.facts.get('threads')} threads",
         "layers": _origin(table),
         f"kernels_{'estimated' if table.source == CALIBRATED else 'measured'}": _n_known(table),

@@ -42,6 +42,7 @@ class Findings:
     cost: CostTable
     budget: float
     table: LatencyTable | None
+    profile: str
     chosen: int
     rounds: tuple[Round, ...]
     checks: list[Check]
@@ -69,6 +70,7 @@ def assemble(request: Request, data: Data, target: Target, found: Findings) -> R
         algorithm=request.algo,
         value=request.value,
         recipe=request.recipe,
+        profile=found.profile,
         options=asdict(make(request.algo, request.options)),
         seed=request.seed,
         epochs=found.epochs[1],
@@ -87,8 +89,7 @@ def assemble(request: Request, data: Data, target: Target, found: Findings) -> R
         table=found.table.source if found.table else "",
         table_error=found.table.context(found.graph).error if found.table else None,
         seconds=found.seconds,
-        artifacts={"artifact": found.files["pruned"].name, **_exported(target), "weights": saved.WEIGHTS, "plan": saved.PLAN}
-        | ({} if found.latencies else {"bundle": BUNDLE}),
+        artifacts=_artifacts(target, found),
         versions=versions(),
         machine=dict(found.facts),
         command=request.command,
@@ -124,9 +125,11 @@ def _judged(request: Request, found: Findings) -> tuple[float, float]:
     return parse_budget(request.budget, request.metric, dense), pruned
 
 
-def _exported(target: Target) -> dict[str, str]:
+def _artifacts(target: Target, found: Findings) -> dict[str, str]:
     source = load_backend(target).source
-    return {source: f"pruned{SUFFIX[source]}"}
+    exported = {source: f"pruned{SUFFIX[source]}"}
+    bundle = {} if found.latencies else {"bundle": BUNDLE}
+    return {"artifact": found.files["pruned"].name, **exported, "weights": saved.WEIGHTS, "plan": saved.PLAN, **bundle}
 
 
 def _left(found: Findings, when: int) -> float:

@@ -51,7 +51,7 @@ class Request:
         sparsity: "2:4" gives the pruned model 2:4 weights wherever it can, before it is fine-tuned; "auto" lets the allocator
             choose the layers; "" leaves them dense.
         value_finalists: How many of the plans tried are trained for one epoch each before one is taken; 1: none.
-        host: Which device, instead of the one that the target names.
+        host: Which device, instead of the one that the target names; of several targets, for those not on this machine.
         benchmark_binary: The runtime's own benchmark program, built for the device, to measure with instead of Python.
         recipe: Name of the recipe that chose the algorithm and the value; "" if the user did.
         command: For the report.
@@ -114,7 +114,10 @@ class Request:
         return self.resolved_targets()[0]
 
     def resolved_targets(self) -> tuple[Target, ...]:
-        """Return all targets that were named, with commas between them."""
+        """Return all targets that were named, with commas between them.
+
+        The host is that of those which are reached over a connection, if there are any: then the others stay on this machine.
+        """
         names = [name.strip() for name in str(self.target).split(",")]
         if len(set(names)) < len(names):
             raise UsageError("a target is named twice", at=f"--target {self.target}", fix="leave one of them out")
@@ -122,7 +125,10 @@ class Request:
         found = tuple(target.replace(threads=self.threads) for target in found) if self.threads else found
         if self.benchmark_binary:
             found = tuple(by_binary(target, self.benchmark_binary) for target in found)
-        return tuple(target.reached_at(self.host) for target in found) if self.host else found
+        any_away = any(target.away for target in found)
+        return tuple(
+            target.reached_at(self.host) if self.host and (target.away or not any_away) else target for target in found
+        )
 
     @classmethod
     def of(cls, **values: Any) -> Self:

@@ -12,6 +12,7 @@ from deploypipe import __version__, saved
 from deploypipe.allocation.budget import parse_budget
 from deploypipe.backends import load_backend
 from deploypipe.backends.base import Profile, Timing
+from deploypipe.device import require_arch
 from deploypipe.errors import UsageError
 from deploypipe.graph import trace
 from deploypipe.job import JobResult
@@ -46,6 +47,7 @@ def import_results(path: str | Path) -> dict[str, Any]:
 
     Raises:
         UsageError: There is no bundle or no result, or the result is of other files than the bundle's.
+        TargetError: The device that answered has another processor than the target states.
         ModelError: The run's model cannot be made again.
     """
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
@@ -58,6 +60,7 @@ def import_results(path: str | Path) -> dict[str, Any]:
         )
     run = Path(manifest["run"]) if (Path(manifest["run"]) / saved.PLAN).is_file() else folder.parent
     target = load_target(manifest["target"])
+    require_arch(target, str(answer["facts"]["arch"]), "run the bundle's command on such a device")
     whole, profiles = _parsed(target, answer, {side: folder / f"{side}.onnx" for side in manifest["sha256"]})
     latencies = {side: _latency(timing) for side, timing in whole.items()}
     state = {"facts": answer["facts"], "sha256": answer["sha256"], "latencies": {s: asdict(v) for s, v in latencies.items()}}

@@ -24,7 +24,7 @@ from deploypipe.count import MacTable, ParamTable, params
 from deploypipe.data.load import Data
 from deploypipe.latency.table import LatencyTable
 from deploypipe.pipeline import stages
-from deploypipe.pipeline.absent import device_of
+from deploypipe.pipeline.absent import device_of, stored
 from deploypipe.pipeline.artifacts import accuracy_stage, artifact_stage, bench_stage, checks_stage, file_notes
 from deploypipe.pipeline.bundle import bundle_stage
 from deploypipe.pipeline.given import given
@@ -52,8 +52,8 @@ class Run:
 
     def __init__(self, request: Request, store: Store, reporter: Reporter) -> None:
         self.request, self.store, self.reporter = request, store, reporter
-        self.target = request.resolved_target()
-        self.device, self.elsewhere = device_of(self.target, request.folder, request.sparsity), Elsewhere(request)
+        self.device, self.elsewhere = device_of(request.resolved_target(), request.folder, request.sparsity), Elsewhere(request)
+        self.target = self.device.target
         self.algorithm = make(request.algo, request.options)
         found = given(request, reporter)
         self.loaded, self.data, self.inputs, self.graph = found.loaded, found.data, found.inputs, found.graph
@@ -71,7 +71,9 @@ class Run:
 
         def measure(folder: Path) -> None:
             model, example = self.loaded.model, self.loaded.example
-            found = given or profile(model, example, self.target, graph=self.graph, reporter=self.reporter)
+            found = given or profile(
+                model, example, self.target, graph=self.graph, reporter=self.reporter, runner=self.device.runner
+            )
             found.save(folder / "table")
 
         key = [1, self.dense_key, asdict(self.target), self.device.facts, *([given.id] if given else [])]
@@ -242,9 +244,10 @@ class Run:
 
     def report(self) -> Report:
         """Run every stage and put the findings together."""
+        self.elsewhere.reach(self.reporter)
         order = self._stages()
         asked = [str(getattr(self.request, name)) for name in ("model", "target", "budget", "metric", "command")]
-        key = [2, *order, asked, self.data.description]
+        key = [3, *order, asked, self.data.description]
         return self.store.keep("report", key, lambda folder: render.write(self._assembled(order), folder), Report.load).value
 
     def close(self) -> None:
@@ -272,6 +275,7 @@ class Run:
             cost=self.cost,
             budget=self.budget,
             table=table,
+            profile=stored(table) if table and not self.device.present else "",
             chosen=chosen,
             rounds=rounds,
             checks=self.checks.value,

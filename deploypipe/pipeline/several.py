@@ -11,28 +11,48 @@ from torch import Tensor, nn
 
 from deploypipe.errors import BackendError
 from deploypipe.measurement import Latency
+from deploypipe.pipeline.absent import device_of
 from deploypipe.pipeline.request import Request
 from deploypipe.pipeline.stages import Device, check_files
 from deploypipe.profiler.export import exported
+from deploypipe.progress import Reporter
 from deploypipe.reports.report import Report
 from deploypipe.reports.runtimes import RuntimeOutcome
 from deploypipe.store import Kept, Store
 
+_NOT_AT_HAND = (
+    "no device is at hand: its file is made, and checked on this machine, but not measured; name a device with --host, or "
+    "build for this target alone, with an estimate and a bundle for the owner of a device"
+)
+
 
 class Elsewhere:
-    """The targets after the first one that a request names.
+    """The targets after the first one that a request names. Where no device is at hand, a file is made and not measured.
 
     Raises:
-        BackendError: The runtime of one is not installed.
+        BackendError: The runtime of one that is on this machine is not installed.
     """
 
     def __init__(self, request: Request) -> None:
-        self.devices = [Device(target) for target in request.resolved_targets()[1:]]
+        self.devices = [device_of(target) for target in request.resolved_targets()[1:]]
         for device in self.devices:
             ready, missing = device.backend.available()
-            if not ready:
+            if device.present and device.runner.here and not ready:
                 at = f"target {device.target.name}"
                 raise BackendError(f"backend {device.backend.name} is not installed", at=at, fix=missing)
+
+    def reach(self, reporter: Reporter) -> None:
+        """Ask devices that are not this machine what they are: what cannot be used is found before anything slow.
+
+        Raises:
+            TargetError: A target names no device, or the device is another kind of machine.
+            BackendError: A device cannot be reached, or the runtime is missing there.
+        """
+        for device in self.devices:
+            if not device.present:
+                reporter.note(f"target {device.target.name}: {_NOT_AT_HAND}")
+            elif not device.runner.here:
+                _ = device.facts
 
     def outcomes(
         self,
@@ -60,7 +80,7 @@ class Elsewhere:
             def measure(folder: Path, device: Device = device, name: str = name) -> None:
                 (folder / name).mkdir()
                 models = {"dense": dense, "pruned": pruned.value}
-                outcome = _outcome(device, models, example, inputs, folder, f"{name}/pruned{device.backend.suffix}")
+                outcome = _outcome(device, models, example, inputs, folder, f"{name}/pruned{device.suffix}")
                 (folder / name / "outcome.json").write_text(json.dumps(asdict(outcome), indent=1) + "\n")
 
             def read(root: Path, name: str = name) -> RuntimeOutcome:
@@ -85,10 +105,10 @@ def _outcome(
         notes = device.build(sources["pruned"], folder / artifact)
         times: dict[str, Any] = {"dense": None, "pruned": None}
         if runs:
-            built = Path(name, f"dense{device.backend.suffix}")
+            built = Path(name, f"dense{device.suffix}")
             device.build(sources["dense"], built)
             found = device.bench({"dense": built, "pruned": folder / artifact})
-            times = {side: Latency(**timing) for side, timing in found.items()}
+            times |= {side: Latency(**timing) for side, timing in found.items()}
         checked = check_files(models["pruned"], {"built": folder / artifact} if runs else {}, inputs, device)
     return RuntimeOutcome(
         target=device.target.name,
@@ -98,7 +118,7 @@ def _outcome(
         artifact_bytes=(folder / artifact).stat().st_size,
         error=checked[0].error if checked else None,
         tolerance=device.backend.tolerance,
-        notes=notes,
+        notes=(*notes, *device.notes, *(() if device.present else (_NOT_AT_HAND,))),
     )
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -12,6 +13,7 @@ from torch import nn
 
 from deploypipe.backends import load_backend
 from deploypipe.backends.base import Facts
+from deploypipe.device import at_home
 from deploypipe.graph import trace
 from deploypipe.latency import files as latency_file
 from deploypipe.latency.table import Context, LatencyTable, Shape, structure_of
@@ -26,6 +28,7 @@ from deploypipe.profiler.probe import Probe
 from deploypipe.profiler.whole import fitted_table
 from deploypipe.progress import Reporter, Silent
 from deploypipe.runners import load_runner
+from deploypipe.runners.base import Runner
 from deploypipe.targets import Target, cache_folder, load_target
 from deploypipe.types import Graph, Layer
 
@@ -45,6 +48,7 @@ def profile(  # noqa: PLR0913 - the public surface, named arguments in practice
     fresh: bool = False,
     allow_noise: bool | None = None,
     export: Export = exported,
+    runner: Runner | None = None,
 ) -> LatencyTable:
     """Measure what `model` costs on `target` at all widths that an allocator may choose.
 
@@ -64,20 +68,23 @@ def profile(  # noqa: PLR0913 - the public surface, named arguments in practice
         allow_noise: Accept measurements that other programs disturbed, and record that; by default what the environment
             variable DEPLOYPIPE_ALLOW_NOISE says.
         export: Writes a form of the model into a folder; for callers that profile one model several times.
+        runner: Reaches the target, for callers that have a connection already; else one is opened, and closed again.
 
     Raises:
         TargetError: The target is unknown, its precision is not supported, or other programs kept its cores too busy.
         ModelError: The model cannot be traced or exported.
         BackendError: The runtime is missing or failed.
     """
-    chosen = load_target(target) if isinstance(target, str) else target
+    chosen = at_home(load_target(target) if isinstance(target, str) else target)
     tell = reporter or Silent()
     example = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
     graph = graph or trace(model, example)
-    backend, runner = load_backend(chosen), load_runner(chosen)
+    backend = load_backend(chosen)
     noise = Noise() if allow_noise is None else Noise(allow_noise)
     root = Path(cache_dir) if cache_dir else cache_folder() / "profiles"
-    with opened(backend, runner, chosen, noise, export) as bench:
+    with ExitStack() as stack:
+        runner = runner or stack.enter_context(closing(load_runner(chosen)))
+        bench = stack.enter_context(opened(backend, runner, chosen, noise, export))
         if backend.pricing == "models":
             facts = bench.facts()
             return fitted_table(bench, model, example, graph, facts, root / f"{device_key(facts)}-fitted", tell, fresh)

@@ -73,7 +73,9 @@ def _outcome_row(name: str, report: Report) -> Row:
 
 
 def _origin(report: Report) -> str:
-    """Say so if the latency table was not measured."""
+    """Say so if the latency table was not measured, or not on the run's own device."""
+    if report.profile:
+        return f" ({report.table}, stored profile)"
     return "" if report.table in ("", "measured", "fitted") else f" ({report.table}, not measured)"
 
 

@@ -35,6 +35,11 @@ def amount(value: float, unit: str) -> str:
     return microseconds(value) if unit == "us" else f"{count(value)} {unit}"
 
 
+def unmeasured(source: str, profile: str = "") -> str:
+    """Say what latencies are that the run did not measure: by their table's source, or by which stored profile it is."""
+    return f"from {profile}, not measured in this run" if profile else f"{source}, not measured" if source else UNKNOWN
+
+
 def accuracy_text(value: float | None, n_test: int) -> str:
     """Return an accuracy with its standard error: 97.22 % ± 0.87."""
     return UNKNOWN if value is None else f"{100 * value:.2f} % ± {100 * standard_error(value, n_test):.2f}"

@@ -15,6 +15,7 @@ from deploypipe.reports.figures import (
     microseconds,
     size,
     standard_error,
+    unmeasured,
 )
 from deploypipe.reports.render_training import arms_section, sparsity_section, trained_text
 from deploypipe.reports.report import JSON_NAME, MARKDOWN_NAME, BudgetOutcome, GroupOutcome, Report, Side
@@ -47,8 +48,8 @@ def summary_rows(report: Report) -> tuple[Row, ...]:
         ),
         (
             f"latency, {_threads(report)}",
-            latency_text(dense.latency, dense.predicted_us, report.latency_source),
-            latency_text(pruned.latency, pruned.predicted_us, report.latency_source),
+            latency_text(dense.latency, dense.predicted_us, _mark(report)),
+            latency_text(pruned.latency, pruned.predicted_us, _mark(report)),
             change_text(report),
         ),
         ("parameters", count(dense.n_parameters), count(pruned.n_parameters), _change(dense.n_parameters, pruned.n_parameters)),
@@ -124,12 +125,17 @@ def change_text(report: Report) -> str:
     before, after = report.dense.predicted_us, report.pruned.predicted_us
     if report.speedup is not None or report.latency_source == "measured" or not before or not after:
         return faster_text(report.speedup)
-    return f"{faster_text(before / after)} ({report.latency_source})"
+    return f"{faster_text(before / after)} ({_mark(report)})"
 
 
 def faster_text(speedup: float | None) -> str:
     """Return a speed-up in words: 1.93x faster."""
     return "" if speedup is None else f"{speedup:.2f}x faster" if speedup >= 1 else f"{1 / speedup:.2f}x slower"
+
+
+def _mark(report: Report) -> str:
+    """Return what stands beside a latency; which stored profile it is from is said once, elsewhere."""
+    return unmeasured("", "a stored profile") if report.profile and not report.pruned.latency else report.latency_source
 
 
 def _head(report: Report) -> str:
@@ -156,11 +162,10 @@ def _accuracy_section(report: Report) -> str:
 
 
 def _latency_section(report: Report) -> str:
-    rows = [
-        _latency_row(name, side, report.latency_source) for name, side in (("dense", report.dense), ("pruned", report.pruned))
-    ]
+    rows = [_latency_row(name, side, _mark(report)) for name, side in (("dense", report.dense), ("pruned", report.pruned))]
     columns = ("model", "predicted", "median", "p10", "p90", "runs", "foreign load", "prediction error")
-    table = report.table if report.table in ("measured", "fitted") else f"{report.table}, not measured"
+    known = report.table in ("measured", "fitted") and not report.profile
+    table = report.table if known else unmeasured(report.table, report.profile)
     origin = f"The latency table is **{table}**." if report.table else "No latency table was needed."
     if report.table_error is not None:
         origin += f" Its mean error on random plans of this model is {100 * report.table_error:.1f} %."
@@ -207,7 +212,7 @@ def _certificate(report: Report) -> str:
     proof = report.certificate
     if proof is None:
         return "The algorithm chose the widths itself; no solver proved a bound."
-    unsure = f" ({report.latency_source})" if proof.unit == "us" and not report.pruned.latency else ""
+    unsure = f" ({_mark(report)})" if proof.unit == "us" and not report.pruned.latency else ""
     cost = f"{amount(proof.predicted, proof.unit)} predicted of {amount(proof.budget, proof.unit)}{unsure}"
     if proof.bound is None or proof.gap is None:
         found = f"{proof.status}, value {proof.value:.6g}, {cost}, {proof.n_variables} groups"

@@ -9,11 +9,13 @@ from typing import Any
 from deploypipe.errors import UsageError
 from deploypipe.measurement import Latency, Round
 from deploypipe.plan import Certificate
+from deploypipe.reports.figures import unmeasured
 from deploypipe.reports.pattern import SparseLayer, TwoFour
 from deploypipe.reports.runtimes import RuntimeOutcome
 
 REPORT_SCHEMA = 3
 _AGAIN = "run the same build command again"
+_LATER = ("two_four", "profile")  # fields that older reports do not have
 JSON_NAME, MARKDOWN_NAME = "report.json", "report.md"
 
 
@@ -159,6 +161,7 @@ class Report:
         two_four: What became of `--sparsity`; None if it was not given.
         value: What a width was worth, as `--value` names it.
         recipe: That chose algorithm and value; empty if the user did.
+        profile: Which stored profile the latency table is, where no device was at hand: of which device, power mode and date.
         notes: What else the user should know, in sentences.
     """
 
@@ -194,6 +197,7 @@ class Report:
     two_four: TwoFour | None = None
     value: str = "scores"
     recipe: str = ""
+    profile: str = ""
 
     @property
     def method(self) -> str:
@@ -209,8 +213,8 @@ class Report:
 
     @property
     def latency_source(self) -> str:
-        """What the latencies of the run are: "measured", or "estimated, not measured" where no device was at hand."""
-        return "measured" if self.pruned.latency else f"{self.table}, not measured" if self.table else "not measured"
+        """What the latencies of the run are: "measured", or where no device was at hand what stands in, and that it does."""
+        return "measured" if self.pruned.latency else unmeasured(self.table, self.profile)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, with the schema and the derived figures that scripts ask for first."""
@@ -229,11 +233,10 @@ class Report:
         Raises:
             UsageError: The schema is unknown, or a field is missing or malformed.
         """
-        if state.get("schema") != REPORT_SCHEMA:
-            found = f"report has schema {state.get('schema')!r}, this version reads {REPORT_SCHEMA}"
-            raise UsageError(found, at=at, fix=_AGAIN)
+        if (found := state.get("schema")) != REPORT_SCHEMA:
+            raise UsageError(f"report has schema {found!r}, this version reads {REPORT_SCHEMA}", at=at, fix=_AGAIN)
         try:
-            values = {part.name: state[part.name] for part in fields(cls) if part.name != "two_four" or part.name in state}
+            values = {part.name: state[part.name] for part in fields(cls) if part.name in state or part.name not in _LATER}
             return cls(**values | _nested(values))
         except (KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"report is malformed: {error}", at=at, fix=_AGAIN) from error

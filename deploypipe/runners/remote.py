@@ -116,7 +116,10 @@ class Remote(ABC):
 
     def _connected(self) -> Link:
         if not self.reach.host and self.needs_host:
-            fix = "say which: --host [user@]host[:port], or [reach] host in the target file"
+            fix = (
+                "say which: --host [user@]host[:port], or [reach] host in the target file; "
+                'on the device itself, name a target with via = "local", such as cpu'
+            )
             raise TargetError(f"the target is reached by {self.reach.via}, but names no device", at="reach.host", fix=fix)
         self._link = self._link or self.connect()
         return self._link

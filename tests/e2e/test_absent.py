@@ -15,6 +15,9 @@ import trtexec_standin
 from command_line import FACTORY, Start, arguments
 
 import deploypipe as dp
+from deploypipe.latency.estimate import estimated
+from deploypipe.models.load import load_model
+from deploypipe.pipeline import Request, profile_model
 from deploypipe.reports.report import Report
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -43,7 +46,10 @@ def owner(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = f"{device / 'bin'}{os.pathsep}{os.environ['PATH']}"
     argv = [sys.executable, "trt_measure.py", "request.json"]
     subprocess.run(argv, cwd=bundle, env={"PATH": path, "HOME": str(device)}, check=True, timeout=120)
-    (run / "bundle" / "results.json").write_bytes((bundle / "results.json").read_bytes())
+    answer = json.loads((bundle / "results.json").read_text())
+    answer["facts"]["arch"] = "aarch64"  # as a Jetson says; whoever plays it here is another machine
+    for folder in (bundle, run / "bundle"):
+        (folder / "results.json").write_text(json.dumps(answer))
     return bundle
 
 
@@ -103,6 +109,41 @@ def test_the_answer_of_another_bundle_is_refused(run: Path, owner: Path, start: 
     assert done.code == 2
     assert "not those of this bundle" in done.err
     assert start("profile", "--import", str(tmp_path / "nothing")).wait().code == 2
+
+
+def test_the_answer_of_another_kind_of_machine_is_refused(run: Path, owner: Path, start: Start, tmp_path: Path) -> None:
+    def left() -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
+
+    before = left()
+    for name in ("bundle.json", "results.json"):
+        (tmp_path / name).write_bytes((owner / name).read_bytes())
+    state = json.loads((tmp_path / "results.json").read_text())
+    state["facts"]["arch"] = "x86_64"
+    (tmp_path / "results.json").write_text(json.dumps(state))
+    done = start("profile", "--import", str(tmp_path)).wait()
+    assert done.code == 4
+    assert "the target is a device with aarch64, the one that answered has x86_64" in done.err
+    assert "run the bundle's command on such a device" in done.err
+    assert left() == before
+
+
+def test_a_build_on_a_stored_profile_names_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A profile that was measured once, with a host; later builds without one rest on it."""
+    monkeypatch.setenv("DEPLOYPIPE_CACHE", str(tmp_path))
+    loaded = load_model(f"{FACTORY}:net")
+    table = estimated(dp.trace(loaded.model, loaded.example), dp.load_target("jetson"))
+    about = {"source": "", "model": "Orin in the lab", "power_mode": "30W", "date": "2026-11-24T08:00:00+00:00"}
+    dp.LatencyTable({**table.facts, **about}, table.steps, table.kernels, table.contexts).save(tmp_path / "profiles" / "orin")
+    asked = {"model": f"{FACTORY}:net", "data": f"{FACTORY}:data", "target": "jetson", "algo": "l1", "budget": "80%"}
+    report = dp.build(**asked, epochs=0, out=tmp_path / "run")
+    words = "from a stored profile of Orin in the lab (power mode 30W, 2026-11-24 08:00), not measured in this run"
+    assert (report.table, report.latency_source) == ("measured", words)
+    for file in ("report.md", "bundle/README.md", "bundle/bundle.json"):
+        text = (tmp_path / "run" / file).read_text()
+        assert words in text, file
+        assert "measured, not measured" not in text, file
+    assert profile_model(Request(f"{FACTORY}:net", target="jetson"))["latencies"] == words
 
 
 def test_a_budget_below_all_work_ends_as_by_a_measured_table(start: Start, tmp_path: Path) -> None:

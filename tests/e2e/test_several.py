@@ -68,6 +68,17 @@ def test_the_same_command_again_measures_nothing(run, start):
     assert written() == before
 
 
+def test_a_target_whose_device_is_not_at_hand_gets_its_file_and_the_way_on(start, tmp_path):
+    finished = start(*arguments(tmp_path / "x", target="cpu,jetson", **CHEAP)).wait()
+    assert finished.code == 0, finished.err
+    assert "target jetson: no device is at hand" in finished.err
+    runtime = json.loads((tmp_path / "x" / "report.json").read_text())["runtimes"][-1]
+    assert (runtime["target"], runtime["dense"], runtime["pruned"]) == ("jetson", None, None)
+    assert (tmp_path / "x" / runtime["artifact"]).suffix == ".onnx"
+    assert 0 < runtime["error"] < runtime["tolerance"]
+    assert "- jetson: no device is at hand" in (tmp_path / "x" / "report.md").read_text()
+
+
 def test_a_target_that_runs_nothing_cannot_be_planned_by(start, tmp_path):
     finished = start(*arguments(tmp_path / "x", target="ios")).wait()
     assert finished.code == 4

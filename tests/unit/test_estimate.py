@@ -1,20 +1,25 @@
 """The estimate against closed forms computed by hand."""
 
+import os
+import platform
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import trtexec_standin
 from torch import nn
 
 from deploypipe.allocation.allocate import allocate, allocate_widths
+from deploypipe.checkup import examine
+from deploypipe.device import at_home
 from deploypipe.errors import BudgetError, TargetError
 from deploypipe.graph import trace
 from deploypipe.latency.estimate import estimated, kernel_us, launches_us
 from deploypipe.latency.files import Shape
 from deploypipe.latency.table import LatencyTable
-from deploypipe.pipeline.absent import Absent, device_of, stored_table
+from deploypipe.pipeline.absent import Absent, device_of, stored, stored_table
 from deploypipe.pipeline.sparsify import priced, sparse_notes
 from deploypipe.pipeline.stages import Device
 from deploypipe.plan import KeepPlan
@@ -119,6 +124,50 @@ def test_a_device_that_was_named_is_never_replaced_by_an_estimate(tmp_path):
     assert type(device_of(load_target("cpu"))) is Device
 
 
+def machine(monkeypatch, arch, tensorrt=True):
+    monkeypatch.setattr("platform.machine", lambda: arch)
+    monkeypatch.setattr("deploypipe.backends.tensorrt.TensorRt.available", lambda self: (tensorrt, ""))
+
+
+def test_the_device_itself_needs_no_host(monkeypatch):
+    machine(monkeypatch, "aarch64")
+    device = device_of(load_target("jetson-orin-nano"))
+    assert type(device) is Device
+    assert device.runner.here
+    assert device.target.reach.via == "local"
+    (note,) = device.notes
+    assert "no host was named, and this machine has the processor (aarch64) and the runtime (tensorrt)" in note
+    assert examine(load_target("jetson")).place == "local"
+    named = device_of(load_target("jetson").reached_at("nobody@192.0.2.1"))
+    assert (named.runner.here, named.notes) == (False, ())
+
+
+@pytest.mark.parametrize(("arch", "tensorrt"), [("x86_64", True), ("aarch64", False)])
+def test_a_machine_without_its_processor_or_runtime_is_not_taken_for_the_device(monkeypatch, arch, tensorrt):
+    machine(monkeypatch, arch, tensorrt)
+    assert isinstance(device_of(load_target("jetson")), Absent)
+
+
+def test_a_processor_alone_makes_no_machine_a_board(monkeypatch):
+    machine(monkeypatch, "aarch64")
+    target = load_target("raspberry-pi-5")
+    assert at_home(target) is target
+    anywhere = load_target("jetson").replace(arch="native")
+    assert at_home(anywhere) is anywhere, "a target that states no processor tells nothing"
+    with pytest.raises(TargetError, match=r"names no device[\s\S]*on the device itself"):
+        device_of(target).runner.describe()
+
+
+def test_a_machine_that_is_the_device_measures_there(tmp_path, monkeypatch):
+    trtexec_standin.install(tmp_path / "bin", (10, 3, 0))
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    own = tmp_path / "own.toml"
+    own.write_text(f'name = "own"\nlike = "jetson-orin"\n[device]\narch = "{platform.machine()}"\n')
+    facts = device_of(load_target(own)).facts
+    assert (facts["runtime"], facts["gpu"]) == ("tensorrt", trtexec_standin.GPU)
+
+
 def figures(graph, target):
     """Return the table, and what the narrowest and the dense model take."""
     table = estimated(graph, target)
@@ -175,6 +224,13 @@ def test_a_profile_of_such_a_device_is_taken_before_an_estimate(graph, tmp_path,
             tmp_path / "profiles" / folder
         )
     assert stored_table(target, graph).source == "measured"
+    assert stored(table) == ""
+    about = {"model": "Orin", "gpu": "ga10b", "power_mode": "NV Power Mode: MAXN 0", "date": "2026-11-24T08:00:09+00:00"}
+    for source, kind in (("", "stored"), ("calibrated", "calibrated")):
+        known = LatencyTable({**table.facts, **about, "source": source}, table.steps, table.kernels, table.contexts)
+        assert stored(known) == f"a {kind} profile of Orin (power mode MAXN 0, 2026-11-24 08:00)"
+    bare = LatencyTable({**table.facts, "gpu": "ga10b", "source": ""}, table.steps, table.kernels, table.contexts)
+    assert stored(bare) == "a stored profile of ga10b (power mode unknown, date unknown)"
     assert device_of(target).known_table(graph, None).source == "measured"
 
 

@@ -15,6 +15,8 @@ from deploypipe.latency.context import Context
 from deploypipe.latency.files import Entry, write_device
 from deploypipe.latency.table import structure_of
 from deploypipe.latency.widths import Steps
+from deploypipe.pipeline.request import Request
+from deploypipe.pipeline.run import Run
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler import bench, context
 from deploypipe.profiler import measure as profiler
@@ -24,6 +26,7 @@ from deploypipe.profiler.noise import Noise
 from deploypipe.profiler.probe import Probe
 from deploypipe.progress import Recorder
 from deploypipe.runners.local import Local
+from deploypipe.store import Store
 from deploypipe.targets import load_target
 from deploypipe.training.checkpoint import state_digest
 
@@ -126,6 +129,37 @@ def test_a_profile_prices_every_term_and_reproduces_the_dense_model(graph, measu
         least = {**graph.kept(), **kept}
         assert term.price(term.n_in.at(least), term.n_out.at(least)) >= 0
     assert table.predict(graph, KeepPlan({name: tuple(range(n)) for name, n in kept.items()})) < 0.8 * table.predict(graph)
+
+
+def test_a_runner_is_closed_again_unless_it_was_given(measured, tmp_path, monkeypatch, counting):
+    target = prepared(tmp_path, monkeypatch)
+    closed = []
+
+    class Closing(counting):
+        def close(self):
+            closed.append(self)
+
+    monkeypatch.setattr(profiler, "load_runner", lambda target: Closing(target.reach))
+    measured(target=target, cache_dir=tmp_path, runner=counting(target.reach))
+    assert "profile" in counting.jobs
+    assert closed == [], "its owner has more to do there, and no other was opened"
+    measured(target=target, cache_dir=tmp_path)
+    assert len(closed) == 1
+
+
+def test_a_build_is_profiled_over_the_connection_that_it_has(tmp_path, monkeypatch):
+    used = []
+
+    def profiled(*args, runner, **options):
+        used.append(runner)
+        raise BackendError("enough")
+
+    monkeypatch.setattr("deploypipe.pipeline.run.profile", profiled)
+    with Store(tmp_path, Recorder()) as store:
+        build = Run(Request(algo="l1"), store, Recorder())
+        with pytest.raises(BackendError, match="enough"):
+            _ = build.table
+    assert used == [build.device.runner]
 
 
 def test_a_second_profile_measures_nothing(net, graph, measured, export, tmp_path, monkeypatch, counting):

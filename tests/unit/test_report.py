@@ -10,7 +10,7 @@ from sample_report import BARE, REPORT
 
 from deploypipe.errors import UsageError
 from deploypipe.measurement import Latency
-from deploypipe.reports import figures, render
+from deploypipe.reports import compare, figures, render
 from deploypipe.reports.report import Check, Report
 
 
@@ -32,14 +32,14 @@ def test_json_holds_the_derived_figures() -> None:
 
 def test_a_report_from_before_there_was_a_choice_of_2_4_is_read() -> None:
     state = BARE.to_json()
-    del state["two_four"]
+    del state["two_four"], state["profile"]
     assert Report.from_json(state) == BARE
     state = REPORT.to_json()
     del state["certificate"]["two_four"]
     assert Report.from_json(state).certificate == replace(REPORT.certificate, two_four=())
 
 
-@pytest.mark.parametrize("missing", [part.name for part in fields(Report) if part.name != "two_four"])
+@pytest.mark.parametrize("missing", [part.name for part in fields(Report) if part.name not in {"two_four", "profile"}])
 def test_a_missing_field_is_named(missing: str) -> None:
     state = REPORT.to_json()
     del state[missing]
@@ -150,6 +150,22 @@ def test_microseconds(us: float, text: str) -> None:
 @pytest.mark.parametrize(("n_bytes", "text"), [(12, "12 B"), (181_234, "181 kB"), (46_800_000, "46.8 MB")])
 def test_size(n_bytes: int, text: str) -> None:
     assert figures.size(n_bytes) == text
+
+
+def test_a_stored_profile_is_named_and_not_called_measured_here() -> None:
+    profile = "a stored profile of Orin (power mode MAXN, 2026-11-24 08:00)"
+    absent = {side: replace(getattr(REPORT, side), latency=None) for side in ("dense", "pruned")}
+    report = replace(REPORT, **absent, profile=profile)
+    words = f"from {profile}, not measured in this run"
+    assert report.latency_source == report.to_json()["latency_source"] == words
+    page = render.markdown(report)
+    assert f"The latency table is **{words}**." in page
+    assert f"met: 59.7 us {words} (60.0 us predicted)" in page
+    assert "| 119 us (from a stored profile, not measured in this run) |" in page
+    assert "measured, not measured" not in page + compare.outcome_rows({"x": report})[0][6]
+    assert compare.outcome_rows({"x": report})[0][6] == "60.0 us (measured, stored profile)"
+    assert replace(REPORT, profile=profile).latency_source == "measured", "once its owner has measured it"
+    assert replace(report, profile="", table="estimated").latency_source == "estimated, not measured"
 
 
 def test_widths_without_a_proof_are_called_so() -> None:

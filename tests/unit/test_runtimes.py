@@ -3,13 +3,15 @@ from dataclasses import replace
 import pytest
 from sample_report import REPORT
 
-from deploypipe.errors import BackendError, UsageError
+from deploypipe.errors import BackendError, TargetError, UsageError
 from deploypipe.measurement import Latency
 from deploypipe.pipeline.request import Request
 from deploypipe.pipeline.several import Elsewhere
+from deploypipe.progress import Recorder, Silent
 from deploypipe.reports.render import markdown
 from deploypipe.reports.report import Report
 from deploypipe.reports.runtimes import RuntimeOutcome, by_speed, rows, section, verdict
+from deploypipe.runners import load_runner
 
 
 def took(us):
@@ -56,6 +58,52 @@ def test_a_runtime_that_is_missing_is_found_before_anything_slow(monkeypatch):
     with pytest.raises(BackendError, match=r"openvino is not installed[\s\S]*pip install openvino"):
         Elsewhere(Request(target="cpu,cpu-openvino"))
     assert Elsewhere(Request(target="cpu-openvino")).devices == []
+
+
+@pytest.fixture
+def no_tensorrt(monkeypatch):
+    monkeypatch.setattr("deploypipe.backends.tensorrt.TensorRt.available", lambda self: (False, "install TensorRT"))
+
+
+@pytest.mark.usefixtures("no_tensorrt")
+def test_the_runtime_of_a_device_elsewhere_is_not_looked_for_here():
+    (device,) = Elsewhere(Request(target="raspberry-pi-5,jetson-orin", host="nano")).devices
+    assert (device.present, device.runner.place) == (True, "ssh nano")
+    with pytest.raises(BackendError, match="tensorrt is not installed"):
+        Elsewhere(Request(target="jetson-orin,nvidia-gpu", host="nano"))
+
+
+def test_a_device_elsewhere_is_reached_before_anything_slow(monkeypatch):
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr("deploypipe.pipeline.stages.facts_of", lambda backend, runner, *rest: asked.append(runner.place) or {})
+        Elsewhere(Request(target="cpu,cpu-ort-mobile,jetson", host="nano")).reach(Silent())
+    assert asked == ["ssh nano"]
+    with pytest.raises(TargetError, match=r"reached by ssh, but names no device[\s\S]*--host"):
+        Elsewhere(Request(target="cpu,raspberry-pi-5")).reach(Silent())
+
+
+@pytest.mark.usefixtures("no_tensorrt")
+def test_a_target_with_no_device_at_hand_is_told_of():
+    heard = Recorder()
+    others = Elsewhere(Request(target="cpu,jetson"))
+    others.reach(heard)
+    assert [device.present for device in others.devices] == [False]
+    assert [note for note in heard.notes if "target jetson: no device is at hand" in note and "--host" in note]
+
+
+@pytest.mark.parametrize(
+    ("names", "places"),
+    [
+        ("cpu,jetson", ["local", "ssh box"]),
+        ("jetson,cpu,raspberry-pi-5", ["ssh box", "local", "ssh box"]),
+        ("cpu,cpu-openvino", ["ssh box", "ssh box"]),
+        ("cpu", ["ssh box"]),
+    ],
+)
+def test_a_host_is_for_the_targets_that_are_reached_over_a_connection(names, places):
+    targets = Request(target=names, host="box").resolved_targets()
+    assert [load_runner(target).place for target in targets] == places
 
 
 def test_a_target_cannot_be_named_twice():

@@ -40,6 +40,31 @@ def test_replace_changes_facts_wherever_they_stand():
 
 
 @pytest.mark.parametrize(
+    ("like", "own", "expected"),
+    [
+        ("jetson-orin", '[build]\ntool = "/opt/trtexec"', ("tensorrt", "fp16", "/opt/trtexec", "ssh", "")),
+        ("jetson", '[build]\nprecision = "fp32"', ("tensorrt", "fp32", "", "ssh", "")),  # itself like another
+        ("raspberry-pi-5", '[reach]\npython = "~/venv/bin/python"', ("onnxruntime", "fp32", "", "ssh", "~/venv/bin/python")),
+    ],
+)
+def test_a_target_is_like_another_but_for_the_keys_that_it_states(tmp_path, like, own, expected):
+    target = load_target(write(tmp_path, f'name = "box"\nlike = "{like}"\n{own}\n'))
+    build, reach = target.build, target.reach
+    assert (build.backend, build.precision, build.tool, reach.via, reach.python) == expected
+    assert (target.name, target.like, target.device, target.rates) == (
+        "box", like, load_target(like).device, load_target(like).rates,
+    )  # fmt: skip
+
+
+def test_a_target_that_is_like_itself_is_refused(tmp_path):
+    one, other = (write(tmp_path, f'name = "{name}"\nlike = "{tmp_path}/{like}.toml"\n', name) for name, like in ("ab", "ba"))
+    with pytest.raises(TargetError, match=r"like itself: a -> b -> a[\s\S]*without like"):
+        load_target(one)
+    with pytest.raises(TargetError, match="b -> a -> b"):
+        load_target(other)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         (GOOD + "treads = 3\n", r"unknown key 'measure.treads'[\s\S]*box.toml: measure.treads[\s\S]*did you mean 'threads'"),
