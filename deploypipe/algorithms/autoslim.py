@@ -23,7 +23,7 @@ from deploypipe.algorithms.options import option
 from deploypipe.allocation.allocate import cheapest_widths, ranking, unproved
 from deploypipe.ingredients.judge import Judge
 from deploypipe.ingredients.permute import permuted
-from deploypipe.ingredients.statistics import weights
+from deploypipe.ingredients.statistics import trained_weights
 from deploypipe.ingredients.supernet import Sandwich
 from deploypipe.plan import KeepPlan
 from deploypipe.training.evaluate import Accuracy
@@ -55,7 +55,8 @@ class AutoSlim:
         if self.start == "fresh":
             model = fresh(model, problem.seed)
         else:
-            norms, _ = judged(graph, lambda group: filter_norms(group, weights(model), 2).cpu().numpy())
+            view = trained_weights(model)
+            norms, _ = judged(graph, lambda group: filter_norms(group, view, 2).cpu().numpy())
             model = permuted(model, graph, {name: ranking(norm).tolist() for name, norm in norms.items()})
         sandwich = Sandwich(graph, self._widths(problem), self.n_random, problem.seed)
         return trainer.fit(model, self.train_epochs, [sandwich])

@@ -20,7 +20,7 @@ from deploypipe.allocation.threshold import threshold_widths, uniform_widths
 from deploypipe.cost import CostTable
 from deploypipe.errors import NotApplicable, UsageError
 from deploypipe.ingredients.stacks import rows as rows  # noqa: PLC0414 - part of what an algorithm may import from here
-from deploypipe.ingredients.statistics import weights
+from deploypipe.ingredients.statistics import trained_weights, weights
 from deploypipe.plan import Certificate, KeepPlan
 from deploypipe.progress import Reporter, Silent
 from deploypipe.types import Graph, Group, Member
@@ -87,8 +87,8 @@ class Statistics:
 
     @cached_property
     def weights(self) -> Mapping[str, Tensor]:
-        """Every parameter and buffer by name, detached."""
-        return weights(self.problem.model)
+        """Every parameter by name, detached: no buffers, since fixed weights tell nothing of a channel's worth."""
+        return trained_weights(self.problem.model)
 
     @property
     def seed(self) -> int:

@@ -41,13 +41,9 @@ def _greedy(graph: Graph, plan: KeepPlan, weights: Mapping[str, Tensor]) -> dict
         if group.name not in plan.keep:
             continue
         left = {m.param: _without_lost(graph, m.param, weights[m.param], chosen) for m in producers(group, weights)}
-        order = ranking(filter_norms(group, left | _others(group, weights, left), 1).cpu().numpy())
+        order = ranking(filter_norms(group, left, 1).cpu().numpy())
         chosen[group.name] = tuple(sorted(order[: len(plan.keep[group.name])].tolist()))
     return chosen
-
-
-def _others(group: Group, weights: Mapping[str, Tensor], left: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {member.param: weights[member.param] for member in group.members if member.param not in left}
 
 
 def _without_lost(graph: Graph, param: str, weight: Tensor, chosen: Mapping[str, tuple[int, ...]]) -> Tensor:
