@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from deploypipe.allocation.allocate import allocate_widths, plan_of, ranking
 from deploypipe.allocation.pattern import mask_losses
 from deploypipe.allocation.pattern import n_readers as n_readers  # noqa: PLC0414 - part of what an algorithm may import from here
-from deploypipe.allocation.threshold import threshold_widths, uniform_widths
+from deploypipe.allocation.threshold import threshold_widths, uniform_widths, worth_keeping
 from deploypipe.cost import CostTable
 from deploypipe.errors import NotApplicable, UsageError
 from deploypipe.ingredients.stacks import rows as rows  # noqa: PLC0414 - part of what an algorithm may import from here
@@ -183,17 +183,19 @@ def shared_out(
         problem: What was asked. An allocator other than the default decides the widths instead.
         scores: Group -> (C,) scores, higher = keep; comparable across groups if one threshold is to cut them.
         skipped: Group -> why it was not judged and stays whole.
-        how: One "threshold" over all channels; the same share of every group ("uniform"); or "shares", the exact allocator on
-            `log_share` of the scores.
+        how: One "threshold" over all channels; the same share of every group ("uniform"), both filled up to the budget; or
+            "shares", the exact allocator on `log_share` of the scores.
     """
+    graph, table, budget = problem.graph, problem.table, problem.budget
     orders = {name: ranking(score) for name, score in scores.items()}
     if how == "shares" or problem.allocator is not by_values:
-        graph = problem.graph
         values = {name: n_readers(graph.group(name)) * log_share(score[orders[name]]) for name, score in scores.items()}
         return allocated(algorithm, problem, orders, values, skipped)
-    solve = uniform_widths if how == "uniform" else threshold_widths
-    kept, certificate = solve(problem.graph, scores, problem.table, problem.budget)
-    return signed(algorithm, plan_of(problem.graph, orders, kept, certificate), skipped)
+    if how == "uniform":
+        kept, certificate = uniform_widths(graph, scores, table, budget, worth_keeping(scores))
+    else:
+        kept, certificate = threshold_widths(graph, scores, table, budget)
+    return signed(algorithm, plan_of(graph, orders, kept, certificate), skipped)
 
 
 def signed(algorithm: Any, plan: KeepPlan, skipped: Mapping[str, str]) -> KeepPlan:
