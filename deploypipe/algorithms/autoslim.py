@@ -9,7 +9,8 @@ group sorted by the L2 norms of their filters, because sub-networks are always t
 random weights as the paper does. Batch norms of a candidate are estimated anew (the authors' code judges on one batch in
 training mode), and equal accuracy is decided by the loss. The network found goes on from the supernet's weights in
 fine-tuning; from scratch it is trained by the Rethinking protocol. Groups are what the paper calls linked layers. If no single
-group makes the network cheaper any more, all widths are set to the cheapest at once.
+group makes the network cheaper any more, all widths are set to the cheapest at once. Only widths that are trained can be
+chosen: those from `least` on, or all where no network of these is within the budget.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,9 +22,10 @@ from torch import nn
 from deploypipe.algorithms.base import Problem, filter_norms, judged, labelled, signed
 from deploypipe.algorithms.options import option
 from deploypipe.allocation.allocate import cheapest_widths, ranking, unproved
+from deploypipe.errors import BudgetError
 from deploypipe.ingredients.judge import Judge
 from deploypipe.ingredients.permute import permuted
-from deploypipe.ingredients.statistics import weights
+from deploypipe.ingredients.statistics import trained_weights
 from deploypipe.ingredients.supernet import Sandwich
 from deploypipe.plan import KeepPlan
 from deploypipe.training.evaluate import Accuracy
@@ -50,14 +52,19 @@ class AutoSlim:
     norm_images: int = option(256, "training images that renew a candidate's batch norms; 0 leaves them as they are", low=0)
 
     def train(self, problem: Problem, trainer: Trainer) -> nn.Module:
-        """Train the supernet."""
+        """Train the supernet.
+
+        Raises:
+            BudgetError: The budget cannot be reached.
+        """
         model, graph = problem.model, problem.graph
         if self.start == "fresh":
             model = fresh(model, problem.seed)
         else:
-            norms, _ = judged(graph, lambda group: filter_norms(group, weights(model), 2).cpu().numpy())
+            view = trained_weights(model)
+            norms, _ = judged(graph, lambda group: filter_norms(group, view, 2).cpu().numpy())
             model = permuted(model, graph, {name: ranking(norm).tolist() for name, norm in norms.items()})
-        sandwich = Sandwich(graph, self._widths(problem), self.n_random, problem.seed)
+        sandwich = Sandwich(graph, self.offered(problem), self.n_random, problem.seed)
         return trainer.fit(model, self.train_epochs, [sandwich])
 
     def plan(self, problem: Problem) -> KeepPlan:
@@ -68,8 +75,8 @@ class AutoSlim:
             UsageError: There is no data, or too little to hold some out.
         """
         graph, table = problem.graph, problem.table
-        legal = {name: evenly(widths, self.bins) for name, widths in table.candidates(graph).items()}
-        cheapest = cheapest_widths(graph, legal, table, problem.budget)  # fails now if the budget is out of reach
+        legal = self.offered(problem)  # those that were trained
+        cheapest = cheapest_widths(graph, legal, table, problem.budget, legal)
         judge = Judge(graph, labelled(problem.data), self.images, self.norm_images, problem.seed)
 
         def look(kept: Mapping[str, int]) -> Accuracy:
@@ -88,12 +95,32 @@ class AutoSlim:
         plan = KeepPlan.of_widths({name: kept[name] for name in legal})
         return signed(self, plan.replace(fingerprint=graph.fingerprint, certificate=certificate), {})
 
-    def _widths(self, problem: Problem) -> dict[str, tuple[int, ...]]:
-        """Return the widths of sub-networks: what the table offers from the narrowest one on."""
-        sizes = {group.name: group.size for group in problem.graph.prunable}
-        offered = {name: evenly(widths, self.bins) for name, widths in problem.table.candidates(problem.graph).items()}
-        chosen = {name: tuple(w for w in widths if w >= self.least * sizes[name]) for name, widths in offered.items()}
-        return {name: widths or (sizes[name],) for name, widths in chosen.items()}
+    def offered(self, problem: Problem) -> dict[str, tuple[int, ...]]:
+        """Return the widths of sub-networks, which are trained and then chosen from: those of the table from `least` on.
+
+        If no network of such widths is within the budget, narrower ones are offered as well, and the reporter hears of it.
+
+        Raises:
+            BudgetError: The budget cannot be reached at all.
+        """
+        graph, table, budget = problem.graph, problem.table, problem.budget
+        every = {name: evenly(widths, self.bins) for name, widths in table.candidates(graph).items()}
+        wide = {name: _from(self.least * graph.group(name).size, widths) for name, widths in every.items()}
+        try:
+            cheapest_widths(graph, wide, table, budget, wide)
+        except BudgetError:
+            cheapest_widths(graph, every, table, budget, every)  # fails if narrower ones do not help either
+            problem.reporter.note(
+                f"no network that keeps {self.least:.0%} of every group is within the budget (option least): narrower ones"
+                " are trained and offered as well"
+            )
+            return every
+        return wide
+
+
+def _from(least: float, widths: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the widths from `least` on, ascending; the widest one always."""
+    return tuple(width for width in widths if width >= least) or widths[-1:]
 
 
 def evenly(widths: Sequence[int], n: int) -> tuple[int, ...]:

@@ -16,11 +16,11 @@ from torch.utils.data import Dataset
 from deploypipe.allocation.allocate import allocate_widths, plan_of, ranking
 from deploypipe.allocation.pattern import mask_losses
 from deploypipe.allocation.pattern import n_readers as n_readers  # noqa: PLC0414 - part of what an algorithm may import from here
-from deploypipe.allocation.threshold import threshold_widths, uniform_widths
+from deploypipe.allocation.threshold import threshold_widths, uniform_widths, worth_keeping
 from deploypipe.cost import CostTable
 from deploypipe.errors import NotApplicable, UsageError
 from deploypipe.ingredients.stacks import rows as rows  # noqa: PLC0414 - part of what an algorithm may import from here
-from deploypipe.ingredients.statistics import weights
+from deploypipe.ingredients.statistics import trained_weights, weights
 from deploypipe.plan import Certificate, KeepPlan
 from deploypipe.progress import Reporter, Silent
 from deploypipe.types import Graph, Group, Member
@@ -87,8 +87,8 @@ class Statistics:
 
     @cached_property
     def weights(self) -> Mapping[str, Tensor]:
-        """Every parameter and buffer by name, detached."""
-        return weights(self.problem.model)
+        """Every parameter by name, detached: no buffers, since fixed weights tell nothing of a channel's worth."""
+        return trained_weights(self.problem.model)
 
     @property
     def seed(self) -> int:
@@ -183,17 +183,19 @@ def shared_out(
         problem: What was asked. An allocator other than the default decides the widths instead.
         scores: Group -> (C,) scores, higher = keep; comparable across groups if one threshold is to cut them.
         skipped: Group -> why it was not judged and stays whole.
-        how: One "threshold" over all channels; the same share of every group ("uniform"); or "shares", the exact allocator on
-            `log_share` of the scores.
+        how: One "threshold" over all channels; the same share of every group ("uniform"), both filled up to the budget; or
+            "shares", the exact allocator on `log_share` of the scores.
     """
+    graph, table, budget = problem.graph, problem.table, problem.budget
     orders = {name: ranking(score) for name, score in scores.items()}
     if how == "shares" or problem.allocator is not by_values:
-        graph = problem.graph
         values = {name: n_readers(graph.group(name)) * log_share(score[orders[name]]) for name, score in scores.items()}
         return allocated(algorithm, problem, orders, values, skipped)
-    solve = uniform_widths if how == "uniform" else threshold_widths
-    kept, certificate = solve(problem.graph, scores, problem.table, problem.budget)
-    return signed(algorithm, plan_of(problem.graph, orders, kept, certificate), skipped)
+    if how == "uniform":
+        kept, certificate = uniform_widths(graph, scores, table, budget, worth_keeping(scores))
+    else:
+        kept, certificate = threshold_widths(graph, scores, table, budget)
+    return signed(algorithm, plan_of(graph, orders, kept, certificate), skipped)
 
 
 def signed(algorithm: Any, plan: KeepPlan, skipped: Mapping[str, str]) -> KeepPlan:

@@ -5,7 +5,8 @@ Fang et al., DepGraph: Towards Any Structural Pruning, CVPR 2023, arXiv:2301.129
 Deviations: the groups are those of our own channel graph. A channel's score is the mean of its squared norms over the layers
 that make, carry or read it: weights and scales of norms, no biases. Training goes on from the user's model. Channels go in
 `steps` rounds, the cost falling by equal amounts, and every round scores anew without what earlier rounds have cut; one
-threshold over all groups, on scores divided by their group's mean, leaves each its narrowest legal width.
+threshold over all groups, on scores divided by their group's mean, leaves each its narrowest legal width; what it leaves of the
+budget is filled with the channels that come next.
 """
 
 from collections.abc import Mapping

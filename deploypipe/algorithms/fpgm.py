@@ -4,7 +4,9 @@ He et al., Filter Pruning via Geometric Median for Deep Neural Networks Accelera
 to 9 and algorithm 1.
 
 Deviations: the paper gives every layer one rate; here it is the largest share of channels, the same for all groups, that fits
-the budget, or widths come from the allocator. In coupled groups the distances of all layers that make the channels are added.
+the budget, and what that leaves of it is filled group by group; or widths come from the allocator. With one threshold over all
+groups, distances are divided by their group's mean, since sums of distances grow with the number of filters and of their
+weights. In coupled groups the distances of all layers that make the channels are added.
 Filters that are zero are not compared with others: they go first. Training goes on from the user's model at the run's learning
 rate; the paper starts fresh, or with a tenth of the rate from a trained model. Zeroed filters are set to zero with their bias;
 batch norms are left alone while training, so that filters may grow again, and are cut with the channel at the end.
@@ -23,7 +25,7 @@ from deploypipe.algorithms.base import SHARED_OUT, Problem, judged, shared_out
 from deploypipe.algorithms.options import option
 from deploypipe.algorithms.scores import filters_of, summed_distances
 from deploypipe.allocation.allocate import ranking
-from deploypipe.allocation.threshold import uniform_widths
+from deploypipe.allocation.threshold import uniform_widths, worth_keeping
 from deploypipe.ingredients.statistics import trained_weights
 from deploypipe.plan import KeepPlan
 from deploypipe.training.settings import TrainHook
@@ -50,7 +52,7 @@ class Fpgm:
             BudgetError: The budget cannot be reached.
         """
         found, _ = self._scores(problem)
-        kept, _ = uniform_widths(problem.graph, found, problem.table, problem.budget)
+        kept, _ = uniform_widths(problem.graph, found, problem.table, problem.budget, worth_keeping(found))
         hook = SoftZero(problem.graph, {name: kept[name] for name in found}, self.norm_share)
         return trainer.fit(problem.model, self.train_epochs, [hook])
 
@@ -67,7 +69,7 @@ class Fpgm:
         view = trained_weights(problem.model)
         filters, skipped = judged(problem.graph, lambda group: filters_of(group, view))
         kept, _ = uniform_widths(problem.graph, filters, problem.table, problem.budget)
-        return {name: scores_of(found, kept[name], self.norm_share) for name, found in filters.items()}, skipped
+        return {name: relative(scores_of(found, kept[name], self.norm_share)) for name, found in filters.items()}, skipped
 
 
 class SoftZero(TrainHook):
@@ -88,6 +90,11 @@ class SoftZero(TrainHook):
                 if member.role == "produces" and member.param in named:
                     slots = np.flatnonzero(np.isin(member.owner, dropped))
                     named[member.param].index_fill_(member.axis, torch.from_numpy(slots).to(view[member.param].device), 0.0)
+
+
+def relative(scores: Scores) -> Scores:
+    """Return scores over the mean of those that are not zero, so that one threshold can cut several groups."""
+    return scores / scores[scores > 0].mean() if (scores > 0).any() else scores
 
 
 def scores_of(filters: Sequence[Tensor], n_keep: int, norm_share: float = 0.0) -> Scores:

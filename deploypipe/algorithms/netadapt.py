@@ -22,7 +22,7 @@ from deploypipe.algorithms.options import option
 from deploypipe.allocation.allocate import cheapest_widths, ranking, unproved
 from deploypipe.compact import compact, masked_slots
 from deploypipe.data.batches import Samples, count, split
-from deploypipe.ingredients.statistics import batch_size, weights
+from deploypipe.ingredients.statistics import batch_size, trained_weights
 from deploypipe.plan import KeepPlan
 from deploypipe.training.adapt import Adapting
 from deploypipe.training.evaluate import evaluate, recalibrate
@@ -150,7 +150,7 @@ class _Judge:
         share = min(MOST_HELD_OUT, options.images / count(data))
         self._fit: Samples
         self._fit, self._held_out = split(data, share, problem.seed)
-        view = weights(problem.model)
+        view = trained_weights(problem.model)
         norms, self.skipped = judged(problem.graph, lambda group: filter_norms(group, view, 2).cpu().numpy())
         self.orders: dict[str, list[int]] = {name: ranking(norm).tolist() for name, norm in norms.items()}
 
@@ -175,7 +175,7 @@ class _Judge:
         if not self._options.steps or now.model is None:
             return left  # the weights are those that the first order was made of
         group = self._problem.graph.group(name)
-        norms = filter_norms(group, weights(now.model), 2)[torch.as_tensor(sorted(left))]
+        norms = filter_norms(group, trained_weights(now.model), 2)[torch.as_tensor(sorted(left))]
         return [sorted(left)[i] for i in ranking(norms.cpu().numpy())]
 
     def _plan(self, network: Network) -> KeepPlan:

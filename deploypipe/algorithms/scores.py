@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deploypipe.algorithms.base import filter_norms, producers, rows
 from deploypipe.ingredients.gates import norms_of
-from deploypipe.ingredients.statistics import evaluating, generator, trained_weights, weights
+from deploypipe.ingredients.statistics import evaluating, generator, trained_weights
 from deploypipe.types import Graph, Group
 
 WEISZFELD_STEPS = 200
@@ -65,8 +65,8 @@ def _of_norms(leaf: str) -> Callable[[nn.Module, Group, int], Tensor]:
 
 
 _DATA_FREE: dict[str, Callable[[nn.Module, Group, int], Tensor]] = {
-    "l1": lambda model, group, seed: filter_norms(group, weights(model), 1),
-    "l2": lambda model, group, seed: filter_norms(group, weights(model), 2),
+    "l1": lambda model, group, seed: filter_norms(group, trained_weights(model), 1),
+    "l2": lambda model, group, seed: filter_norms(group, trained_weights(model), 2),
     "fpgm": _of_filters(summed_distances),
     "fermat": _of_filters(median_distances),
     "gamma": _of_norms("weight"),

@@ -5,10 +5,11 @@ the algorithm of section 3.2.
 
 Deviations: a coupled group has one gate, on every batch norm behind a layer that makes its channels (or on the layer itself if
 it has none); its score is divided by the number of those layers, as the paper divides that of a stage's trunk by its blocks.
-The paper removes a fixed number of units a step; here the cost falls by equal amounts, and one threshold over all groups leaves
-each its narrowest legal width. The second order takes the diagonal of the Hessian from random probes averaged over the batches
-of a step (0 probes: exactly, one backward pass for each channel). Weights that adapt meanwhile only serve to judge: the plan is
-carried out on the trained weights and fine-tuned afterwards.
+The paper removes a fixed number of units a step; here the cost falls by equal amounts, and one threshold over all groups
+leaves each its narrowest legal width; what it leaves of the budget is filled with the channels that come next. The second
+order takes the diagonal of the Hessian from random probes averaged over the batches of a step (0 probes: exactly, one backward
+pass for each channel). Weights that adapt meanwhile only serve to judge: the plan is carried out on the trained weights and
+fine-tuned afterwards.
 """
 
 from collections.abc import Callable, Mapping
@@ -104,7 +105,8 @@ class Terms:
 
     def __init__(self, options: Taylor, units: Mapping[str, Unit], rng: torch.Generator) -> None:
         self._options, self._units, self._rng, self.n = options, units, rng, 0
-        self._firsts: dict[str, list[Tensor]] = {name: [] for name in units}
+        self._means = dict[str, Tensor]()  # of first derivatives, so far: (C,) for gates, (C, K) for weights
+        self._spreads = dict[str, Tensor]()  # (C,) summed squared deviations from these means
         self._seconds = dict[str, Tensor]()
 
     def add(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
@@ -112,7 +114,11 @@ class Terms:
         self.n += 1
         named, (inputs, labels) = dict(model.named_parameters()), batch
         for name, unit in self._units.items():
-            self._firsts[name].append(unit.first(named))
+            first = unit.first(named)
+            before = self._means.get(name, torch.zeros_like(first))
+            mean = before + (first - before) / self.n
+            spread = _summed((first - before) * (first - mean))  # Welford's update: batches need not be kept
+            self._means[name], self._spreads[name] = mean, spread + self._spreads.get(name, torch.zeros_like(spread))
         if self._options.order == "second":
 
             def loss(call: Callable[..., object]) -> Tensor:
@@ -122,22 +128,27 @@ class Terms:
                 self._seconds[name] = self._seconds.get(name, torch.zeros_like(found)) + found
 
     def scores(self) -> dict[str, Tensor]:
-        """Return the (C,) scores: the mean over batches of squares, never the square of the mean."""
+        """Return the (C,) scores: the mean over batches of squares, never the square of the mean alone."""
         found = {}
-        for name, firsts in self._firsts.items():
-            terms = torch.stack(firsts)  # (batches, C) for gates, (batches, C, K) for weights
-            if name in self._seconds:
-                terms = terms - 0.5 * self._seconds[name] / self.n
-            squares = terms.square().mean(0)
-            found[name] = squares.sum(1) if squares.dim() > 1 else squares
+        for name, mean in self._means.items():
+            term = mean - 0.5 * self._seconds[name] / self.n if name in self._seconds else mean
+            found[name] = self._spreads[name] / self.n + _summed(term.square())
         return found
 
 
+def _summed(values: Tensor) -> Tensor:
+    """Return (C,) values as they are, and (C, K) ones summed over what each channel owns."""
+    return values.flatten(1).sum(1) if values.dim() > 1 else values
+
+
 def smoothed(before: Mapping[str, Tensor], now: Mapping[str, Tensor], plan: KeepPlan) -> dict[str, Tensor]:
-    """Return scores smoothed over pruning steps; channels that are gone stay last."""
+    """Return scores smoothed over pruning steps; channels that are gone stay last.
+
+    They are below zero by the least that there is: shares are of scores above the worst one, and must not change with it.
+    """
     found = {name: SMOOTHING * before[name] + (1 - SMOOTHING) * score if before else score for name, score in now.items()}
     for name, kept in plan.keep.items():
         gone = torch.ones_like(found[name], dtype=torch.bool)
         gone[list(kept)] = False
-        found[name] = found[name].masked_fill(gone, -1.0)
+        found[name] = found[name].masked_fill(gone, -torch.finfo(found[name].dtype).tiny)
     return found

@@ -141,15 +141,22 @@ def allocate_widths(
     return search.whole | chosen.kept, search.certificate(chosen, bound, status, start)
 
 
-def cheapest_widths(graph: Graph, names: Iterable[str], table: CostTable, budget: float) -> dict[str, int]:
+def cheapest_widths(
+    graph: Graph,
+    names: Iterable[str],
+    table: CostTable,
+    budget: float,
+    candidates: Mapping[str, tuple[int, ...]] | None = None,
+) -> dict[str, int]:
     """Return how many channels stay in every group when the named ones are chosen to make the model as cheap as possible.
 
-    For methods that look for widths in a way of their own: it says at once that a budget cannot be reached.
+    For methods that look for widths in a way of their own: it says at once that a budget cannot be reached. Widths come from
+    `candidates`, or from the table.
 
     Raises:
         BudgetError: Even they do not fit; the message names the smallest reachable cost.
     """
-    search = _search(graph, {name: np.zeros(graph.group(name).size + 1) for name in names}, table, budget, None)
+    search = _search(graph, {name: np.zeros(graph.group(name).size + 1) for name in names}, table, budget, candidates)
     return search.whole | search.cheapest(time.monotonic()).kept
 
 

@@ -1,6 +1,7 @@
 """ADMM pruning (Zhang et al., ECCV 2018): its falsifiable tests on a network that learns."""
 
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from deploypipe.count import MacTable, ParamTable
 from deploypipe.errors import BudgetError, NotApplicable
 from deploypipe.graph import trace
 from deploypipe.ingredients.projections import two_in_four
+from deploypipe.ingredients.proximal import AdmmHook
 from deploypipe.ingredients.sparsity import NONZERO
 from deploypipe.ingredients.stacks import Stack
 from deploypipe.training.evaluate import recalibrate
@@ -55,13 +57,24 @@ def test_right_after_projection_it_knows_more_than_one_shot_magnitude(seed: int)
         assert 0.115 < NONZERO["params"](model, task.graph) / task.table.predict(task.graph) <= 0.12
 
 
-def test_the_gap_falls_and_a_weak_pull_is_reported() -> None:
-    task, heard = problem_of(trained_net(widths=EVEN), 0.12, ParamTable()), Gaps()
+def test_the_gap_falls_to_less_than_half_and_a_weak_pull_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, heard, hooks = problem_of(trained_net(widths=EVEN), 0.12, ParamTable()), Gaps(), list[AdmmHook]()
+
+    def hook(*args: Any) -> AdmmHook:
+        hooks.append(AdmmHook(*args))
+        return hooks[-1]
+
+    monkeypatch.setattr(import_module("deploypipe.algorithms.admm"), "AdmmHook", hook)
     with_training(replace(task, reporter=heard), scheme="unstructured", **STRONG)
     assert heard.notes == []
+    strong = hooks[-1].admm.gaps
+    assert len(strong) == 8
+    assert strong[-1] < 0.5 * strong[0]
     with_training(replace(task, reporter=heard), scheme="unstructured", train_epochs=6, rho=1e-3, growth=1)
     assert len(heard.notes) == 1
     assert "raise rho" in heard.notes[0]
+    weak = hooks[-1].admm.gaps
+    assert weak[-1] > weak[0], "the pull adds up, and the weights do not follow"
 
 
 @pytest.mark.parametrize("seed", [0, 1])

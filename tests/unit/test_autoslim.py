@@ -17,6 +17,7 @@ from deploypipe.count import MacTable
 from deploypipe.errors import BudgetError, UsageError
 from deploypipe.ingredients.judge import Judge
 from deploypipe.plan import KeepPlan
+from deploypipe.progress import Recorder
 from deploypipe.training.evaluate import Accuracy, evaluate
 from tests.toy_task import EVEN, accuracy, problem_of, toy_data, trained_net, trainer
 
@@ -135,15 +136,36 @@ def test_every_width_is_one_that_the_table_offers_and_is_trained() -> None:
     task = problem_of(trained_net(widths=EVEN), 0.4, MacTable(multiple=8))
     method = make("autoslim", {**QUICK, "train_epochs": 1})
     assert set(method.plan(replace(task, model=method.train(task, trainer()))).keep) == {"0.0", "1.0", "2.0"}
-    assert method._widths(task) == dict.fromkeys(("0.0", "1.0", "2.0"), (8, 16))
-    assert make("autoslim", {"least": 0, "bins": 4})._widths(problem_of(trained_net(widths=EVEN)))["0.0"] == (1, 6, 11, 16)
-    narrow = make("autoslim", {"least": 0.6})._widths(task)
+    assert method.offered(task) == dict.fromkeys(("0.0", "1.0", "2.0"), (8, 16))
+    assert make("autoslim", {"least": 0, "bins": 4}).offered(problem_of(trained_net(widths=EVEN)))["0.0"] == (1, 6, 11, 16)
+    narrow = make("autoslim", {"least": 0.6}).offered(problem_of(trained_net(widths=EVEN), 1.0, MacTable(multiple=8)))
     assert narrow == dict.fromkeys(("0.0", "1.0", "2.0"), (16,))
+
+
+def test_only_trained_widths_are_chosen_unless_the_budget_is_out_of_their_reach() -> None:
+    """Greedy steps see no floor: in a layer that the task hardly needs they would go on below what was trained."""
+    heard = Recorder()
+    task = replace(problem_of(trained_net(widths=EVEN), 0.4), reporter=heard)
+    method = make("autoslim", {**QUICK, "train_epochs": 0, "least": 0.5, "images": 50, "norm_images": 50})
+    trained = method.offered(task)
+    assert min(trained["1.0"]) >= 8
+    plan = method.plan(replace(task, model=method.train(task, trainer())))
+    assert all(len(channels) in trained[name] for name, channels in plan.keep.items())
+    assert heard.notes == []
+    tight = replace(task, budget=0.1 * task.table.predict(task.graph))
+    assert min(method.offered(tight)["1.0"]) == 1
+    assert "option least" in heard.notes[-1]
+    plan = method.plan(tight)
+    assert min(len(channels) for channels in plan.keep.values()) < 8
+    assert plan.certificate is not None
+    assert plan.certificate.predicted <= tight.budget
 
 
 def test_fails_at_once_and_in_words() -> None:
     task = problem_of(trained_net(widths=EVEN))
     with pytest.raises(BudgetError, match="smallest reachable"):
         make("autoslim").plan(replace(task, budget=1.0))
+    with pytest.raises(BudgetError, match="smallest reachable"):
+        make("autoslim").train(replace(task, budget=1.0), trainer())
     with pytest.raises(UsageError, match="needs data"):
         make("autoslim").plan(replace(task, data=None))

@@ -113,6 +113,22 @@ def test_every_group_loses_the_same_share() -> None:
     assert macs(problem.graph, plan) <= problem.budget
 
 
+def test_one_threshold_does_not_ask_how_large_the_filters_of_a_layer_are() -> None:
+    """Sums of distances grow with scale, width and fan-in: raw ones would empty the layers where these are small."""
+    model = net()
+    problem = problem_of(model, 0.5)
+    method = make("fpgm", {"widths": "threshold"})
+    before, (scores, _) = method.plan(problem).keep, method._scores(problem)
+    for group in problem.graph.prunable:
+        raw = scores_of([model[int(group.name[0])][0].weight.detach().double().flatten(1)], group.size)
+        assert np.argsort(scores[group.name], kind="stable").tolist() == np.argsort(raw, kind="stable").tolist()
+        assert scores[group.name].mean() == pytest.approx(1.0)
+    assert min(len(kept) / problem.graph.group(name).size for name, kept in before.items()) > 0.2
+    with torch.no_grad():
+        model[1][0].weight *= 10  # the norm behind it takes that back
+    assert method.plan(problem).keep == before
+
+
 def test_coupled_layers_are_judged_together() -> None:
     model, example = TOYS["residual"]()
     group = trace(model, example).group("stem.0")

@@ -70,7 +70,7 @@ def test_a_small_scale_with_a_large_shift_is_alive_and_slimming_decides_the_oppo
     assert 7 not in kept
 
 
-def trained(reach: float, epochs: int = 10) -> nn.Module:
+def trained(reach: float, epochs: int = 20) -> nn.Module:
     method = make("scp", {"reach": reach, "train_epochs": epochs})
     return method.train(problem_of(net()), Trainer(toy_data(1200), SETTINGS))
 
@@ -92,26 +92,27 @@ def test_the_penalty_switches_channels_off_and_those_may_go_without_a_trace() ->
             with torch.no_grad():
                 whole, cut = model(images()), small(images())
             harm.append(float((whole - cut).norm() / whole.norm()))
-        assert harm[0] < 0.03
+        # Beyond the default of 3 more channels end just below 0.05, and what is left of them adds up.
+        assert harm[0] < (0.01 if reach <= 3.0 else 0.03)
         assert harm[1] > 0.2 or not any(n.values()), "as many of the most probable ones leave a trace"
     assert off[0.0] < off[3.0] < off[3.6]
     assert off[3.6] > 0.15
 
 
 def test_folding_the_expectation_changes_nothing_and_rounding_it_to_one_does() -> None:
-    model = copy.deepcopy(trained_net())
-    graph = problem_of(model).graph
-    masks, _ = judged(graph, lambda group: Mask.of(model, graph, group))
+    graph = problem_of(copy.deepcopy(trained_net())).graph
+    masks, _ = judged(graph, lambda group: Mask.of(trained_net(), graph, group))
+    model = copy.deepcopy(trained_net()).double()
     hook = SoftMasks(masks, 0.0, 10)
     masked = copy.deepcopy(model)
     hook.on_train_begin(masked)
     masked.eval()
     with torch.no_grad():
-        gated = masked(images())
-        plain = model(images())
+        gated = masked(images().double())
+        plain = model(images().double())
         hook.on_train_end(masked)
-        folded = masked(images())
-    assert (gated - folded).abs().max() < 1e-5 * gated.abs().max()
+        folded = masked(images().double())
+    assert (gated - folded).abs().max() < 1e-6
     assert (gated - plain).abs().max() > 0.05 * gated.abs().max()
     assert not [module for module in masked.modules() if module._forward_hooks or module._forward_pre_hooks]
 

@@ -1,7 +1,10 @@
 """Taylor importance (Molchanov et al., CVPR 2019): its falsifiable tests."""
 
 import copy
-from collections.abc import Iterable
+import itertools
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from deploypipe.algorithms import make
-from deploypipe.algorithms.base import Problem
+from deploypipe.algorithms.base import Orders, Problem, Values, allocated, log_share, n_readers, shared_out
 from deploypipe.algorithms.taylor import Terms, smoothed
+from deploypipe.allocation.allocate import ranking
+from deploypipe.count import MacTable
 from deploypipe.data.batches import batches
 from deploypipe.data.load import Data
 from deploypipe.graph import trace
@@ -21,6 +26,7 @@ from deploypipe.ingredients.curvature import Unit, curvature
 from deploypipe.ingredients.gates import gated_parameters, norms_of
 from deploypipe.ingredients.statistics import generator
 from deploypipe.plan import KeepPlan
+from deploypipe.training.evaluate import evaluate
 from deploypipe.training.finetune import finetune
 from deploypipe.training.settings import TrainSettings
 from tests.toy_task import net, pictures, problem_of, trained_net, trainer
@@ -57,20 +63,23 @@ def flat(scores: dict[str, Tensor]) -> np.ndarray:
     return torch.cat(list(scores.values())).numpy()
 
 
-def test_gates_rank_like_the_oracle_and_norms_and_scales_do_not() -> None:
-    model = trainer(lr=0.1).fit(net(), 2).eval()  # half trained: at a minimum the loss has no first order
-    problem = problem_of(model)
-    truth = oracle(model, problem, pictures(600, seed=9))
-    data = list(batches(pictures(1000, seed=3), 50))
+@pytest.mark.parametrize("epochs", [2, 6])
+def test_gates_rank_like_the_oracle_and_norms_and_scales_do_not(epochs: int) -> None:
+    model = trainer(lr=0.1).fit(net(), epochs).eval()
+    problem, unseen = problem_of(model), pictures(2000, seed=9)
+    assert evaluate(model, unseen).top1 > 0.95
+    truth = oracle(model, problem, unseen)
+    data = list(batches(pictures(2000, seed=3), 100))
     first = spearmanr(flat(terms(model, problem, data).scores()), truth)[0]
     gammas = torch.cat([norms_of(model, g)[0].module(model).weight.detach().abs() for g in problem.graph.prunable])
     norms = torch.cat([model[i][0].weight.detach().flatten(1).norm(dim=1) for i in (0, 1, 2)])
     assert first >= 0.8
     assert spearmanr(gammas, truth)[0] < first - 0.3
     assert spearmanr(norms, truth)[0] < first - 0.3
-    exact = terms(model, problem, batches(pictures(100, seed=3), 100), order="second", probes=0)
-    assert spearmanr(flat(exact.scores()), truth)[0] > max(first, 0.95)
     assert spearmanr(flat(terms(model, problem, data, on="weight").scores()), truth)[0] >= 0.7
+    if epochs == 2:  # later a hundred images, which are what there is time for, hardly have a loss
+        exact = terms(model, problem, batches(pictures(100, seed=3), 100), order="second", probes=0)
+        assert spearmanr(flat(exact.scores()), truth)[0] > max(first, 0.95)
 
 
 def test_the_square_of_the_mean_is_a_wrong_score_near_a_minimum() -> None:
@@ -80,9 +89,40 @@ def test_the_square_of_the_mean_is_a_wrong_score_near_a_minimum() -> None:
     problem = problem_of(model)
     truth = oracle(model, problem, data)
     found = terms(model, problem, batches(data, 20))
-    wrong = torch.cat([torch.stack(firsts).mean(0) ** 2 for firsts in found._firsts.values()]).numpy()
+    wrong = torch.cat([mean**2 for mean in found._means.values()]).numpy()
     assert spearmanr(flat(found.scores()), truth)[0] > 0.9
     assert spearmanr(wrong, truth)[0] < 0.75
+
+
+@pytest.mark.parametrize("options", [{}, {"on": "weight"}, {"order": "second"}, {"on": "weight", "order": "second"}], ids=str)
+def test_gathering_batch_by_batch_is_the_mean_of_squares_and_keeps_no_batch(options: dict[str, str]) -> None:
+    """Single weights times batches would fill the memory: a network of 25 million weights takes 200 MB for each."""
+    model = copy.deepcopy(trained_net())
+    problem = problem_of(model)
+    data = list(batches(pictures(160, seed=3, noise=1.0), 20))
+    found = terms(model, problem, data, **options)
+    units, firsts, seconds = make("taylor", options).units(model, problem.graph)[0], [], []
+    rng = generator(0, "probes")
+    for x, y in data:
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        firsts.append({name: unit.first(dict(model.named_parameters())) for name, unit in units.items()})
+        if "order" in options:
+            seconds.append(curvature(model, units, lambda call, x=x, y=y: F.cross_entropy(call(x), y), 1, rng))
+    for name, score in found.scores().items():
+        half = 0.5 * sum(second[name] for second in seconds) / len(data)
+        squares = torch.stack([(first[name] - half) ** 2 for first in firsts]).mean(0)
+        torch.testing.assert_close(score, squares.sum(1) if squares.dim() > 1 else squares, rtol=1e-9, atol=0)
+    assert n_values(vars(found)) < 3.5 * sum(first.numel() for first in firsts[0].values())
+
+
+def n_values(held: object) -> int:
+    """How many numbers tensors hold, in whatever they are kept."""
+    if isinstance(held, Tensor):
+        return held.numel()
+    if isinstance(held, dict):
+        return sum(n_values(each) for each in held.values())
+    return sum(n_values(each) for each in held) if isinstance(held, list) else 0
 
 
 @pytest.mark.parametrize(
@@ -99,8 +139,11 @@ def test_the_gate_is_the_derivative_by_one_factor_on_all_that_reads_the_channel(
     graph = trace(model, example)
     group, unit = graph.group(name), Unit(graph.group(name).size, gated_parameters(model, graph, graph.group(name)))
     rng = torch.Generator().manual_seed(1)
-    x, y = torch.randn(32, 3, 8, 8, generator=rng), torch.randint(0, 4, (32,), generator=rng)
-    F.cross_entropy(model.train(training)(x), y).backward()
+    x, y = torch.randn(32, 3, 8, 8, generator=rng).double(), torch.randint(0, 4, (32,), generator=rng)
+    for module in model.double().train(training).modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 1e-12  # it is what a norm does not take back of a scale before it
+    F.cross_entropy(model(x), y).backward()
     named = dict(model.named_parameters())
     expected = torch.zeros(group.size, dtype=torch.float64)
     for member in (m for m in group.members if m.role == "consumes"):
@@ -108,7 +151,7 @@ def test_the_gate_is_the_derivative_by_one_factor_on_all_that_reads_the_channel(
         product = (parameter * parameter.grad).detach().double().movedim(member.axis, 0).flatten(1).sum(1)
         expected.index_add_(0, torch.from_numpy(member.owner)[owned], product[owned])
     assert expected.abs().max() > 1e-4
-    torch.testing.assert_close(unit.first(named), expected, atol=2e-5, rtol=1e-3)
+    torch.testing.assert_close(unit.first(named), expected, atol=1e-6, rtol=0)
 
 
 def test_joint_weight_scores_vanish_behind_a_norm_in_training_mode() -> None:
@@ -162,14 +205,59 @@ def test_curvature_by_probes_is_the_diagonal_of_the_hessian() -> None:
 def test_scores_are_smoothed_and_what_is_gone_stays_last() -> None:
     before, now = {"g": torch.tensor([1.0, 2.0, 3.0])}, {"g": torch.tensor([2.0, 0.0, 9.0])}
     assert smoothed({}, now, KeepPlan({}))["g"].tolist() == [2.0, 0.0, 9.0]
-    assert smoothed(before, now, KeepPlan({"g": (0, 2)}))["g"].tolist() == pytest.approx([1.1, -1.0, 3.6])
+    found = smoothed(before, now, KeepPlan({"g": (0, 2)}))["g"]
+    assert found.tolist() == pytest.approx([1.1, 0.0, 3.6])
+    assert found[1] < 0, "also behind a channel whose score is exactly zero"
 
 
-def test_every_step_keeps_a_part_of_what_the_step_before_kept() -> None:
-    problem = problem_of(copy.deepcopy(trained_net()), 0.4)
-    seen = []
+def test_what_is_gone_does_not_change_the_shares_of_what_is_left() -> None:
+    """Scores are far below one: any visible number below zero for what is gone would make all the others alike."""
+    scores = 1e-9 * torch.tensor([8.0, 4.0, 2.0, 1.0, 16.0], dtype=torch.float64)
+    found = smoothed({"g": scores}, {"g": scores}, KeepPlan({"g": (0, 1, 2, 3)}))["g"].numpy()
+    shares = log_share(found[ranking(found)])
+    assert shares[1:] == pytest.approx(np.log(np.array([8, 12, 14, 15, 15]) / 15))
 
-    for steps in (1, 4):
-        seen.append(make("taylor", {"steps": steps, "interval": 3}).plan(problem))
-    assert seen[0].keep != seen[1].keep
-    assert all(problem.table.predict(problem.graph, plan) <= problem.budget for plan in seen)
+
+def test_from_the_second_step_on_shares_follow_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the allocator is told at every step is the share of the scores that were measured, of the channels that are left."""
+    seen: list[dict[str, np.ndarray]] = []
+    told: list[dict[str, np.ndarray]] = []
+
+    def spied(self: Terms) -> dict[str, Tensor]:
+        found = {name: 1e-6 * score for name, score in scores(self).items()}
+        seen.append({name: score.numpy() for name, score in found.items()})
+        return found
+
+    def asked(algorithm: object, problem: Problem, orders: Orders, values: Values, skipped: Mapping[str, str]) -> KeepPlan:
+        readers = {name: n_readers(problem.graph.group(name)) for name in values}
+        told.append({name: np.diff(np.exp(np.asarray(value) / readers[name])) for name, value in values.items()})
+        return allocated(algorithm, problem, orders, values, skipped)
+
+    scores = Terms.scores
+    monkeypatch.setattr(Terms, "scores", spied)
+    monkeypatch.setattr(sys.modules["deploypipe.algorithms.base"], "allocated", asked)
+    monkeypatch.setattr(sys.modules["deploypipe.algorithms.taylor"], "SMOOTHING", 0.0)
+    make("taylor", {"steps": 3, "interval": 3, "widths": "shares"}).plan(problem_of(copy.deepcopy(trained_net()), 0.4))
+    assert len(told) == 3
+    for now, shares in zip(seen, told, strict=True):
+        for name, score in now.items():
+            expected = np.sort(score)[::-1] / score.sum()  # those that are gone pass no gradient
+            np.testing.assert_allclose(shares[name], expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("widths", ["threshold", "uniform"])
+def test_every_step_keeps_a_part_of_what_the_step_before_kept(widths: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of four channels leave room in the budget, which what is gone must not fill again."""
+    problem, plans = problem_of(copy.deepcopy(trained_net()), 0.3, MacTable(multiple=4)), []
+
+    def spied(*args: Any) -> KeepPlan:
+        plans.append(shared_out(*args))
+        return plans[-1]
+
+    monkeypatch.setattr(sys.modules["deploypipe.algorithms.taylor"], "shared_out", spied)
+    once = make("taylor", {"steps": 1, "interval": 3, "widths": widths}).plan(problem)
+    last = make("taylor", {"steps": 6, "interval": 3, "widths": widths}).plan(problem)
+    assert widths == "uniform" or once.keep != last.keep
+    for before, after in itertools.pairwise(plans[1:]):
+        assert all(set(kept) <= set(before.keep[name]) for name, kept in after.keep.items())
+    assert all(problem.table.predict(problem.graph, plan) <= problem.budget for plan in (once, last))
