@@ -14,6 +14,8 @@ from deploypipe.backends.base import Arrays, Profile
 from deploypipe.backends.scripted import Scripted, answer
 from deploypipe.backends.trt_hand import by_hand, sparsity_verdict
 from deploypipe.backends.trt_layers import kernels
+from deploypipe.backends.trt_opset import lowered
+from deploypipe.export import load_onnx
 from deploypipe.job import Job, JobResult
 from deploypipe.precision import tiny, typed
 from deploypipe.targets import Target
@@ -68,7 +70,7 @@ class TensorRt(Scripted):
         if len(probes) < len(models):
             return self._models_job("bench", models, target)
         self.check_precision(target)
-        side_by_side = bytes(typed(joined(list(probes.values())), target.build.precision).SerializeToString())
+        side_by_side = _written(joined(list(probes.values())), target)
         details = {"model": "probes.onnx", "names": list(probes)}
         timeout = _BASE_S + _PER_PROBE_S * len(probes)
         return self.job("probes", target, details, {"probes.onnx": side_by_side}, timeout_s=timeout)
@@ -113,9 +115,9 @@ class TensorRt(Scripted):
         return {"precision": target.build.precision, "tool": target.build.tool}
 
     def stated(self, model: Path | bytes, target: Target) -> bytes:
-        """Return the model with the target's precision written into it."""
+        """Return the model with the target's precision written into it, in operations that every version of TensorRT reads."""
         self.check_precision(target)
-        return bytes(typed(_loaded(model), target.build.precision).SerializeToString())
+        return _written(_loaded(model), target)
 
     def owner_job(self, models: Mapping[str, Path], target: Target) -> Job:
         """Ask for everything at once: device, latency of each model, times of its layers, what became of 2:4 sparsity.
@@ -161,4 +163,8 @@ def is_engine(source: Path | bytes) -> bool:
 
 
 def _loaded(source: Path | bytes) -> onnx.ModelProto:
-    return onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(str(source))
+    return onnx.load_from_string(source) if isinstance(source, bytes) else load_onnx(source)
+
+
+def _written(model: onnx.ModelProto, target: Target) -> bytes:
+    return bytes(typed(lowered(model), target.build.precision).SerializeToString())
