@@ -12,7 +12,8 @@ import onnx.compose
 
 from deploypipe.backends.base import Arrays, Profile
 from deploypipe.backends.scripted import Scripted, answer
-from deploypipe.backends.trt_hand import by_hand, sparsity_verdict
+from deploypipe.backends.trt_flags import INSTALL
+from deploypipe.backends.trt_hand import by_hand, n_two_four, sparsity_verdict
 from deploypipe.backends.trt_layers import kernels
 from deploypipe.backends.trt_opset import lowered
 from deploypipe.export import load_onnx
@@ -46,9 +47,7 @@ class TensorRt(Scripted):
         """Return whether TensorRT is on this machine; a device that is reached over the network needs it there instead."""
         bindings = importlib.util.find_spec("tensorrt") and importlib.util.find_spec("polygraphy")
         found = bool(shutil.which("trtexec") or shutil.which(PROGRAM) or bindings)
-        return found, "" if found else (
-            "no trtexec on PATH and no Python package tensorrt: install TensorRT (Jetson: sudo apt install tensorrt)"
-        )
+        return found, "" if found else f"no trtexec on PATH, and not both of Python's tensorrt and polygraphy: {INSTALL}"
 
     def describe_job(self, target: Target) -> Job:
         """Ask for versions and device facts, by building something tiny."""

@@ -11,6 +11,7 @@ Which flags a version of trtexec takes stands in `trt_flags.py`, what it answers
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import platform
 import re
@@ -28,7 +29,8 @@ import trt_flags as flags
 BLOCKS, MANY = 6, 4  # turns of each model, so that slow drift meets all alike; only two if there are more models than MANY
 PROFILES = 3  # profiles of each model: their medians give a spread, which one profile does not have
 FALLBACK = "/usr/src/tensorrt/bin/trtexec"  # where JetPack puts it, outside PATH
-PLAN, ABOUT = "engine.plan", "engine.json"
+PLAN, ABOUT, LOG = "engine.plan", "engine.json", "build.log"
+BESIDE = ("numpy", "polygraphy")  # what Python's interface needs besides TensorRT: these, and only these, come from PyPI
 
 Request = Dict[str, Any]
 
@@ -246,11 +248,20 @@ def way_of(request: Request) -> Any:
         import trt_python  # noqa: PLC0415 - pushed beside this script; needs packages that few have
 
         return trt_python.PythonApi()
-    except (ImportError, OSError, TypeError) as error:  # TypeError: how the bindings say that there is no GPU
+    except (ImportError, OSError, TypeError) as error:
         raise SystemExit(
-            f"there is no TensorRT here: no trtexec on PATH, none at {FALLBACK}, and Python's interface fails ({error}); "
-            'name the program in the target file: [build] tool = "/path/to/trtexec"'
+            f"there is no TensorRT here: no trtexec on PATH, none at {FALLBACK}, and Python's interface fails ({error})\n"
+            f"fix: {remedy(error)}"
         ) from error
+
+
+def remedy(error: Exception) -> str:
+    """Return what helps if neither the program nor Python's interface can be used."""
+    if isinstance(error, TypeError):  # how the bindings say that there is no GPU
+        return "TensorRT's Python package finds no GPU: see whether nvidia-smi lists one, else install NVIDIA's driver"
+    if getattr(error, "name", None) in BESIDE and importlib.util.find_spec("tensorrt"):
+        return f"{sys.executable} -m pip install {' '.join(BESIDE)}"
+    return str(flags.INSTALL)
 
 
 TASKS = {

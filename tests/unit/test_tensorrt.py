@@ -24,12 +24,15 @@ from deploypipe.backends import trt_answers, trt_flags
 from deploypipe.backends.base import Timing
 from deploypipe.backends.tensorrt import TensorRt, joined
 from deploypipe.backends.trt_layers import kernels
+from deploypipe.checkup import examine, verdict
+from deploypipe.device import facts_of
 from deploypipe.errors import BackendError, TargetError
 from deploypipe.export import export_onnx
 from deploypipe.latency.files import Shape
 from deploypipe.profiler.bench import opened
 from deploypipe.profiler.probe import Probe
 from deploypipe.runners import load_runner
+from deploypipe.runners.describe import Machine
 from deploypipe.runners.local import Local
 from deploypipe.targets import Reach, load_target
 
@@ -382,11 +385,41 @@ def test_the_builder_s_reason_is_shown(ten):
         run(BACKEND._models_job("bench", {"m": broken.SerializeToString()}, target))
 
 
-def test_without_tensorrt_the_job_says_what_is_missing(tmp_path, monkeypatch):
+def test_without_tensorrt_the_job_says_what_is_missing_and_where_it_comes_from(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     target = load_target("cpu").replace(backend="tensorrt", precision="fp16")
-    with pytest.raises(BackendError, match=r"no trtexec on PATH, none at /usr/src/tensorrt/bin/trtexec[\s\S]*tool ="):
+    with pytest.raises(BackendError, match=r"no trtexec on PATH, none at /usr/src/tensorrt/bin/trtexec") as caught:
         Local(Reach()).run(BACKEND.describe_job(target), tmp_path / "out")
+    comes_from_nvidia(caught.value.fix)
+    assert "fix:" not in caught.value.message
+    comes_from_nvidia(BACKEND.available()[1])
+
+
+def comes_from_nvidia(fix):
+    """No package of PyPI brings TensorRT."""
+    for way in ("sudo apt install tensorrt", "deb or tar", '[build] tool = "/path/to/trtexec"'):
+        assert way in fix
+    assert "pip" not in fix
+
+
+def test_the_doctor_says_where_tensorrt_comes_from(monkeypatch):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    found = examine(load_target("cpu").replace(backend="tensorrt", precision="fp16"))
+    (failed,) = [step for step in found.steps if step.state == "failed"]
+    assert failed.name == "runtime tensorrt"
+    comes_from_nvidia(failed.fix)
+    assert verdict(found) == [("result", "not usable yet: runtime tensorrt"), ("next", failed.fix)]
+
+
+def test_what_python_s_interface_needs_besides_does_come_from_pypi(tmp_path, monkeypatch):
+    (tmp_path / "tensorrt.py").write_text("")
+    (tmp_path / "polygraphy.py").write_text("raise ModuleNotFoundError(\"No module named 'polygraphy'\", name='polygraphy')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    target = load_target("cpu").replace(backend="tensorrt", precision="fp16")
+    with pytest.raises(BackendError) as caught:
+        Local(Reach()).run(BACKEND.describe_job(target), tmp_path / "out")
+    assert caught.value.fix == f"{sys.executable} -m pip install numpy polygraphy"
 
 
 def test_another_program_can_be_named_in_the_target_file(tmp_path, monkeypatch):
@@ -460,8 +493,9 @@ def test_bindings_without_a_gpu_are_told_in_a_sentence(tmp_path, monkeypatch):
     tensorrt_standin.install(tmp_path / "headless", (10, 3, 0), headless=True)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'headless'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     target = load_target("cpu").replace(backend="tensorrt", precision="fp16")
-    with pytest.raises(BackendError, match=r"there is no TensorRT here: .*factory function returned nullptr"):
+    with pytest.raises(BackendError, match=r"there is no TensorRT here: .*factory function returned nullptr") as caught:
         Local(Reach()).run(BACKEND.describe_job(target), tmp_path / "out")
+    assert "driver" in caught.value.fix
 
 
 # ---- the same jobs over SSH, to a server on the loopback address
