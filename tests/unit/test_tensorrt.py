@@ -305,6 +305,43 @@ def test_the_device_says_who_it_is_and_that_it_can_build(device):
     assert facts["version"] in {".".join(map(str, version)) for version in VERSIONS}
 
 
+def test_every_version_builds_a_pooled_network(device, tmp_path):
+    """As torch writes it: a reduction whose axes are an input, which versions before 10 do not look at."""
+    target, run = device
+    pooled = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)).eval()
+    exported = export_onnx(pooled, INPUT, tmp_path / "pooled.onnx", 18).path
+    assert {node.op_type: len(node.input) for node in onnx.load(str(exported)).graph.node}["ReduceMean"] == 2
+    built = run(BACKEND.build_job(exported, target)).pulled["artifact.zip"]
+    found = BACKEND.read_run(run(BACKEND.run_job(built, {"input": INPUT.numpy()[None]}, target)))["output"]
+    np.testing.assert_allclose(found[0], pooled(INPUT).detach().numpy(), atol=1e-2)
+    with pytest.raises(trtexec_standin.Refused, match="up to Opset 17"):
+        trtexec_standin.built({"--onnx": str(exported)}, (8, 6, 1), trtexec_standin.GPU)
+
+
+def test_what_changes_from_minute_to_minute_is_no_fact(ten, tmp_path):
+    """Facts are part of the keys by which results are used again."""
+    target, _ = ten
+    programs = {"nvpmodel": "echo NV Power Mode: MODE_30W; echo 2", "jetson_clocks": "echo GPU CurrentFreq=$(date +%s%N)"}
+    for name, line in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    states, found = [], []
+    for _ in range(2):
+        runner = Local(Reach())
+        states.append(runner.describe().passing["clocks"])
+        found.append(facts_of(BACKEND, runner, target, tmp_path / "out"))
+    assert states[0] != states[1], "the clock moved"
+    assert found[0] == found[1]
+    assert found[0]["power_mode"] == "MODE_30W", "as the device's own description writes it"
+
+
+def test_a_power_mode_that_only_the_device_s_description_knows_is_kept(ten, tmp_path, monkeypatch):
+    """nvpmodel lies in /usr/sbin, which the PATH of a job may lack."""
+    target, _ = ten
+    monkeypatch.setattr(Local, "describe", lambda self: Machine(power_mode="MAXN"))
+    assert facts_of(BACKEND, Local(Reach()), target, tmp_path / "out")["power_mode"] == "MAXN"
+
+
 def test_an_engine_is_built_measured_and_run_where_it_will_be_used(device, model, path, tmp_path):
     target, run = device
     built = run(BACKEND.build_job(path, target)).pulled["artifact.zip"]
