@@ -30,8 +30,9 @@ _MAX_PROFILED = 300
 class TensorRt(Scripted):
     """NVIDIA's TensorRT from 8.4 to 11, by `trtexec` or by Python; strongly typed wherever the version knows that.
 
-    The artifact is a zip of the engine and of what it was built on. It holds for that device and version alone, and is refused
-    elsewhere. **Not run on hardware yet**: jobs, flags and formats follow NVIDIA's sources, see `trt_flags.py`.
+    The artifact is a zip of the engine, of what it was built on, and of what its builder said (`build.log`). It holds for that
+    device and version alone, and is refused elsewhere. **Not run on hardware yet**: jobs, flags and formats follow NVIDIA's
+    sources, see `trt_flags.py`.
     """
 
     name: ClassVar[str] = "tensorrt"
@@ -56,8 +57,9 @@ class TensorRt(Scripted):
     def build_job(self, model: Path, target: Target) -> Job:
         """Build the engine, packed with what it was built on."""
         artifact = "artifact" + self.suffix
-        details = {"model": "model.onnx", "artifact": artifact}
-        return self.job("build", target, details, {"model.onnx": self._stated(model, target)}, (artifact,), _BASE_S)
+        stated = self.stated(model, target)
+        details = {"model": "model.onnx", "artifact": artifact, "two_four": {"model.onnx": n_two_four(_loaded(stated))}}
+        return self.job("build", target, details, {"model.onnx": stated}, (artifact,), _BASE_S)
 
     def bench_job(self, models: Mapping[str, Path | bytes], target: Target) -> Job:
         """Time whole models in turns; ONNX files are built first, engines are only timed.
@@ -124,7 +126,9 @@ class TensorRt(Scripted):
         The files are given as they are: they state their precision already.
         """
         files = {f"{name}.onnx": path for name, path in models.items()}
-        details = {"models": dict(zip(models, files, strict=True)), "tiny": "tiny.onnx", "answer": "results.json"}
+        held = {file: n_two_four(_loaded(path)) for file, path in files.items()}
+        details = {"models": dict(zip(models, files, strict=True)), "two_four": held, "tiny": "tiny.onnx"}
+        details |= {"answer": "results.json"}
         return self.job("report", target, details, {**files, "tiny.onnx": tiny()}, ("results.json",), _BASE_S)
 
     def by_hand(self, models: Mapping[str, str], target: Target) -> str:

@@ -48,13 +48,14 @@ class Trtexec:
             )
 
     def build(self, model: str, engine: str, request: Request) -> dict[str, Any]:
-        """Build an engine; return what it was built on, and what was said about sparsity."""
+        """Build an engine; return what it was built on, and what was said about sparsity. All that was said lies beside it."""
         cache = timing_cache(self.version)
         start = time.monotonic()
         asked = flags.build(self.version, model, engine, request["precision"], sparse=request["sparse"], cache=str(cache))
         log = self._start(asked)
         if not Path(engine).is_file():
             raise SystemExit(f"trtexec ended well and left no engine: {answers.last(log)}")
+        Path(f"{engine}.log").write_text(log, encoding="utf-8")
         return {
             **answers.device_of(log),
             **answers.sparsity_of(log),
@@ -120,7 +121,9 @@ class Engines:
                 if about["version"] != flags.shown(self.way.version):
                     refuse(about, f"TensorRT {flags.shown(self.way.version)}")
             else:
-                about = {"version": flags.shown(self.way.version), **self.way.build(path, engine, self.request)}
+                held = self.request.get("two_four", {}).get(path, 0)  # weights with that pattern, as the sender counted them
+                built = self.way.build(path, engine, self.request)
+                about = {"version": flags.shown(self.way.version), "two_four": held, **built}
             self.found[path] = (engine, about)
         return self.found[path]
 
@@ -182,11 +185,13 @@ def probes(way: Any, request: Request) -> dict[str, Any]:
 
 
 def build(way: Any, request: Request) -> dict[str, Any]:
-    """Build an engine, and pack it with what it was built on."""
+    """Build an engine, and pack it with what it was built on and with what the builder said, if that can be had."""
     engine, about = Engines(way, request).of(request["model"])
     with zipfile.ZipFile(request["artifact"], "w") as packed:
         packed.write(engine, PLAN)
         packed.writestr(ABOUT, json.dumps(about, indent=1))
+        if Path(f"{engine}.log").is_file():
+            packed.write(f"{engine}.log", LOG, compress_type=zipfile.ZIP_DEFLATED)
     return {"bytes": Path(engine).stat().st_size, **about}
 
 

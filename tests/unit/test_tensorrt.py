@@ -347,8 +347,11 @@ def test_an_engine_is_built_measured_and_run_where_it_will_be_used(device, model
     built = run(BACKEND.build_job(path, target)).pulled["artifact.zip"]
     with zipfile.ZipFile(built) as packed:
         about = json.loads(packed.read("engine.json"))
+        said = packed.read("build.log").decode()
     assert about["gpu"] == trtexec_standin.GPU
-    assert about["sparse_found"] == 0, "no weight holds the pattern"
+    assert (about["sparse_found"], about["two_four"]) == (0, 0), "no weight holds the pattern"
+    assert "(Sparsity) Found 0 layer(s)" in said, "what the builder said is kept whole"
+    assert said.startswith("&&&& RUNNING TensorRT.trtexec")
     timing = BACKEND.read_bench(run(BACKEND.bench_job({"m": built}, target)))["m"]
     assert 0 < timing.p10_us <= timing.median_us <= timing.p90_us < 9000, "warm-up runs, which took 9.9 ms, do not count"
     inputs = {"input": np.stack([INPUT.numpy(), -INPUT.numpy()])}
