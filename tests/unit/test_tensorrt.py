@@ -541,26 +541,27 @@ def test_bindings_without_a_gpu_are_told_in_a_sentence(tmp_path, monkeypatch):
 # ---- the same jobs over SSH, to a server on the loopback address
 
 
-@pytest.fixture(scope="module")
-def board(tmp_path_factory):
+@pytest.fixture(scope="module", params=VERSIONS, ids=lambda version: ".".join(map(str, version)))
+def board(request, tmp_path_factory):
     """A 'device' with the stand-in on its PATH."""
     folder = tmp_path_factory.mktemp("ssh")
     made = SshServer(folder, path=f"{folder / 'bin'}:{Path(sys.executable).parent}:/usr/bin:/bin")
     made.prepare()
-    trtexec_standin.install(made.folder / "bin", (10, 3, 0))
+    trtexec_standin.install(made.folder / "bin", request.param)
     made.start()
-    yield made
+    yield made, ".".join(map(str, request.param))
     made.stop()
 
 
 @pytest.mark.skipif(SSHD is None, reason="no SSH server here: apt install openssh-server")
 def test_engines_are_built_measured_and_run_over_ssh(board, model, path, tmp_path, monkeypatch):
-    monkeypatch.setenv("DEPLOYPIPE_SSH_CONFIG", str(board.config))
-    target = load_target("jetson").reached_at(board.host).replace(runs=2, warmup=1)
+    server, version = board
+    monkeypatch.setenv("DEPLOYPIPE_SSH_CONFIG", str(server.config))
+    target = load_target("jetson").reached_at(server.host).replace(runs=2, warmup=1)
     runner = load_runner(target)
     try:
         facts = BACKEND.read_description(runner.run(BACKEND.describe_job(target), tmp_path))
-        assert (facts["version"], facts["gpu"]) == ("10.3.0", trtexec_standin.GPU)
+        assert (facts["version"], facts["gpu"]) == (version, trtexec_standin.GPU)
         built = runner.run(BACKEND.build_job(path, target), tmp_path).pulled["artifact.zip"]
         assert BACKEND.read_bench(runner.run(BACKEND.bench_job({"m": built}, target), tmp_path))["m"].median_us > 0
         profile = BACKEND.read_profile(runner.run(BACKEND.profile_job({"m": path}, target), tmp_path), {"m": path})["m"]
@@ -570,4 +571,4 @@ def test_engines_are_built_measured_and_run_over_ssh(board, model, path, tmp_pat
         np.testing.assert_allclose(found[0], model(INPUT).detach().numpy(), atol=1e-2)
     finally:
         runner.close()
-    assert list((board.home / ".cache/deploypipe/tensorrt").glob("timing-10.3.0.cache")), "kept on the device"
+    assert list((server.home / ".cache/deploypipe/tensorrt").glob(f"timing-{version}.cache")), "kept on the device"
