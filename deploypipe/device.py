@@ -14,7 +14,7 @@ _SAME = {"arm64": "aarch64", "amd64": "x86_64"}  # other names for the same proc
 
 
 def facts_of(backend: Backend, runner: Runner, target: Target, folder: Path) -> Facts:
-    """Return what the runtime says of itself, and the device of itself.
+    """Return what the runtime says of itself, and the device of itself; what the runtime could not find out hides nothing.
 
     Raises:
         TargetError: The device is another kind of machine than the target says.
@@ -24,7 +24,8 @@ def facts_of(backend: Backend, runner: Runner, target: Target, folder: Path) -> 
     if backend.pricing != "never":  # else this machine only converts for that one
         require_arch(target, machine.arch)
     answer = backend.read_description(runner.run(backend.describe_job(target), folder))
-    return {**machine.lasting, **answer}
+    lasting = machine.lasting
+    return {**lasting, **{name: value for name, value in answer.items() if value or name not in lasting}}
 
 
 def at_home(target: Target) -> Target:

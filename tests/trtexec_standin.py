@@ -6,6 +6,8 @@ What the real program is known to do and this one does too:
 - every run begins with the banner `&&&& RUNNING TensorRT.trtexec [TensorRT v100300] # ...`, whatever the arguments (trtexec.cpp);
 - an unknown option ends it with `[E] Unknown option: --x` and exit code 1;
 - 8.x refuses float16 tensors unless --fp16 is given; 10.x takes --stronglyTyped, and not together with --fp16; 11.x has no --fp16;
+- 8.x documents operator sets up to 17, 10.x up to 20 or 24, 11.x up to 24 (onnx-tensorrt, docs/operators.md), and 8.x takes the axes
+  of a reduction from its attribute, but for ReduceSum. The real parsers go on with what they do not know; this one refuses it;
 - an engine of another version is refused when it is loaded;
 - 8.6 writes the warm-up runs into --exportTimes; JSON is joined from strings, so that a quote in a name breaks it;
 - the verbose builder says how many layers could use sparse kernels and how many do.
@@ -47,6 +49,8 @@ KNOWN = {
     10: (*COMMON, "--fp16", "--int8", "--best", "--stronglyTyped", "--skipInference"),
     11: (*COMMON, "--stronglyTyped", "--skipInference", "--noSpinWait", "--includeDataTransfers", "--noCudaGraph"),
 }
+OPSETS = {8: 17, 10: 20, 11: 24}
+CAPABILITIES = {"Xavier": "7.2"}  # of all others: that of Orin
 SPARSE_FROM, SPARSE = 64, 0.6
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 POINTWISE = ("Relu", "Clip", "Add", "Mul", "Sigmoid", "HardSigmoid", "HardSwish", "Neg")
@@ -124,7 +128,7 @@ def parsed(arguments, version):
 def work(options, version, gpu):
     say("=== Device Information ===")
     say(f"Selected Device: {gpu}")
-    say("Compute Capability: 8.7")
+    say(f"Compute Capability: {CAPABILITIES.get(gpu, '8.7')}")
     say(f"TensorRT version: {'.'.join(map(str, version))}")
     engine = built(options, version, gpu) if "--onnx" in options else loaded(options["--loadEngine"], version)
     if "--saveEngine" in options:
@@ -151,6 +155,7 @@ def built(options, version, gpu):
     for node in model.graph.node:
         if node.op_type == "ConstantOfShape":
             raise Refused(f"[TRT] {node.name}: weights are not an initializer")
+    refuse_newer(model, version)
     half = any(tensor.data_type == TensorProto.FLOAT16 for tensor in model.graph.initializer)
     if version < (10,) and half and "--fp16" not in options:
         raise Refused("[TRT] 4: [network.cpp::validate::3062] Error Code 4: Internal Error (fp16 precision has been set for a layer "
@@ -174,6 +179,15 @@ def built(options, version, gpu):
     ]
     head = f"{number(version)}\n{gpu}\n{int(detailed)}\n{json.dumps(rows)}\n".encode()
     return MAGIC + head + model.SerializeToString()
+
+
+def refuse_newer(model, version):
+    opset = next(entry.version for entry in model.opset_import if not entry.domain)
+    if opset > OPSETS[version[0]]:
+        raise Refused(f"[TRT] operator set {opset}: this version supports operators up to Opset {OPSETS[version[0]]}")
+    for node in model.graph.node:
+        if version < (10,) and node.op_type.startswith("Reduce") and node.op_type != "ReduceSum" and len(node.input) > 1:
+            raise Refused(f"[TRT] {node.name}: axes are an input")
 
 
 def loaded(path, version):

@@ -12,8 +12,11 @@ import onnx.compose
 
 from deploypipe.backends.base import Arrays, Profile
 from deploypipe.backends.scripted import Scripted, answer
-from deploypipe.backends.trt_hand import by_hand, sparsity_verdict
+from deploypipe.backends.trt_flags import INSTALL
+from deploypipe.backends.trt_hand import by_hand, n_two_four, sparsity_verdict
 from deploypipe.backends.trt_layers import kernels
+from deploypipe.backends.trt_opset import lowered
+from deploypipe.export import load_onnx
 from deploypipe.job import Job, JobResult
 from deploypipe.precision import tiny, typed
 from deploypipe.targets import Target
@@ -27,8 +30,9 @@ _MAX_PROFILED = 300
 class TensorRt(Scripted):
     """NVIDIA's TensorRT from 8.4 to 11, by `trtexec` or by Python; strongly typed wherever the version knows that.
 
-    The artifact is a zip of the engine and of what it was built on. It holds for that device and version alone, and is refused
-    elsewhere. **Not run on hardware yet**: jobs, flags and formats follow NVIDIA's sources, see `trt_flags.py`.
+    The artifact is a zip of the engine, of what it was built on, and of what its builder said (`build.log`). It holds for that
+    device and version alone, and is refused elsewhere. **Not run on hardware yet**: jobs, flags and formats follow NVIDIA's
+    sources, see `trt_flags.py`.
     """
 
     name: ClassVar[str] = "tensorrt"
@@ -44,9 +48,7 @@ class TensorRt(Scripted):
         """Return whether TensorRT is on this machine; a device that is reached over the network needs it there instead."""
         bindings = importlib.util.find_spec("tensorrt") and importlib.util.find_spec("polygraphy")
         found = bool(shutil.which("trtexec") or shutil.which(PROGRAM) or bindings)
-        return found, "" if found else (
-            "no trtexec on PATH and no Python package tensorrt: install TensorRT (Jetson: sudo apt install tensorrt)"
-        )
+        return found, "" if found else f"no trtexec on PATH, and not both of Python's tensorrt and polygraphy: {INSTALL}"
 
     def describe_job(self, target: Target) -> Job:
         """Ask for versions and device facts, by building something tiny."""
@@ -55,8 +57,9 @@ class TensorRt(Scripted):
     def build_job(self, model: Path, target: Target) -> Job:
         """Build the engine, packed with what it was built on."""
         artifact = "artifact" + self.suffix
-        details = {"model": "model.onnx", "artifact": artifact}
-        return self.job("build", target, details, {"model.onnx": self._stated(model, target)}, (artifact,), _BASE_S)
+        stated = self.stated(model, target)
+        details = {"model": "model.onnx", "artifact": artifact, "two_four": {"model.onnx": n_two_four(_loaded(stated))}}
+        return self.job("build", target, details, {"model.onnx": stated}, (artifact,), _BASE_S)
 
     def bench_job(self, models: Mapping[str, Path | bytes], target: Target) -> Job:
         """Time whole models in turns; ONNX files are built first, engines are only timed.
@@ -68,7 +71,7 @@ class TensorRt(Scripted):
         if len(probes) < len(models):
             return self._models_job("bench", models, target)
         self.check_precision(target)
-        side_by_side = bytes(typed(joined(list(probes.values())), target.build.precision).SerializeToString())
+        side_by_side = _written(joined(list(probes.values())), target)
         details = {"model": "probes.onnx", "names": list(probes)}
         timeout = _BASE_S + _PER_PROBE_S * len(probes)
         return self.job("probes", target, details, {"probes.onnx": side_by_side}, timeout_s=timeout)
@@ -113,9 +116,9 @@ class TensorRt(Scripted):
         return {"precision": target.build.precision, "tool": target.build.tool}
 
     def stated(self, model: Path | bytes, target: Target) -> bytes:
-        """Return the model with the target's precision written into it."""
+        """Return the model with the target's precision written into it, in operations that every version of TensorRT reads."""
         self.check_precision(target)
-        return bytes(typed(_loaded(model), target.build.precision).SerializeToString())
+        return _written(_loaded(model), target)
 
     def owner_job(self, models: Mapping[str, Path], target: Target) -> Job:
         """Ask for everything at once: device, latency of each model, times of its layers, what became of 2:4 sparsity.
@@ -123,7 +126,9 @@ class TensorRt(Scripted):
         The files are given as they are: they state their precision already.
         """
         files = {f"{name}.onnx": path for name, path in models.items()}
-        details = {"models": dict(zip(models, files, strict=True)), "tiny": "tiny.onnx", "answer": "results.json"}
+        held = {file: n_two_four(_loaded(path)) for file, path in files.items()}
+        details = {"models": dict(zip(models, files, strict=True)), "two_four": held, "tiny": "tiny.onnx"}
+        details |= {"answer": "results.json"}
         return self.job("report", target, details, {**files, "tiny.onnx": tiny()}, ("results.json",), _BASE_S)
 
     def by_hand(self, models: Mapping[str, str], target: Target) -> str:
@@ -161,4 +166,8 @@ def is_engine(source: Path | bytes) -> bool:
 
 
 def _loaded(source: Path | bytes) -> onnx.ModelProto:
-    return onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(str(source))
+    return onnx.load_from_string(source) if isinstance(source, bytes) else load_onnx(source)
+
+
+def _written(model: onnx.ModelProto, target: Target) -> bytes:
+    return bytes(typed(lowered(model), target.build.precision).SerializeToString())

@@ -17,6 +17,11 @@ from typing import Tuple
 
 Version = Tuple[int, ...]
 OLDEST = (8, 4)
+INSTALL = (
+    "on a Jetson install JetPack's own package there (sudo apt install tensorrt), elsewhere NVIDIA's deb or tar "
+    "(https://developer.nvidia.com/tensorrt); a trtexec outside PATH is named in the target file: "
+    '[build] tool = "/path/to/trtexec"'
+)
 GOVERNOR = "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"
 
 Rows = Tuple[Tuple[Version, Tuple[str, ...]], ...]  # from this version on, these flags

@@ -11,6 +11,7 @@ Which flags a version of trtexec takes stands in `trt_flags.py`, what it answers
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import platform
 import re
@@ -28,7 +29,8 @@ import trt_flags as flags
 BLOCKS, MANY = 6, 4  # turns of each model, so that slow drift meets all alike; only two if there are more models than MANY
 PROFILES = 3  # profiles of each model: their medians give a spread, which one profile does not have
 FALLBACK = "/usr/src/tensorrt/bin/trtexec"  # where JetPack puts it, outside PATH
-PLAN, ABOUT = "engine.plan", "engine.json"
+PLAN, ABOUT, LOG = "engine.plan", "engine.json", "build.log"
+BESIDE = ("numpy", "polygraphy")  # what Python's interface needs besides TensorRT: these, and only these, come from PyPI
 
 Request = Dict[str, Any]
 
@@ -46,13 +48,14 @@ class Trtexec:
             )
 
     def build(self, model: str, engine: str, request: Request) -> dict[str, Any]:
-        """Build an engine; return what it was built on, and what was said about sparsity."""
+        """Build an engine; return what it was built on, and what was said about sparsity. All that was said lies beside it."""
         cache = timing_cache(self.version)
         start = time.monotonic()
         asked = flags.build(self.version, model, engine, request["precision"], sparse=request["sparse"], cache=str(cache))
         log = self._start(asked)
         if not Path(engine).is_file():
             raise SystemExit(f"trtexec ended well and left no engine: {answers.last(log)}")
+        Path(f"{engine}.log").write_text(log, encoding="utf-8")
         return {
             **answers.device_of(log),
             **answers.sparsity_of(log),
@@ -118,7 +121,9 @@ class Engines:
                 if about["version"] != flags.shown(self.way.version):
                     refuse(about, f"TensorRT {flags.shown(self.way.version)}")
             else:
-                about = {"version": flags.shown(self.way.version), **self.way.build(path, engine, self.request)}
+                held = self.request.get("two_four", {}).get(path, 0)  # weights with that pattern, as the sender counted them
+                built = self.way.build(path, engine, self.request)
+                about = {"version": flags.shown(self.way.version), "two_four": held, **built}
             self.found[path] = (engine, about)
         return self.found[path]
 
@@ -180,11 +185,13 @@ def probes(way: Any, request: Request) -> dict[str, Any]:
 
 
 def build(way: Any, request: Request) -> dict[str, Any]:
-    """Build an engine, and pack it with what it was built on."""
+    """Build an engine, and pack it with what it was built on and with what the builder said, if that can be had."""
     engine, about = Engines(way, request).of(request["model"])
     with zipfile.ZipFile(request["artifact"], "w") as packed:
         packed.write(engine, PLAN)
         packed.writestr(ABOUT, json.dumps(about, indent=1))
+        if Path(f"{engine}.log").is_file():
+            packed.write(f"{engine}.log", LOG, compress_type=zipfile.ZIP_DEFLATED)
     return {"bytes": Path(engine).stat().st_size, **about}
 
 
@@ -195,14 +202,18 @@ def run(way: Any, request: Request) -> dict[str, Any]:
 
 
 def describe(way: Any, request: Request) -> dict[str, Any]:
-    """Say which TensorRT this is, on which device; it builds something to be sure that it can."""
+    """Say which TensorRT this is, on which device; it builds something to be sure that it can.
+
+    Nothing that changes from minute to minute: by these facts it is told whether a result still holds.
+    """
     about = way.build(request["model"], "describe.plan", request)
     board = text("/proc/device-tree/model") or cpu_name()
+    mode = re.search(r"NV Power Mode: *(\S+)", answer_of(["nvpmodel", "-q"]))
     return {
         "runtime": "tensorrt", "version": flags.shown(way.version), "gpu": about["gpu"], "cpu": board, "cpu_flags": [],
         "capability": about["capability"], "arch": platform.machine(), "governor": text(flags.GOVERNOR),
-        "power_mode": answer_of(["nvpmodel", "-q"]), "clocks": answer_of(["jetson_clocks", "--show"]),
         "system": platform.platform(), "python": platform.python_version(), "threads": request["threads"],
+        **({"power_mode": mode[1]} if mode else {}),
     }  # fmt: skip
 
 
@@ -212,7 +223,8 @@ def report(way: Any, request: Request) -> dict[str, Any]:
     engines = Engines(way, request)
     hashes = {name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in request["models"].items()}
     timed = {"bench": bench(way, request, engines), "profile": profile(way, request, engines)}
-    return {"facts": facts, "sha256": hashes, **timed}
+    clocks = answer_of(["jetson_clocks", "--show"])
+    return {"facts": facts, "passing": {"clocks": clocks} if clocks else {}, "sha256": hashes, **timed}
 
 
 def text(path: str) -> str:
@@ -246,11 +258,20 @@ def way_of(request: Request) -> Any:
         import trt_python  # noqa: PLC0415 - pushed beside this script; needs packages that few have
 
         return trt_python.PythonApi()
-    except (ImportError, OSError, TypeError) as error:  # TypeError: how the bindings say that there is no GPU
+    except (ImportError, OSError, TypeError) as error:
         raise SystemExit(
-            f"there is no TensorRT here: no trtexec on PATH, none at {FALLBACK}, and Python's interface fails ({error}); "
-            'name the program in the target file: [build] tool = "/path/to/trtexec"'
+            f"there is no TensorRT here: no trtexec on PATH, none at {FALLBACK}, and Python's interface fails ({error})\n"
+            f"fix: {remedy(error)}"
         ) from error
+
+
+def remedy(error: Exception) -> str:
+    """Return what helps if neither the program nor Python's interface can be used."""
+    if isinstance(error, TypeError):  # how the bindings say that there is no GPU
+        return "TensorRT's Python package finds no GPU: see whether nvidia-smi lists one, else install NVIDIA's driver"
+    if getattr(error, "name", None) in BESIDE and importlib.util.find_spec("tensorrt"):
+        return f"{sys.executable} -m pip install {' '.join(BESIDE)}"
+    return str(flags.INSTALL)
 
 
 TASKS = {

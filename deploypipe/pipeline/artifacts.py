@@ -51,7 +51,7 @@ def artifact_stage(
     simple = exported
     if spec.simplify and backend.source == "onnx":
         simple = store.keep(f"simplify-{side}", [2, exported], simplify, lambda root: root / simpler)
-    return store.keep(f"build-{side}", [2, simple, asdict(spec), device.facts], build, lambda root: root / built)
+    return store.keep(f"build-{side}", [3, simple, asdict(spec), device.facts], build, lambda root: root / built)
 
 
 def checks_stage(

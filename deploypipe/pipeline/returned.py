@@ -104,7 +104,7 @@ def _reported(run: Path, target: Target, latencies: Mapping[str, Latency], answe
         dense=replace(report.dense, latency=latencies["dense"]),
         pruned=replace(report.pruned, latency=latencies["pruned"]),
         budget=budget,
-        machine=dict(facts),
+        machine={**facts, **answer.get("passing", {})},  # the second: how it was set while it measured
         two_four=report.two_four and replace(report.two_four, evidence=tuple(built)),
         notes=(
             *(note for note in report.notes if not note.startswith((NOT_RUN, "latencies: "))),

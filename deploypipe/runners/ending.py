@@ -14,6 +14,7 @@ _DISK_FULL = re.compile(
     r"No space left on device|Errno 28\b|ENOSPC|Disk quota exceeded|Wrote only \d+ of \d+ bytes|short write"
 )
 _LIBRARY = re.compile(r"error while loading shared libraries: ([^:\s]+)")
+_FIX = re.compile(r"^fix: (.+)\n?", re.MULTILINE)  # how a backend's own program says what helps
 _FOREIGN = re.compile(r"Exec format error|cannot execute binary file|not executable: \d+-bit ELF|\bELF\b.*not found")
 
 
@@ -44,7 +45,7 @@ def succeeded(argv: Sequence[str], ended: Ended, place: str, *, by_shell: bool =
     """
     if ended.code == 0:
         return
-    at, said = where(place, argv), last_lines(ended.stderr or ended.stdout)
+    at, said = where(place, argv), last_lines(_FIX.sub("", ended.stderr or ended.stdout))
     if _DISK_FULL.search(ended.stderr):
         raise disk_full(place, at)
     if _FOREIGN.search(ended.stderr) or (by_shell and ended.code == NOT_EXECUTABLE):
@@ -104,6 +105,9 @@ def result(job: Job, argv: Sequence[str], ended: Ended, place: str, pulled: dict
 def _advice(program: str, ended: Ended, signal: int) -> str:
     if signal == SIGKILL:
         return "the system ended it, most likely for memory: free some, or use a smaller batch"
+    stated = _FIX.search(ended.stderr)
+    if stated:
+        return stated[1]
     package = re.search(r"No module named '([^'.]+)", ended.stderr)
     if package:
         return f"install the missing Python package for this interpreter: {program} -m pip install {package[1]}"

@@ -38,6 +38,8 @@ def owner(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle, carried to a 'device' and measured there by the command that its README names."""
     device = tmp_path_factory.mktemp("device")
     trtexec_standin.install(device / "bin", (10, 3, 0))
+    (device / "bin" / "jetson_clocks").write_text("#!/bin/sh\necho GPU CurrentFreq=306000000\n")
+    (device / "bin" / "jetson_clocks").chmod(0o755)
     bundle = device / "bundle"
     bundle.mkdir()
     for file in (run / "bundle").iterdir():
@@ -81,6 +83,8 @@ def test_what_comes_back_becomes_the_report_a_ledger_row_and_a_profile(run: Path
     assert report.pruned.latency.median_us == answer["bench"]["models"]["pruned"][0]
     assert found["dense_measured_us"] == pytest.approx(answer["bench"]["models"]["dense"][0], abs=0.1)
     assert report.machine["gpu"] == trtexec_standin.GPU
+    assert report.machine["clocks"] == "GPU CurrentFreq=306000000"
+    assert "clocks" not in answer["facts"], "these say for which device a profile holds"
     assert report.latency_source == "measured"
     assert report.table == "estimated", "what chose the plan stays said"
     entry = json.loads(start("ledger", "--json").wait().out)["entries"][-1]

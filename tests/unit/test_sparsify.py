@@ -11,7 +11,7 @@ from torch import nn
 
 from deploypipe.algorithms.base import Problem
 from deploypipe.backends.tensorrt import TensorRt
-from deploypipe.backends.trt_hand import sparsity_verdict
+from deploypipe.backends.trt_hand import n_two_four, sparsity_verdict
 from deploypipe.count import MacTable
 from deploypipe.errors import BackendError, ModelError, UsageError
 from deploypipe.export import export_onnx
@@ -118,8 +118,47 @@ def test_the_builder_s_evidence_becomes_a_verdict(width, verdict, tmp_path, monk
     assert onnx.load(str(path)).graph.initializer
 
 
+@pytest.mark.parametrize(
+    ("version", "gpu", "verdict"),
+    [
+        ((10, 3, 0), "Xavier", "Xavier (compute capability 7.2) has no sparse tensor cores: 2:4 gives nothing on it"),
+        ((8, 6, 1), trtexec_standin.GPU, "chose them for 0: 2:4 gave nothing here"),
+    ],
+)
+def test_a_gpu_that_cannot_use_the_pattern_is_named(version, gpu, verdict, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    program = trtexec_standin.install(tmp_path / "bin", version, gpu)
+    target = load_target("jetson").replace(via="local", tool=str(program))
+    sparse, _ = sparsified(nn.Sequential(*list(net())[:9]).eval(), INPUTS, UNKNOWN)
+    path = export_onnx(sparse, INPUTS[0], tmp_path / "model.onnx", 18).path
+    backend = TensorRt()
+    (sentence,) = backend.read_build(Local(Reach()).run(backend.build_job(path, target), tmp_path / "out"))
+    assert sentence.endswith(verdict)
+
+
+def test_weights_with_the_pattern_are_counted_along_their_inputs(tmp_path):
+    dense, (sparse, _) = net(), sparsified(net(), INPUTS, UNKNOWN)
+    counts = [n_two_four(onnx.load(str(export_onnx(m, INPUTS[0], tmp_path / "m.onnx", 18).path))) for m in (dense, sparse)]
+    assert counts == [0, 3]
+
+
 def test_without_the_pattern_there_is_nothing_to_say():
     assert sparsity_verdict({"sparse_found": 0, "sparse_chose": 0}) == sparsity_verdict({}) == ()
+    assert sparsity_verdict({"gpu": "Xavier", "capability": "7.2", "sparse_found": 0}) == ()
+
+
+def test_with_the_pattern_silence_is_no_answer():
+    """An engine for which the builder found nothing, or said nothing, is not one that uses the pattern."""
+    (none,) = sparsity_verdict({"two_four": 2, "sparse_found": 0, "capability": "8.7"})
+    assert none == (
+        "the 2:4 pattern is in 2 weights, and TensorRT found no layer that could use sparse kernels: 2:4 gave nothing here"
+    )
+    (silent,) = sparsity_verdict({"two_four": 1, "capability": ""})
+    assert silent.startswith("the 2:4 pattern is in 1 weight, and TensorRT says nothing about sparse kernels")
+    (old,) = sparsity_verdict({"two_four": 1, "gpu": "Xavier", "capability": "7.2", "sparse_found": 5, "sparse_chose": 0})
+    assert "no sparse tensor cores" in old
+    (chosen,) = sparsity_verdict({"two_four": 1, "gpu": "A", "capability": "10.0", "sparse_found": 1, "sparse_chose": 1})
+    assert chosen == "TensorRT found 1 layer that could use sparse kernels and chose them for 1"
 
 
 def test_a_method_that_chooses_widths_itself_cannot_weigh_a_choice(tmp_path):

@@ -24,12 +24,15 @@ from deploypipe.backends import trt_answers, trt_flags
 from deploypipe.backends.base import Timing
 from deploypipe.backends.tensorrt import TensorRt, joined
 from deploypipe.backends.trt_layers import kernels
+from deploypipe.checkup import examine, verdict
+from deploypipe.device import facts_of
 from deploypipe.errors import BackendError, TargetError
 from deploypipe.export import export_onnx
 from deploypipe.latency.files import Shape
 from deploypipe.profiler.bench import opened
 from deploypipe.profiler.probe import Probe
 from deploypipe.runners import load_runner
+from deploypipe.runners.describe import Machine
 from deploypipe.runners.local import Local
 from deploypipe.targets import Reach, load_target
 
@@ -302,13 +305,53 @@ def test_the_device_says_who_it_is_and_that_it_can_build(device):
     assert facts["version"] in {".".join(map(str, version)) for version in VERSIONS}
 
 
+def test_every_version_builds_a_pooled_network(device, tmp_path):
+    """As torch writes it: a reduction whose axes are an input, which versions before 10 do not look at."""
+    target, run = device
+    pooled = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)).eval()
+    exported = export_onnx(pooled, INPUT, tmp_path / "pooled.onnx", 18).path
+    assert {node.op_type: len(node.input) for node in onnx.load(str(exported)).graph.node}["ReduceMean"] == 2
+    built = run(BACKEND.build_job(exported, target)).pulled["artifact.zip"]
+    found = BACKEND.read_run(run(BACKEND.run_job(built, {"input": INPUT.numpy()[None]}, target)))["output"]
+    np.testing.assert_allclose(found[0], pooled(INPUT).detach().numpy(), atol=1e-2)
+    with pytest.raises(trtexec_standin.Refused, match="up to Opset 17"):
+        trtexec_standin.built({"--onnx": str(exported)}, (8, 6, 1), trtexec_standin.GPU)
+
+
+def test_what_changes_from_minute_to_minute_is_no_fact(ten, tmp_path):
+    """Facts are part of the keys by which results are used again."""
+    target, _ = ten
+    programs = {"nvpmodel": "echo NV Power Mode: MODE_30W; echo 2", "jetson_clocks": "echo GPU CurrentFreq=$(date +%s%N)"}
+    for name, line in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    states, found = [], []
+    for _ in range(2):
+        runner = Local(Reach())
+        states.append(runner.describe().passing["clocks"])
+        found.append(facts_of(BACKEND, runner, target, tmp_path / "out"))
+    assert states[0] != states[1], "the clock moved"
+    assert found[0] == found[1]
+    assert found[0]["power_mode"] == "MODE_30W", "as the device's own description writes it"
+
+
+def test_a_power_mode_that_only_the_device_s_description_knows_is_kept(ten, tmp_path, monkeypatch):
+    """nvpmodel lies in /usr/sbin, which the PATH of a job may lack."""
+    target, _ = ten
+    monkeypatch.setattr(Local, "describe", lambda self: Machine(power_mode="MAXN"))
+    assert facts_of(BACKEND, Local(Reach()), target, tmp_path / "out")["power_mode"] == "MAXN"
+
+
 def test_an_engine_is_built_measured_and_run_where_it_will_be_used(device, model, path, tmp_path):
     target, run = device
     built = run(BACKEND.build_job(path, target)).pulled["artifact.zip"]
     with zipfile.ZipFile(built) as packed:
         about = json.loads(packed.read("engine.json"))
+        said = packed.read("build.log").decode()
     assert about["gpu"] == trtexec_standin.GPU
-    assert about["sparse_found"] == 0, "no weight holds the pattern"
+    assert (about["sparse_found"], about["two_four"]) == (0, 0), "no weight holds the pattern"
+    assert "(Sparsity) Found 0 layer(s)" in said, "what the builder said is kept whole"
+    assert said.startswith("&&&& RUNNING TensorRT.trtexec")
     timing = BACKEND.read_bench(run(BACKEND.bench_job({"m": built}, target)))["m"]
     assert 0 < timing.p10_us <= timing.median_us <= timing.p90_us < 9000, "warm-up runs, which took 9.9 ms, do not count"
     inputs = {"input": np.stack([INPUT.numpy(), -INPUT.numpy()])}
@@ -382,11 +425,41 @@ def test_the_builder_s_reason_is_shown(ten):
         run(BACKEND._models_job("bench", {"m": broken.SerializeToString()}, target))
 
 
-def test_without_tensorrt_the_job_says_what_is_missing(tmp_path, monkeypatch):
+def test_without_tensorrt_the_job_says_what_is_missing_and_where_it_comes_from(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     target = load_target("cpu").replace(backend="tensorrt", precision="fp16")
-    with pytest.raises(BackendError, match=r"no trtexec on PATH, none at /usr/src/tensorrt/bin/trtexec[\s\S]*tool ="):
+    with pytest.raises(BackendError, match=r"no trtexec on PATH, none at /usr/src/tensorrt/bin/trtexec") as caught:
         Local(Reach()).run(BACKEND.describe_job(target), tmp_path / "out")
+    comes_from_nvidia(caught.value.fix)
+    assert "fix:" not in caught.value.message
+    comes_from_nvidia(BACKEND.available()[1])
+
+
+def comes_from_nvidia(fix):
+    """No package of PyPI brings TensorRT."""
+    for way in ("sudo apt install tensorrt", "deb or tar", '[build] tool = "/path/to/trtexec"'):
+        assert way in fix
+    assert "pip" not in fix
+
+
+def test_the_doctor_says_where_tensorrt_comes_from(monkeypatch):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    found = examine(load_target("cpu").replace(backend="tensorrt", precision="fp16"))
+    (failed,) = [step for step in found.steps if step.state == "failed"]
+    assert failed.name == "runtime tensorrt"
+    comes_from_nvidia(failed.fix)
+    assert verdict(found) == [("result", "not usable yet: runtime tensorrt"), ("next", failed.fix)]
+
+
+def test_what_python_s_interface_needs_besides_does_come_from_pypi(tmp_path, monkeypatch):
+    (tmp_path / "tensorrt.py").write_text("")
+    (tmp_path / "polygraphy.py").write_text("raise ModuleNotFoundError(\"No module named 'polygraphy'\", name='polygraphy')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    target = load_target("cpu").replace(backend="tensorrt", precision="fp16")
+    with pytest.raises(BackendError) as caught:
+        Local(Reach()).run(BACKEND.describe_job(target), tmp_path / "out")
+    assert caught.value.fix == f"{sys.executable} -m pip install numpy polygraphy"
 
 
 def test_another_program_can_be_named_in_the_target_file(tmp_path, monkeypatch):
@@ -460,33 +533,35 @@ def test_bindings_without_a_gpu_are_told_in_a_sentence(tmp_path, monkeypatch):
     tensorrt_standin.install(tmp_path / "headless", (10, 3, 0), headless=True)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'headless'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     target = load_target("cpu").replace(backend="tensorrt", precision="fp16")
-    with pytest.raises(BackendError, match=r"there is no TensorRT here: .*factory function returned nullptr"):
+    with pytest.raises(BackendError, match=r"there is no TensorRT here: .*factory function returned nullptr") as caught:
         Local(Reach()).run(BACKEND.describe_job(target), tmp_path / "out")
+    assert "driver" in caught.value.fix
 
 
 # ---- the same jobs over SSH, to a server on the loopback address
 
 
-@pytest.fixture(scope="module")
-def board(tmp_path_factory):
+@pytest.fixture(scope="module", params=VERSIONS, ids=lambda version: ".".join(map(str, version)))
+def board(request, tmp_path_factory):
     """A 'device' with the stand-in on its PATH."""
     folder = tmp_path_factory.mktemp("ssh")
     made = SshServer(folder, path=f"{folder / 'bin'}:{Path(sys.executable).parent}:/usr/bin:/bin")
     made.prepare()
-    trtexec_standin.install(made.folder / "bin", (10, 3, 0))
+    trtexec_standin.install(made.folder / "bin", request.param)
     made.start()
-    yield made
+    yield made, ".".join(map(str, request.param))
     made.stop()
 
 
 @pytest.mark.skipif(SSHD is None, reason="no SSH server here: apt install openssh-server")
 def test_engines_are_built_measured_and_run_over_ssh(board, model, path, tmp_path, monkeypatch):
-    monkeypatch.setenv("DEPLOYPIPE_SSH_CONFIG", str(board.config))
-    target = load_target("jetson").reached_at(board.host).replace(runs=2, warmup=1)
+    server, version = board
+    monkeypatch.setenv("DEPLOYPIPE_SSH_CONFIG", str(server.config))
+    target = load_target("jetson").reached_at(server.host).replace(runs=2, warmup=1)
     runner = load_runner(target)
     try:
         facts = BACKEND.read_description(runner.run(BACKEND.describe_job(target), tmp_path))
-        assert (facts["version"], facts["gpu"]) == ("10.3.0", trtexec_standin.GPU)
+        assert (facts["version"], facts["gpu"]) == (version, trtexec_standin.GPU)
         built = runner.run(BACKEND.build_job(path, target), tmp_path).pulled["artifact.zip"]
         assert BACKEND.read_bench(runner.run(BACKEND.bench_job({"m": built}, target), tmp_path))["m"].median_us > 0
         profile = BACKEND.read_profile(runner.run(BACKEND.profile_job({"m": path}, target), tmp_path), {"m": path})["m"]
@@ -496,4 +571,4 @@ def test_engines_are_built_measured_and_run_over_ssh(board, model, path, tmp_pat
         np.testing.assert_allclose(found[0], model(INPUT).detach().numpy(), atol=1e-2)
     finally:
         runner.close()
-    assert list((board.home / ".cache/deploypipe/tensorrt").glob("timing-10.3.0.cache")), "kept on the device"
+    assert list((server.home / ".cache/deploypipe/tensorrt").glob(f"timing-{version}.cache")), "kept on the device"
