@@ -62,7 +62,7 @@ LEARNERS: dict[str, Info] = {
             Option("train_epochs", 5, "epochs of training with the penalty, before channels are chosen", 0),
             Option("lambda_", 0.0, "weight of the penalty; 0 lets reach decide", 0),
             Option("reach", 1.0, "how far the penalty alone can move a scale during the training", 0),
-            _widths("threshold", "what decides widths: one threshold, equal shares, or the exact allocator"),
+            _widths("shares", "what decides widths: the exact allocator, one threshold, or equal shares"),
         ),
     ),
     "smcp": Info(
