@@ -49,6 +49,15 @@ SCORERS: dict[str, Info] = {
         "Lee et al., Layer-adaptive Sparsity for the Magnitude-based Pruning, ICLR 2021, arXiv:2010.07611",
         2021,
         "structured, static, from a trained model, magnitude with one global threshold",
+        (),
+        (
+            Option(
+                "of",
+                "weights",
+                "what is scored: single weights, for densities of layers, or channels",
+                choices=("weights", "channels"),
+            ),
+        ),
     ),
     "netadapt": Info(
         "netadapt",

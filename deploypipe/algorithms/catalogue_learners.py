@@ -48,7 +48,8 @@ LEARNERS: dict[str, Info] = {
             Option("train_epochs", 5, "epochs of training with sampled masks, before channels are chosen", 0),
             Option("lambda_", 0.0, "weight of the penalty on the number of channels that stay; 0 lets reach decide", 0),
             Option("reach", 3.0, "how far a gradient of 1 times the penalty's weight moves a shift during the training", 0),
-            _widths("threshold", "what decides widths: one threshold, equal shares, or the exact allocator"),
+            Option("most", 0.3, "most that the penalty adds to the loss at the start, whatever reach says; 0 for no limit", 0),
+            _widths("shares", "what decides widths: the exact allocator, one threshold, or equal shares"),
         ),
     ),
     "slimming": Info(
@@ -61,7 +62,7 @@ LEARNERS: dict[str, Info] = {
             Option("train_epochs", 5, "epochs of training with the penalty, before channels are chosen", 0),
             Option("lambda_", 0.0, "weight of the penalty; 0 lets reach decide", 0),
             Option("reach", 1.0, "how far the penalty alone can move a scale during the training", 0),
-            _widths("threshold", "what decides widths: one threshold, equal shares, or the exact allocator"),
+            _widths("shares", "what decides widths: the exact allocator, one threshold, or equal shares"),
         ),
     ),
     "smcp": Info(

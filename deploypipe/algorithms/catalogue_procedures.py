@@ -70,7 +70,13 @@ PROCEDURES: dict[str, Info] = {
         (
             Option("train_epochs", 20, "epochs in which filters are fused and trained", 0),
             Option("start", "fresh", "weights that training starts from", choices=("fresh", "trained")),
-            Option("rise", 10.0, "how fast mixtures sharpen: k times the number of epochs", 1e-3, 500),
+            Option(
+                "temperature",
+                "even",
+                "how mixtures sharpen: evenly over the training, or as in the paper",
+                choices=("even", "paper"),
+            ),
+            Option("rise", 10.0, "of the paper's schedule: k times the number of epochs", 1e-3, 500),
         ),
     ),
     "dcp": Info(

@@ -4,13 +4,18 @@ Evci et al., Rigging the Lottery: Making All Tickets Winners, ICML 2020, arXiv:1
 "uniform+" is that of Gale et al., The State of Sparsity in Deep Neural Networks, 2019, arXiv:1902.09574. Inside a group the
 filters with the largest L2 norms stay.
 
-Deviations: the papers thin out single weights to a given density. Here the density of a layer is the share of its filters
-that stay; of a group of coupled layers it is the share of weights that stay in all of them together. The overall density is
-the largest with which the model fits the budget, and widths are the nearest that the table offers. Only layers whose filters
-can be dropped take part; the last layer makes the logits, so that "uniform+" guards its inputs instead.
+Deviations: the papers thin out single weights to a given density. Here channels go, and with them the weights that read and
+those that make them, so that a layer's density is the product of two shares. For "erk" a layer asks of both sides the root of
+its density, and a group takes the geometric mean of what its layers ask; "uniform" gives all groups one share. The overall
+density is the largest with which the model fits the budget, and widths are the nearest that the table offers. Only layers that
+channels can be dropped from take part; the last layer makes the logits, so that "uniform+" guards its inputs instead.
+
+The rule keeps small layers dense, since they have few weights. In most networks these come first, on large images, where a
+channel takes the most time: under a latency budget everything behind them gets narrow for it, and "uniform" is the better
+choice there.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
@@ -18,12 +23,14 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from deploypipe.algorithms.base import Problem, Statistics, filter_norms, judged, producers, signed
+from deploypipe.algorithms.base import Problem, Statistics, filter_norms, judged, signed
 from deploypipe.algorithms.options import option
 from deploypipe.allocation.allocate import plan_of, ranking
 from deploypipe.allocation.scaled import nearest_width, scaled_widths
+from deploypipe.errors import NotApplicable
+from deploypipe.ingredients.shares import Products
 from deploypipe.plan import KeepPlan
-from deploypipe.types import Graph
+from deploypipe.types import Graph, Group
 
 LAST = 0.2  # "uniform+" keeps at least this share of the last layer
 
@@ -42,13 +49,20 @@ class Erk:
             BudgetError: The budget cannot be reached.
         """
         weights, legal = Statistics(problem).weights, problem.table.candidates(problem.graph)
-        norms, skipped = judged(problem.graph, lambda group: filter_norms(group, weights, 2).cpu().numpy())
+        bound = Products.of(problem.graph, problem.graph.kept()).groups
+
+        def judge(group: Group) -> NDArray[np.float64]:
+            if self.rule == "erk" and group.name not in bound:
+                raise NotApplicable("no layer has a density that decides its share")
+            norms: NDArray[np.float64] = filter_norms(group, weights, 2).cpu().numpy()
+            return norms
+
+        norms, skipped = judged(problem.graph, judge)
         orders = {name: ranking(norm) for name, norm in norms.items()}
-        layers = {name: [m.param for m in producers(problem.graph.group(name), weights)] for name in orders}
-        if self.rule == "uniform+" and (first := _first(problem.graph, layers)):
+        if self.rule == "uniform+" and (first := _first(problem.graph, orders)):
             skipped[first] = "uniform+ leaves the first layer whole"
-            del orders[first], layers[first]
-        shares = self._shares(problem.graph, layers)
+            del orders[first]
+        shares = self._shares(problem.graph, orders)
 
         def widths(density: float) -> dict[str, int]:
             wanted = shares(density)
@@ -57,18 +71,16 @@ class Erk:
         kept, certificate = scaled_widths(problem.graph, widths, problem.table, problem.budget)
         return signed(self, plan_of(problem.graph, orders, kept, certificate), skipped)
 
-    def _shares(self, graph: Graph, layers: Mapping[str, Sequence[str]]) -> Callable[[float], dict[str, float]]:
+    def _shares(self, graph: Graph, groups: Collection[str]) -> Callable[[float], dict[str, float]]:
         """Return the rule: overall density -> share of the channels that stays in each group."""
         last = graph.layers[-1].n_in.groups if graph.layers and self.rule == "uniform+" else ()
+        products = Products.of(graph, groups)
 
         def uniform(density: float) -> dict[str, float]:
-            return {name: max(density, LAST) if name in last else density for name in layers}
+            return {name: max(density, LAST) if name in last else density for name in groups}
 
         def erk(density: float) -> dict[str, float]:
-            names = list(dict.fromkeys(name for group in layers.values() for name in group))
-            found = dict(zip(names, erk_densities([graph.shapes[name] for name in names], density).tolist(), strict=True))
-            n = {name: prod(graph.shapes[name]) for name in names}
-            return {g: sum(found[w] * n[w] for w in group) / sum(n[w] for w in group) for g, group in layers.items()}
+            return products.shares(erk_densities([graph.shapes[name] for name in products.layers], density))
 
         return erk if self.rule == "erk" else uniform
 
@@ -94,6 +106,6 @@ def erk_densities(shapes: Sequence[tuple[int, ...]], density: float) -> NDArray[
     return densities.clip(0.0, 1.0)  # rounding
 
 
-def _first(graph: Graph, layers: Mapping[str, Sequence[str]]) -> str:
+def _first(graph: Graph, groups: Collection[str]) -> str:
     """Return the group that the first layer makes; empty if it cannot be pruned."""
-    return next((name for name, group in layers.items() if graph.layers and graph.layers[0].weight in group), "")
+    return next((name for layer in graph.layers[:1] for name in layer.n_out.groups if name in groups), "")

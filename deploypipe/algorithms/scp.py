@@ -3,12 +3,16 @@
 Kang and Han, Operation-Aware Soft Channel Pruning using Differentiable Masks, ICML 2020, arXiv:2007.03938, section 3.
 
 Deviations: there is no public code, and the form of the penalty is our choice: `lambda` times the summed probability that a
-channel stays, raised from 0 in the first 15 % of the steps, with a weight that follows by default from the length of the
-training (`reach`); the temperature falls from 1 to 0.1 in the last third. The mask stands behind the batch norm instead of
-behind the ReLU, which is the same, since it is not negative. Coupled channels share one mask, from the sum of the
-independent normal terms that they are made of (behind a depthwise layer: of its own norm). Groups whose readers see
-negative values have no ReLU and stay whole. Training goes on from the user's model. What is left of the masks is folded
-into the batch norms, and channels go by one threshold on their probability, as low as the budget asks.
+channel stays, raised from 0 in the first 15 % of the steps. Its weight follows by default from the training: long enough to
+move shifts by `reach`, and adding at most `most` to the loss at the start, since a short training that shall reach as far
+would unlearn what the weights know. The temperature falls from 1 to 0.1 in the last third. The mask stands behind the batch
+norm instead of behind the ReLU, which is the same, since it is not negative. Coupled channels share one mask, from the sum of
+the independent normal terms that they are made of (behind a depthwise layer: of its own norm). Groups whose readers see
+negative values have no ReLU and stay whole; so do residual sums to which a shortcut without a batch norm adds, since no mask
+could be folded into it. Training goes on from the user's model. What is left of the masks is folded into the batch norms. How
+many channels of a group stay is left to the exact allocator, by the share of its probabilities: one threshold on them
+(`widths=threshold`) compares layers whose channels pass a ReLU more or less often in any trained network, deep ones rarely,
+and needs a training that is long enough to decide them all.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from deploypipe.algorithms.base import SHARED_OUT, Problem, judged, shared_out
 from deploypipe.algorithms.options import option
 from deploypipe.errors import NotApplicable
-from deploypipe.ingredients.gates import Norm, fold_gates, gate_forward, last_norms, norms_of
+from deploypipe.ingredients.gates import Norm, fold_gates, gate_forward, last_norms, norms_of, penalty_weight
 from deploypipe.ingredients.statistics import evaluating
 from deploypipe.plan import KeepPlan
 from deploypipe.training.settings import TrainHook
@@ -43,14 +47,16 @@ class Scp:
     train_epochs: int = option(5, "epochs of training with sampled masks, before channels are chosen", low=0)
     lambda_: float = option(0.0, "weight of the penalty on the number of channels that stay; 0 lets reach decide", low=0)
     reach: float = option(3.0, "how far a gradient of 1 times the penalty's weight moves a shift during the training", low=0)
-    widths: str = option("threshold", "what decides widths: one threshold, equal shares, or the exact allocator",
+    most: float = option(0.3, "most that the penalty adds to the loss at the start, whatever reach says; 0 for no limit", low=0)
+    widths: str = option("shares", "what decides widths: the exact allocator, one threshold, or equal shares",
                          choices=SHARED_OUT)  # fmt: skip
 
     def train(self, problem: Problem, trainer: Trainer) -> nn.Module:
         """Train all masks, then fold their expectation into the batch norms."""
         masks, _ = judged(problem.graph, lambda group: Mask.of(problem.model, problem.graph, group))
         n_steps = trainer.n_steps(self.train_epochs)
-        weight = self.lambda_ or self.reach / (trainer.settings.travel(n_steps) or 1.0)
+        total = sum(float(mask.keep_probability(problem.model).detach().sum()) for mask in masks.values())
+        weight = self.lambda_ or penalty_weight(self.reach, trainer.settings.travel(n_steps), total, self.most)
         hook = SoftMasks(masks, weight, n_steps)
         return trainer.fit(problem.model, self.train_epochs, [hook])
 

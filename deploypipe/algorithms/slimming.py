@@ -5,8 +5,14 @@ section 3; the step is the sub-gradient that the authors' own code takes.
 
 Deviations: training goes on from the user's model, with the scales that it has, instead of from fresh weights with scales of
 0.5. The penalty's weight follows by default from the length of the training: `reach` is how far it alone can move a scale,
-`lambda * sum of learning rates / (1 - momentum)`, which the paper's settings put between 0.7 and 6.6. The threshold is as low
-as the budget asks and leaves every group its narrowest legal width. Coupled channels go together, by the sum of their scales;
+`lambda * sum of learning rates / (1 - momentum)`, which the paper's settings put between 0.7 and 6.6. In a short training such
+a penalty outweighs the loss at first (the paper's add 0.06 to 0.3 to it), and the scales of all channels shrink together; a
+lighter one, by `lambda`, unlearns less, but leaves the scales as they were, and these say little. How many channels of a group
+stay is left to the exact allocator, by the share of its scales. The paper's one threshold on all scales (`widths=threshold`)
+compares layers with scales at levels of their own, and needs a training that is long enough to bring those of all superfluous
+channels down to zero. It leaves every group its narrowest legal width, so that no layer collapses; there is no other limit on
+what a group may lose. A channel that goes takes its shift along: what it emitted without any input is not folded into the
+layers behind it, and statistics of batch norms are renewed instead. Coupled channels go together, by the sum of their scales;
 no layer that picks channels is put in front of a block.
 """
 
@@ -35,7 +41,7 @@ class Slimming:
     train_epochs: int = option(5, "epochs of training with the penalty, before channels are chosen", low=0)
     lambda_: float = option(0.0, "weight of the penalty; 0 lets reach decide", low=0)
     reach: float = option(1.0, "how far the penalty alone can move a scale during the training", low=0)
-    widths: str = option("threshold", "what decides widths: one threshold, equal shares, or the exact allocator",
+    widths: str = option("shares", "what decides widths: the exact allocator, one threshold, or equal shares",
                          choices=SHARED_OUT)  # fmt: skip
 
     def train(self, problem: Problem, trainer: Trainer) -> nn.Module:

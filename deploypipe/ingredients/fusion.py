@@ -5,7 +5,7 @@ equations 3 to 8.
 """
 
 from collections.abc import Mapping, Sequence
-from math import exp
+from math import exp, log
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from torch.nn.utils import parametrize
 from deploypipe.training.settings import TrainHook
 
 COLDEST, HOTTEST = 1.0, 1e4  # T = 1/t at the start and at the end
+BLURRED = 0.5  # a filter's share of its own mixture at the start of the even schedule
+SOFTEST = 1e-3  # T at which mixtures are means, with an order of importance yet
+SCHEDULES = ("even", "paper")
 
 
 def sharpness(epoch: float, epochs: int, rise: float = 10.0) -> float:
@@ -33,6 +36,22 @@ def sharpness(epoch: float, epochs: int, rise: float = 10.0) -> float:
     k = rise / epochs
     size = 2 * (HOTTEST - COLDEST) * (1 + exp(-rise)) / (1 - exp(-rise))
     return size / (1 + exp(-k * epoch)) + COLDEST - size / 2
+
+
+def even(filters: Tensor, progress: float) -> float:
+    """Return the T at which a filter's share of its own mixture is as far between a half and one as the training is.
+
+    All others count as being at their mean distance. What T that is depends on the filters: it is in the range of 1 to 10.
+
+    Args:
+        filters: (n, d).
+        progress: From 0 to 1.
+    """
+    n, share = len(filters), BLURRED + (1 - BLURRED) * progress
+    distance = float(torch.cdist(filters.double(), filters.double()).sum()) / max(1, n * (n - 1))
+    if share >= 1 or not distance:
+        return HOTTEST
+    return min(HOTTEST, max(SOFTEST, log((n - 1) * share / (1 - share)) / distance))
 
 
 def likeness(filters: Tensor, sharp: float) -> Tensor:
@@ -105,13 +124,14 @@ class Fusing(TrainHook):
     Args:
         places: Name of each fused layer -> the filters that its outputs are centred on at the start.
         epochs: Of the training.
-        rise: How fast mixtures sharpen.
+        schedule: How T rises: "even", so that filters become themselves evenly; or as in the "paper".
+        rise: How fast mixtures sharpen in the paper's schedule.
     """
 
-    def __init__(self, places: Mapping[str, Sequence[int]], epochs: int, rise: float) -> None:
+    def __init__(self, places: Mapping[str, Sequence[int]], epochs: int, schedule: str = "even", rise: float = 10.0) -> None:
         self.places = {name: list(chosen) for name, chosen in places.items()}
-        self._epochs, self._rise = epochs, rise
-        self.key = repr((sorted(self.places.items()), epochs, rise))
+        self._epochs, self._schedule, self._rise = epochs, schedule, rise
+        self.key = repr((sorted(self.places.items()), epochs, schedule, rise))
 
     def on_train_begin(self, model: nn.Module) -> None:
         """Mix for the first epoch."""
@@ -127,11 +147,14 @@ class Fusing(TrainHook):
         for name, before in self.places.items():
             layer: Any = model.get_submodule(name)
             filters = layer.parametrizations.weight.original.detach().flatten(1)
-            log_p = likeness(filters, sharpness(epoch, self._epochs, self._rise))
+            log_p = likeness(filters, self._sharpness(filters, epoch))
             best = torch.argsort(importance(log_p), descending=True, stable=True)[: len(before)]
             self.places[name] = reseated(before, sorted(best.tolist()))
             for part in layer.parametrizations.values():
                 part[0].mix.copy_(log_p[self.places[name]].exp())
+
+    def _sharpness(self, filters: Tensor, epoch: int) -> float:
+        return sharpness(epoch, self._epochs, self._rise) if self._schedule == "paper" else even(filters, epoch / self._epochs)
 
     def state(self) -> Mapping[str, Tensor]:
         """Return which filters the mixtures are centred on."""

@@ -124,6 +124,25 @@ def fold_gates(model: nn.Module, norms: Sequence[Norm], gates: Mapping[str, Tens
             parameter.mul_(norm.per_slot(gates[norm.name].to(parameter), 1.0))
 
 
+def penalty_weight(reach: float, travel: float, total: float, most: float) -> float:
+    """Return the weight of a penalty that alone can move a parameter by `reach`, unless it outweighed the loss then.
+
+    Long trainings, as in the papers, go far with a light penalty. A short one that goes as far needs a heavy one, and unlearns
+    what the weights knew.
+
+    Args:
+        reach: How far the penalty alone may move a parameter.
+        travel: How far a constant gradient of 1 does (`TrainSettings.travel`).
+        total: What is penalised, at the start.
+        most: Most that the penalty may add to the loss at the start; 0 for no limit.
+
+    >>> penalty_weight(1.0, 1000.0, 200.0, 0.3), penalty_weight(1.0, 10.0, 200.0, 0.3), penalty_weight(1.0, 10.0, 200.0, 0.0)
+    (0.001, 0.0015, 0.1)
+    """
+    weight = reach / travel if travel else 0.0
+    return min(weight, most / total) if most and total > 0 else weight
+
+
 @dataclass(frozen=True, eq=False)
 class Scaled:
     """One parameter that a gate multiplies: slot `i` along `axis` by the gate of channel `owner[i]`."""

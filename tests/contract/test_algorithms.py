@@ -121,6 +121,12 @@ def finished(name: str, problem: Problem, plan: KeepPlan) -> nn.Module:
     return method.repair(small, problem, plan) if hasattr(method, "repair") else small
 
 
+@EVERY
+def test_no_option_is_called_like_what_the_pipeline_looks_for(name: str) -> None:
+    options = {field.name for field in dataclasses.fields(make(name))}
+    assert not options & {"plan", "train", "repair", "schedule", "hooks", "rivals", "sparse"}
+
+
 @CUTTING
 @EVERYWHERE
 def test_c1_masked_equals_sliced(name: str, net: str) -> None:

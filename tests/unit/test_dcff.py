@@ -17,7 +17,7 @@ from deploypipe.count import MacTable
 from deploypipe.errors import BudgetError, NotApplicable
 from deploypipe.graph import trace
 from deploypipe.ingredients.expand import expanded
-from deploypipe.ingredients.fusion import Fusing, fuse, importance, likeness, reseated, settle, sharpness
+from deploypipe.ingredients.fusion import Fusing, even, fuse, importance, likeness, reseated, settle, sharpness
 from deploypipe.ingredients.statistics import weights
 from deploypipe.plan import KeepPlan
 from tests.toy_task import EVEN, accuracy, problem_of, trained_net, trainer
@@ -40,6 +40,41 @@ def test_the_papers_rise_is_over_after_the_first_epochs() -> None:
     assert sharpness(1, 300, 300.0) == pytest.approx(4622, abs=1)  # k = 1
     assert sharpness(5, 300, 300.0) == pytest.approx(9866, abs=1)
     assert sharpness(30, 300) < 5000 < sharpness(60, 300) < 9000  # spread over the training
+
+
+def own_share(filters: Tensor, sharp: float) -> float:
+    return float(likeness(filters, sharp).exp().diagonal().mean())
+
+
+def test_the_papers_schedule_fuses_in_one_epoch_whatever_its_rise_and_the_even_one_all_the_time() -> None:
+    f = filters(32, 288) * 2.0  # distances of trained layers are 2 to 3
+    for rise in (1e-3, 1.0, 10.0, 20.0):
+        assert [own_share(f, sharpness(e, 20, rise)) < 0.97 for e in range(20)].count(True) == 1
+    shares = [own_share(f, even(f, e / 20)) for e in range(20)]
+    assert shares == pytest.approx([0.5 + e / 40 for e in range(20)], abs=0.03)
+    assert even(f, 1.0) == pytest.approx(1e4)
+
+
+@pytest.mark.parametrize("n", [2, 3, 16, 64])
+def test_at_the_start_a_filter_is_half_of_its_mixture_whatever_the_width_and_the_size(n: int) -> None:
+    for size in (0.1, 1.0, 10.0):
+        f = filters(n, 144) * size
+        assert own_share(f, even(f, 0.0)) == pytest.approx(0.5, abs=0.06)
+    assert own_share(filters(64, 144), 1.0) < 0.1, "the paper's T = 1 leaves little of it"
+    assert even(torch.ones(8, 9), 0.0) == even(torch.ones(1, 9), 0.0) == 1e4, "nothing to tell apart"
+
+
+@pytest.mark.parametrize("schedule", ["even", "paper"])
+def test_the_schedule_is_what_layers_are_mixed_by(schedule: str) -> None:
+    whole, layer = fused_layer()
+    model, hook = nn.Sequential(layer), Fusing({"0": [0, 2, 5, 7]}, 4, schedule)
+    hook.on_train_begin(model)
+    f = whole.weight.detach().flatten(1)
+    for epoch in range(4):
+        sharp = sharpness(epoch, 4) if schedule == "paper" else even(f, epoch / 4)
+        wanted = likeness(f, sharp).exp()[hook.places["0"]].float()
+        torch.testing.assert_close(layer.parametrizations.weight[0].mix, wanted)
+        hook.on_epoch_end(model, epoch)
 
 
 @pytest.mark.parametrize("sharp", [1.0, 100.0, 1e4])
@@ -96,7 +131,7 @@ def fused_layer() -> tuple[nn.Conv2d, nn.Conv2d]:
 def test_the_gradient_reaches_all_filters_while_they_are_blurred(epoch: int, reached: int) -> None:
     _, layer = fused_layer()
     model = nn.Sequential(layer)
-    hook = Fusing({"0": [0, 2, 5, 7]}, 100, 10.0)
+    hook = Fusing({"0": [0, 2, 5, 7]}, 100, "paper")
     hook._mix(model, epoch)
     layer(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))).square().sum().backward()
     gradient = layer.parametrizations.weight.original.grad
@@ -108,7 +143,7 @@ def test_the_gradient_reaches_all_filters_while_they_are_blurred(epoch: int, rea
 
 def test_the_settled_layer_computes_the_mixtures_and_has_no_trace_of_the_others() -> None:
     whole, layer = fused_layer()
-    Fusing({"0": [0, 2, 5, 7]}, 10, 10.0)._mix(nn.Sequential(layer), 3)
+    Fusing({"0": [0, 2, 5, 7]}, 10, "paper")._mix(nn.Sequential(layer), 3)
     x = torch.randn(2, 3, 8, 8)
     before, mix = layer(x), layer.parametrizations.weight[0].mix.clone()
     assert mix.shape == (4, 12)
@@ -122,7 +157,7 @@ def test_the_settled_layer_computes_the_mixtures_and_has_no_trace_of_the_others(
 
 def test_the_mixtures_of_the_last_epoch_are_those_that_stay() -> None:
     _, layer = fused_layer()
-    model, hook = nn.Sequential(layer), Fusing({"0": [0, 2, 5, 7]}, 3, 10.0)
+    model, hook = nn.Sequential(layer), Fusing({"0": [0, 2, 5, 7]}, 3)
     hook.on_train_begin(model)
     seen = [layer.parametrizations.weight[0].mix.clone()]
     for epoch in range(3):
@@ -130,7 +165,7 @@ def test_the_mixtures_of_the_last_epoch_are_those_that_stay() -> None:
         seen.append(layer.parametrizations.weight[0].mix.clone())
     assert not torch.equal(seen[0], seen[1])
     assert torch.equal(seen[2], seen[3])
-    other = Fusing({"0": [0, 2, 5, 7]}, 3, 10.0)
+    other = Fusing({"0": [0, 2, 5, 7]}, 3)
     other.restore(hook.state())
     assert other.places == hook.places
 

@@ -6,6 +6,7 @@ from math import prod
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from deploypipe.algorithms import make
 from deploypipe.algorithms.base import Problem
@@ -69,7 +70,14 @@ def test_uniform_gives_every_group_the_same_share_and_erk_does_not() -> None:
         assert len(channels) >= round(plan.certificate.value * sizes[name] - 0.01)
     assert sum(len(c) == round(plan.certificate.value * sizes[name] - 0.01) for name, c in plan.keep.items()) >= 2
     erk = {name: n / sizes[name] for name, n in widths(task).items()}
-    assert erk["0.0"] > erk["1.0"] + 0.2
+    assert erk["0.0"] > erk["1.0"] + 0.1
+
+
+def test_the_share_of_a_layers_filters_is_not_its_density() -> None:
+    """The channels that it reads go, too: of equal layers with a fixed density each side gives the root."""
+    graph = trace(nn.Sequential(*(nn.Conv2d(32, 32, 3, padding=1) for _ in range(6))).eval(), (torch.zeros(1, 32, 8, 8),))
+    shares = make("erk")._shares(graph, [group.name for group in graph.prunable])(0.36)
+    assert [shares[name] for name in ("1", "2", "3")] == pytest.approx([0.6] * 3)
 
 
 def test_uniform_plus_guards_the_ends() -> None:
@@ -103,7 +111,7 @@ def test_only_widths_of_the_table_and_the_largest_density_that_fits() -> None:
         assert plan.certificate is not None
         assert plan.certificate.bound is None
         # A hundredth more density is over budget, or asks for nothing that is not kept.
-        shares = make("erk")._shares(task.graph, {name: [f"{name}.weight"] for name in plan.keep})
+        shares = make("erk")._shares(task.graph, plan.keep)
         more = shares(plan.certificate.value + 0.01)
         wider = {name: nearest_width(legal[name], more[name] * task.graph.group(name).size) for name in plan.keep}
         same = all(width <= len(plan.keep[name]) for name, width in wider.items())

@@ -1,5 +1,7 @@
 """LAMP (Lee et al., ICLR 2021): its falsifiable tests."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,9 @@ from torch import nn
 
 from deploypipe.algorithms import make
 from deploypipe.algorithms.base import Problem
-from deploypipe.algorithms.lamp import lamp, squared_norms
+from deploypipe.algorithms.lamp import densities, lamp, squared_norms
 from deploypipe.allocation.threshold import survivors
-from deploypipe.count import MacTable
+from deploypipe.count import MacTable, ParamTable
 from deploypipe.errors import NotApplicable
 from deploypipe.graph import trace
 from deploypipe.ingredients.statistics import weights
@@ -84,6 +86,36 @@ def test_squared_norms_of_coupled_layers_are_summed_and_biases_do_not_count() ->
         model.short.bias += 100
         model.d2[1].weight *= 100
     assert (squared_norms(group, weights(model)) == before).all()
+
+
+def test_densities_of_layers_are_those_of_one_threshold_on_the_scores_of_single_weights() -> None:
+    squared = [np.array([9.0, 4.0, 4.0, 1.0]), np.array([1.0, 0.5])]  # 1, 4/13, 4/17, 1/18 and 1, 1/3
+    at = densities(squared)
+    assert [at(n / 6).tolist() for n in range(1, 7)] == [
+        [0.25, 0.5], [0.25, 0.5], [0.25, 1.0], [0.5, 1.0], [0.75, 1.0], [1.0, 1.0],
+    ]  # fmt: skip
+    assert at(0.0).tolist() == [0.25, 0.5], "no layer is emptied"
+    large = [np.sort(np.random.default_rng(i).normal(size=n) ** 2)[::-1] for i, n in enumerate((400, 3000, 20_000))]
+    for share in (0.1, 0.4, 0.8):
+        assert densities(large)(share) @ [400, 3000, 20_000] == pytest.approx(share * 23_400, abs=2)
+
+
+def stages() -> nn.Sequential:
+    widths = (16, 16, 16, 64, 64, 64)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        parts = [nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise((3, *widths))]
+    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)).eval()
+
+
+def test_wide_groups_keep_more_channels_than_narrow_ones_where_scores_of_channels_would_keep_as_many() -> None:
+    model = stages()
+    graph, table = trace(model, (torch.zeros(1, 3, 8, 8),)), ParamTable(multiple=1)
+    problem = Problem(model, graph, table, 0.3 * table.predict(graph))
+    plans = {of: make("lamp", {"of": of}).plan(problem) for of in ("weights", "channels")}
+    kept = {of: graph.kept(plan) for of, plan in plans.items()}
+    assert kept["channels"]["4"] < 2 * kept["channels"]["1"]
+    assert kept["weights"]["4"] > 2 * kept["weights"]["1"]
 
 
 def test_ties_and_zeros() -> None:

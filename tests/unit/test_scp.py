@@ -15,7 +15,7 @@ from deploypipe.errors import NotApplicable
 from deploypipe.graph import trace
 from deploypipe.plan import KeepPlan
 from deploypipe.training.evaluate import evaluate, recalibrate
-from deploypipe.training.settings import TrainSettings
+from deploypipe.training.settings import TrainHook, TrainSettings
 from deploypipe.training.trainer import Trainer
 from tests.toy_task import images, net, problem_of, toy_data, trained_net
 from tests.toys import TOYS, Fn, cbr, head
@@ -71,7 +71,7 @@ def test_a_small_scale_with_a_large_shift_is_alive_and_slimming_decides_the_oppo
 
 
 def trained(reach: float, epochs: int = 20) -> nn.Module:
-    method = make("scp", {"reach": reach, "train_epochs": epochs})
+    method = make("scp", {"reach": reach, "train_epochs": epochs, "most": 0.0})  # fresh weights: nothing to unlearn
     return method.train(problem_of(net()), Trainer(toy_data(1200), SETTINGS))
 
 
@@ -160,6 +160,33 @@ def test_behind_a_depthwise_layer_its_own_norm_counts() -> None:
     assert {norm.name for norm in mask.norms} == {"2.1", "3.1"}
 
 
+def test_a_short_training_has_no_heavier_penalty_than_the_loss_can_bear() -> None:
+    problem, weights = problem_of(trained_net()), {}
+    masks, _ = judged(problem.graph, lambda group: Mask.of(problem.model, problem.graph, group))
+    total = sum(float(mask.keep_probability(problem.model).detach().sum()) for mask in masks.values())
+    for epochs, most in ((1, 0.3), (1, 0.0), (2000, 0.3)):
+        seen: list[TrainHook] = []
+        trainer = Trainer(toy_data(1200), SETTINGS)
+        trainer.fit = lambda model, epochs, hooks=(), seen=seen, **changes: seen.extend(hooks) or model  # type: ignore[method-assign]
+        make("scp", {"train_epochs": epochs, "most": most}).train(problem, trainer)
+        weights[epochs, most] = float(seen[0].key.split()[1])
+    assert weights[1, 0.3] * total == pytest.approx(0.3)
+    assert weights[1, 0.0] == pytest.approx(3.0 / SETTINGS.travel(24))
+    assert weights[1, 0.0] * total > 3, "outweighs the loss of any classifier of four classes"
+    assert weights[2000, 0.3] == pytest.approx(3.0 / SETTINGS.travel(48_000))
+
+
 def test_temperature_falls_at_the_end() -> None:
     assert [temperature(share) for share in (0.0, 0.6)] == [1.0, 1.0]
     assert temperature(0.8) > temperature(0.9) > temperature(1.0) == pytest.approx(0.1)
+
+
+def test_layers_that_are_rarely_active_are_not_emptied_for_it() -> None:
+    """In a trained network deep channels pass their ReLU more rarely than early ones: one threshold would cut them all."""
+    model = copy.deepcopy(trained_net())
+    with torch.no_grad():
+        model[2][1].bias -= 1.0
+    problem = problem_of(model)
+    kept = {how: len(make("scp", {"widths": how}).plan(problem).keep["2.0"]) for how in ("shares", "threshold")}
+    assert 2 * kept["threshold"] < kept["shares"]
+    assert make("scp").plan(problem).keep == make("scp", {"widths": "shares"}).plan(problem).keep

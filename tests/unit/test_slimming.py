@@ -1,5 +1,6 @@
 """Network Slimming (Liu et al., ICCV 2017): its falsifiable tests."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from deploypipe.ingredients.gates import norms_of
 from deploypipe.training.evaluate import evaluate
 from deploypipe.training.settings import TrainSettings
 from deploypipe.training.trainer import Trainer
-from tests.toy_task import net, problem_of, toy_data
+from tests.toy_task import net, problem_of, toy_data, trained_net
 from tests.toys import TOYS
 
 SETTINGS = TrainSettings(lr=0.05, batch_size=50, distill=0.0)
@@ -90,8 +91,22 @@ def test_one_threshold_gives_uneven_widths_and_never_empties_a_group() -> None:
     assert np.ptp(shares["uniform"]) < 0.05
     with torch.no_grad():
         scales(model)[1].mul_(1e-9)  # a plain threshold keeps nothing of this layer
-    kept = make("slimming").plan(problem_of(model, 0.3)).keep
+    kept = make("slimming", {"widths": "threshold"}).plan(problem_of(model, 0.3)).keep
     assert len(kept["1.0"]) >= 1
+
+
+def test_layers_with_low_scales_keep_their_channels_unless_one_threshold_is_asked_for() -> None:
+    """Levels of layers differ in any network that is not trained to the end: they say nothing of channels."""
+    model = copy.deepcopy(trained_net())
+    before = make("slimming").plan(problem_of(model)).keep
+    with torch.no_grad():
+        scales(model)[1].mul_(0.2)
+    problem = problem_of(model)
+    assert make("slimming").plan(problem).keep == before
+    cut = make("slimming", {"widths": "threshold"}).plan(problem).keep
+    whole = {group.name: group.size for group in problem.graph.prunable}
+    assert [len(cut[name]) == whole[name] for name in ("0.0", "1.0", "2.0")] == [True, False, True]
+    assert len(before["2.0"]) < whole["2.0"]
 
 
 def test_coupled_channels_count_every_norm_and_groups_without_one_stay_whole() -> None:
