@@ -251,19 +251,34 @@ class Program(Linear):
         return self._pairings[left, right]
 
     def _envelope(self, key: Key, other: Selector | None, hulls: list[Ints], prices: Floats) -> None:
-        """Price `key` as a number: one share of it for each choice of the other end, and the envelope over each share."""
-        self.exact = self.exact and touches(self.totals(key), hulls, prices)
+        """Price `key` as a number: one share of it for each choice of the other end, and the envelope over each share.
+
+        Where all envelopes are lines the shares are those of each group by itself: one of the sum could give to one choice what
+        is one group's least and another's most, and the bound would be lower.
+        """
         totals = self.totals(key)
-        shares = self._variables(len(hulls), upper=float(totals[-1]))
-        columns = np.concatenate([self.groups[name].columns for name, _ in key])
-        slots = np.concatenate([slots * self.groups[name].totals for name, slots in key])
-        self._row(np.concatenate([columns, shares]), np.concatenate([-slots.astype(float), np.ones(len(shares))]), 0, 0)
-        for j, share in enumerate(shares):
+        self.exact = self.exact and touches(totals, hulls, prices)
+        if other is not None and all(len(hull) == 2 for hull in hulls):
+            slopes = (prices[-1] - prices[0]) / (totals[-1] - totals[0])
+            self._costs.append((other.columns, prices[0] - slopes * totals[0]))
+            self._costs.extend((self._shares((part,), other, len(hulls)), slopes) for part in key)
+            return
+        for j, share in enumerate(self._shares(key, other, len(hulls))):
             chosen = np.empty(0, np.int64) if other is None else other.columns[j : j + 1]
-            if other is not None:
-                self._row(np.append(chosen, share), np.array([-float(totals[0]), 1.0]), 0, np.inf)
-                self._row(np.append(chosen, share), np.array([-float(totals[-1]), 1.0]), -np.inf, 0)
             self._pieces(share, chosen, totals[hulls[j]], prices[hulls[j], j])
+
+    def _shares(self, key: Key, other: Selector | None, n: int) -> Ints:
+        """Return n variables that sum up to the total of `key`: all of it at the choice of the other end, if there is one."""
+        totals = [slots * self.groups[name].totals.astype(float) for name, slots in key]
+        least, most = (float(sum(widths[end] for widths in totals)) for end in (0, -1))
+        shares = self._variables(n, upper=most)
+        columns = np.concatenate([*(self.groups[name].columns for name, _ in key), shares])
+        self._row(columns, np.concatenate([*(-widths for widths in totals), np.ones(n)]), 0, 0)
+        if other is not None:
+            for chosen, share in zip(other.columns, shares, strict=True):
+                self._row(np.array([chosen, share]), np.array([-least, 1.0]), 0, np.inf)
+                self._row(np.array([chosen, share]), np.array([-most, 1.0]), -np.inf, 0)
+        return shares
 
     def _pieces(self, share: np.int64, chosen: Ints, x: Ints, y: Floats) -> None:
         """Price one share by the affine pieces between the points (x, y); `chosen` is empty when it is always chosen."""
