@@ -89,7 +89,9 @@ class Program(Linear):
             if masks and term.name in masks and term.two_four:
                 self._offer(term, term.two_four, masks[term.name])
 
-    def solve(self, losses: Mapping[str, Floats] | None, budget: float, gap: float, time_limit_s: float) -> Solution:
+    def solve(
+        self, losses: Mapping[str, Floats] | None, budget: float, gap: float, time_limit_s: float, beat: float = np.inf
+    ) -> Solution:
         """Minimise the summed loss within the budget; without losses, minimise the cost.
 
         Args:
@@ -97,6 +99,7 @@ class Program(Linear):
             budget: Upper limit of the cost.
             gap: Relative gap of the objective at which the solver may stop.
             time_limit_s: Seconds after which it returns the best it has.
+            beat: The most that may be lost; "infeasible" then says that nothing within the budget loses so little.
         """
         if not self._n:
             return Solution({}, self.constant, "optimal") if losses is None else Solution(None, 0.0, "infeasible")
@@ -111,8 +114,8 @@ class Program(Linear):
                 objective[column] = lost
         factor = LOSS_SCALE / max(float(np.abs(objective).max(initial=0.0)), 1e-300)
         scale = COST_SCALE / max(abs(budget), float(np.abs(cost).max(initial=0.0)) * 1e-3, 1e-300)
-        row = (cost * scale, np.inf if losses is None else (budget - self.constant) * scale)
-        result = self._minimise(objective * factor, row, gap, time_limit_s)
+        rows = [] if losses is None else [(cost * scale, (budget - self.constant) * scale), (objective * factor, beat * factor)]
+        result = self._minimise(objective * factor, rows, gap, time_limit_s)
         bound = getattr(result, "mip_dual_bound", None)
         bound = -np.inf if bound is None else bound / factor + (self.constant if losses is None else 0.0)
         status = ("optimal", "time limit", "infeasible")[result.status]

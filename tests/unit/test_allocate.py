@@ -4,6 +4,7 @@ import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -169,6 +170,17 @@ def test_a_price_that_is_linear_in_a_total_is_bounded_group_by_group() -> None:
     assert found.bound == pytest.approx(4.0), "10 inputs cost 10 at one output and 90 at nine: half of each is 50"
 
 
+@pytest.mark.parametrize(("share", "status"), [(1.01, "optimal"), (0.99, "infeasible")])
+def test_the_solver_can_be_asked_for_what_loses_less(share: float, status: str) -> None:
+    graph, table = graph_of(SIZES), chain(SIZES)
+    widths = {name: tuple(range(1, 9)) for name in SIZES}
+    program = Program(widths, dict(SIZES), table.terms(graph))
+    losses = {name: np.cumsum(np.sort(s))[::-1] for name, s in scores().items()}
+    least = program.solve(losses, 80.0, 0.0, 10.0)
+    assert least.bound > 0
+    assert program.solve(losses, 80.0, 0.0, 10.0, share * least.bound).status == status
+
+
 # ---- at the gap that the product asks for, on a net too large for the solver to close every gap by chance
 
 LARGE = {f"g{i}": 64 for i in range(16)}
@@ -180,6 +192,24 @@ WHOLE = sum(float(value[-1]) for value in VALUES.values())
 
 def large(share: float, **kw: float) -> tuple[dict[str, int], Certificate]:
     return allocate_widths(GRAPH, VALUES, STAIRS, share * STAIRS.predict(GRAPH), candidates=WIDTHS, **kw)
+
+
+def test_a_walk_that_nothing_beats_by_more_than_the_gap_is_the_answer() -> None:
+    asked: list[float] = []
+    real = Program.solve
+
+    def spied(self: Program, *given: Any) -> Solution:
+        asked.append(given[4])
+        return real(self, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Program, "solve", spied)
+        _, certificate = large(0.4, gap=0.5)
+    lost = WHOLE - certificate.value
+    assert certificate.status == "optimal"
+    assert asked == [pytest.approx(0.5 * lost)], "the walk's own loss, less the gap"
+    assert certificate.bound == pytest.approx(WHOLE - 0.5 * lost), "which is all that was proved"
+    assert certificate.bound >= large(0.4)[1].value
 
 
 def test_more_budget_keeps_less_by_no_more_than_the_gap_and_never_more_than_was_proved() -> None:
