@@ -35,6 +35,7 @@ REPORT = Report(
     threads=1,
     table="measured",
     table_error=0.021,
+    table_additivity=0.987,
     seconds={"trace": 0.12, "profile": 11.4, "finetune": 20.0},
     artifacts={"engine": "model.ort.onnx"},
     versions={"torch": "2.14.1"},
@@ -68,6 +69,7 @@ BARE = replace(
     threads=4,
     table="",
     table_error=None,
+    table_additivity=None,
     notes=(),
     artifacts={},
 )

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deploypipe.testing.toys import NETS, cbr, conv, head
+
 Toy = tuple[nn.Module, tuple[Any, ...]]
 TOYS: dict[str, Callable[[], Toy]] = {}
 INEXACT = {"layer_norm", "convnext_block", "transformer", "mixer", "group_norm_1", "norm_over_chw"}
@@ -35,14 +37,6 @@ def image(channels: int = 3, size: int = 8, batch: int = 2) -> Tensor:
     return torch.randn(batch, channels, size, size)
 
 
-def conv(a: int, b: int, k: int = 3, **kw: Any) -> nn.Conv2d:
-    return nn.Conv2d(a, b, k, padding=k // 2, **kw)
-
-
-def cbr(a: int, b: int, k: int = 3, **kw: Any) -> nn.Sequential:
-    return nn.Sequential(conv(a, b, k, bias=False, **kw), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
-
-
 class Fn(nn.Module):
     """A model from named parts and a function of (parts, *inputs)."""
 
@@ -63,29 +57,19 @@ class Fn(nn.Module):
         return self.function(self, *inputs)
 
 
-def head(c: int) -> nn.Sequential:
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 4))
-
-
 @toy
 def plain() -> Toy:
-    return nn.Sequential(cbr(3, 8), cbr(8, 12), nn.MaxPool2d(2), cbr(12, 8), head(8)), (image(),)
+    return NETS["plain"](), (image(),)
 
 
 @toy
 def residual() -> Toy:
-    def f(m: Any, x: Tensor) -> Tensor:
-        x = m.stem(x)
-        x = F.relu(x + m.b2(m.b1(x)))
-        return m.head(F.relu(m.short(x) + m.d2(m.d1(x))))
-
-    parts = {"stem": cbr(3, 8), "b1": cbr(8, 6), "b2": cbr(6, 8), "short": conv(8, 10, 1, stride=2)}
-    return Fn(f, **parts, d1=cbr(8, 8, stride=2), d2=cbr(8, 10), head=head(10)), (image(),)
+    return NETS["residual"](), (image(),)
 
 
 @toy
 def depthwise() -> Toy:
-    return nn.Sequential(cbr(3, 8), cbr(8, 8, groups=8), cbr(8, 12, 1), cbr(12, 12, groups=12), head(12)), (image(),)
+    return NETS["depthwise"](), (image(),)
 
 
 @toy
@@ -105,11 +89,7 @@ def grouped() -> Toy:
 
 @toy
 def concat() -> Toy:
-    def f(m: Any, x: Tensor) -> Tensor:
-        x = m.stem(x)
-        return m.head(m.out(torch.cat([m.a(x), x, m.b(x)], 1)))
-
-    return Fn(f, stem=cbr(3, 8), a=cbr(8, 6), b=cbr(8, 5, 1), out=cbr(19, 8), head=head(8)), (image(),)
+    return NETS["concat"](), (image(),)
 
 
 @toy

@@ -1,5 +1,6 @@
 """A mixed-integer linear program under construction: variables, rows, and the solver."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,24 +30,23 @@ class Linear:
         """Number of variables, binary and continuous."""
         return self._n
 
-    def _minimise(self, objective: Floats, row: tuple[Floats, float], gap: float, time_limit_s: float) -> Any:
-        """Return the solver's answer; `row` is one more: factors of all variables, and the most that their sum may be."""
+    def _minimise(self, objective: Floats, more: Sequence[tuple[Floats, float]], gap: float, time_limit_s: float) -> Any:
+        """Return the solver's answer; `more` are further rows: factors of all variables, and the most that their sum may be."""
         with stdout_to_stderr():
             result = milp(
                 objective,
                 integrality=np.concatenate(self._integer),
                 bounds=Bounds(np.concatenate(self._lower), np.concatenate(self._upper)),
-                constraints=self._constraints(*row),
+                constraints=self._constraints(more),
                 options={"mip_rel_gap": gap, "time_limit": max(time_limit_s, 1e-3)},
             )
         if result.status not in (0, 1, 2):
             raise ArithmeticError(f"HiGHS: {result.message}")  # unbounded or numerically broken: a bug in the program
         return result
 
-    def _constraints(self, cost: Floats, limit: float) -> LinearConstraint:
-        used = np.flatnonzero(cost)
-        rows = [*self._rows, (used, cost[used])]
-        bounds = np.array([*self._row_bounds, (-np.inf, limit)])
+    def _constraints(self, more: Sequence[tuple[Floats, float]]) -> LinearConstraint:
+        rows = [*self._rows, *((np.flatnonzero(factors), factors[np.flatnonzero(factors)]) for factors, _ in more)]
+        bounds = np.array([*self._row_bounds, *((-np.inf, limit) for _, limit in more)])
         index = np.repeat(np.arange(len(rows)), [len(columns) for columns, _ in rows])
         entries = (np.concatenate([v for _, v in rows]), (index, np.concatenate([c for c, _ in rows])))
         return LinearConstraint(csc_array(entries, shape=(len(rows), self._n)), bounds[:, 0], bounds[:, 1])

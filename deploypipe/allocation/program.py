@@ -89,7 +89,9 @@ class Program(Linear):
             if masks and term.name in masks and term.two_four:
                 self._offer(term, term.two_four, masks[term.name])
 
-    def solve(self, losses: Mapping[str, Floats] | None, budget: float, gap: float, time_limit_s: float) -> Solution:
+    def solve(
+        self, losses: Mapping[str, Floats] | None, budget: float, gap: float, time_limit_s: float, beat: float = np.inf
+    ) -> Solution:
         """Minimise the summed loss within the budget; without losses, minimise the cost.
 
         Args:
@@ -97,6 +99,7 @@ class Program(Linear):
             budget: Upper limit of the cost.
             gap: Relative gap of the objective at which the solver may stop.
             time_limit_s: Seconds after which it returns the best it has.
+            beat: The most that may be lost; "infeasible" then says that nothing within the budget loses so little.
         """
         if not self._n:
             return Solution({}, self.constant, "optimal") if losses is None else Solution(None, 0.0, "infeasible")
@@ -111,8 +114,8 @@ class Program(Linear):
                 objective[column] = lost
         factor = LOSS_SCALE / max(float(np.abs(objective).max(initial=0.0)), 1e-300)
         scale = COST_SCALE / max(abs(budget), float(np.abs(cost).max(initial=0.0)) * 1e-3, 1e-300)
-        row = (cost * scale, np.inf if losses is None else (budget - self.constant) * scale)
-        result = self._minimise(objective * factor, row, gap, time_limit_s)
+        rows = [] if losses is None else [(cost * scale, (budget - self.constant) * scale), (objective * factor, beat * factor)]
+        result = self._minimise(objective * factor, rows, gap, time_limit_s)
         bound = getattr(result, "mip_dual_bound", None)
         bound = -np.inf if bound is None else bound / factor + (self.constant if losses is None else 0.0)
         status = ("optimal", "time limit", "infeasible")[result.status]
@@ -251,19 +254,34 @@ class Program(Linear):
         return self._pairings[left, right]
 
     def _envelope(self, key: Key, other: Selector | None, hulls: list[Ints], prices: Floats) -> None:
-        """Price `key` as a number: one share of it for each choice of the other end, and the envelope over each share."""
-        self.exact = self.exact and touches(self.totals(key), hulls, prices)
+        """Price `key` as a number: one share of it for each choice of the other end, and the envelope over each share.
+
+        Where all envelopes are lines the shares are those of each group by itself: one of the sum could give to one choice what
+        is one group's least and another's most, and the bound would be lower.
+        """
         totals = self.totals(key)
-        shares = self._variables(len(hulls), upper=float(totals[-1]))
-        columns = np.concatenate([self.groups[name].columns for name, _ in key])
-        slots = np.concatenate([slots * self.groups[name].totals for name, slots in key])
-        self._row(np.concatenate([columns, shares]), np.concatenate([-slots.astype(float), np.ones(len(shares))]), 0, 0)
-        for j, share in enumerate(shares):
+        self.exact = self.exact and touches(totals, hulls, prices)
+        if other is not None and all(len(hull) == 2 for hull in hulls):
+            slopes = (prices[-1] - prices[0]) / (totals[-1] - totals[0])
+            self._costs.append((other.columns, prices[0] - slopes * totals[0]))
+            self._costs.extend((self._shares((part,), other, len(hulls)), slopes) for part in key)
+            return
+        for j, share in enumerate(self._shares(key, other, len(hulls))):
             chosen = np.empty(0, np.int64) if other is None else other.columns[j : j + 1]
-            if other is not None:
-                self._row(np.append(chosen, share), np.array([-float(totals[0]), 1.0]), 0, np.inf)
-                self._row(np.append(chosen, share), np.array([-float(totals[-1]), 1.0]), -np.inf, 0)
             self._pieces(share, chosen, totals[hulls[j]], prices[hulls[j], j])
+
+    def _shares(self, key: Key, other: Selector | None, n: int) -> Ints:
+        """Return n variables that sum up to the total of `key`: all of it at the choice of the other end, if there is one."""
+        totals = [slots * self.groups[name].totals.astype(float) for name, slots in key]
+        least, most = (float(sum(widths[end] for widths in totals)) for end in (0, -1))
+        shares = self._variables(n, upper=most)
+        columns = np.concatenate([*(self.groups[name].columns for name, _ in key), shares])
+        self._row(columns, np.concatenate([*(-widths for widths in totals), np.ones(n)]), 0, 0)
+        if other is not None:
+            for chosen, share in zip(other.columns, shares, strict=True):
+                self._row(np.array([chosen, share]), np.array([-least, 1.0]), 0, np.inf)
+                self._row(np.array([chosen, share]), np.array([-most, 1.0]), -np.inf, 0)
+        return shares
 
     def _pieces(self, share: np.int64, chosen: Ints, x: Ints, y: Floats) -> None:
         """Price one share by the affine pieces between the points (x, y); `chosen` is empty when it is always chosen."""

@@ -55,11 +55,17 @@ class Search:
 
         The program's cost differs from the prediction by the solver's tolerance, by the envelope of large concats, and by what
         the table predicts beyond the sum of its terms. If the answer is over budget, the program is solved again for less.
+
+        A walk through the widths comes first, and the solver is asked for what loses less than it by more than the gap: on wide
+        concats the walk is often within the gap already, and proving that is far quicker than finding as good an answer.
         """
         losses = {name: self.values[name][-1] - self.values[name][list(widths)] for name, widths in self.widths.items()}
-        first = self.program.solve(losses, self.budget, gap, deadline - time.monotonic())
+        walked = self._walked()
+        beat = (1 - gap) * (self.value(Choice({})) - self.value(walked)) if walked else np.inf
+        first = self.program.solve(losses, self.budget, gap, deadline - time.monotonic(), beat)
         if first.status == "infeasible":
-            return self.cheapest(deadline), first
+            return (walked, Solution(None, beat, "optimal")) if walked else (self.cheapest(deadline), first)
+        first = replace(first, bound=min(first.bound, beat))
 
         def again(limit: float) -> Choice | None:
             return _choice(
@@ -81,6 +87,13 @@ class Search:
         """Return the walk through the widths, with these layers' prices those of 2:4 weights."""
         terms = [replace(t, price=t.two_four) if t.two_four and t.name in masked else t for t in self.terms]
         return Descent(self.widths, self.values, self.whole, terms)
+
+    def _walked(self) -> Choice | None:
+        """Return the best choice of a walk through the widths; None if none fits at once."""
+        walks = [self._narrowed(masked, self.budget) for masked in self._extremes()]
+        return max(
+            (self._useful(self._widened(c)) for c in walks if self.predict(c) <= self.budget), key=self.value, default=None
+        )
 
     def _narrowed(self, masked: frozenset[str], limit: float) -> Choice:
         return Choice(self._descent(masked).narrowed(limit), masked)

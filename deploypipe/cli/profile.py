@@ -20,7 +20,10 @@ def profile(
         Path | None, typer.Option("--import", help="Take in what the owner of a device measured with a run's bundle.")
     ] = None,
     allow_noise: Annotated[
-        bool, typer.Option("--allow-noise", help="Accept what other programs disturbed; the table says so.")
+        bool,
+        typer.Option(
+            "--allow-noise", help="Accept what other programs disturbed, or a table off by over 10 %; it then says so."
+        ),
     ] = False,
     host: HostName = None,
     benchmark_binary: Binary = None,
@@ -39,7 +42,11 @@ def profile(
     if as_json:
         console.answer_json(summary)
     else:
-        console.pairs((name.replace("_", " "), str(value)) for name, value in summary.items())
+        console.pairs((name.replace("_", " "), _shown(value)) for name, value in summary.items())
+
+
+def _shown(value: object) -> str:
+    return "; ".join(map(str, value)) or "nothing" if isinstance(value, list) else str(value)
 
 
 def bench(

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+ADDITIVE = (0.95, 1.05)  # where the sum of the dense model's kernels over the whole is to lie
+WANTED_ERROR, MOST_ERROR = 0.03, 0.10  # mean relative error on whole models: beyond the first a doubt, beyond the other refused
 _CROWD = 8  # how fast the price of being among full layers falls with a layer's share of its full work
 
 
@@ -106,6 +108,32 @@ class Context:
     def error(self) -> float | None:
         """Mean absolute relative error on whole models that the table never saw; None if unchecked."""
         return sum(map(abs, self.errors)) / len(self.errors) if self.errors else None
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether the dense model's parts come to about the whole."""
+        return ADDITIVE[0] <= self.additivity <= ADDITIVE[1]
+
+    @property
+    def far_off(self) -> bool:
+        """Whether the table is too wrong about whole models to choose widths by."""
+        return self.error is not None and self.error > MOST_ERROR
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What makes predictions less trustworthy than usual, in sentences; empty if all is within the bounds."""
+        found = []
+        if self.error is not None and self.error > WANTED_ERROR:
+            found.append(
+                f"forms of the model that the table did not see are off by {self.error:.1%} on average (wanted: "
+                f"{WANTED_ERROR:.0%}): predictions are less certain than usual"
+            )
+        if not self.adds_up:
+            found.append(
+                f"the parts of the dense model add up to {self.additivity:.3f} of what it takes as a whole (wanted: "
+                f"{ADDITIVE[0]} to {ADDITIVE[1]}): measure again on a quiet machine, deploypipe profile --fresh"
+            )
+        return tuple(found)
 
     def us(self, layer: str, alone_us: float, n_in: int, n_out: int) -> float:
         """Return what a layer adds to the model at two widths at which its kernel takes `alone_us` alone."""

@@ -7,7 +7,7 @@ from deploypipe.latency.widths import Steps
 
 
 class Grid:
-    """Measured times of one kernel shape over two widths; bilinear between them, never outside."""
+    """Measured times of one kernel shape over two widths; bilinear between them, never outside: neither above nor below."""
 
     def __init__(self, points: Mapping[tuple[int, int], float]) -> None:
         self.points = points
@@ -17,8 +17,18 @@ class Grid:
         self.rows = {n_in: dict(sorted(row.items())) for n_in, row in sorted(rows.items())}
         self.ins, self.outs = sorted(rows), sorted({n_out for _, n_out in points})
 
+    @property
+    def reach(self) -> str:
+        """From which widths to which was measured, in words; a kernel whose widths are tied has only one."""
+        spans = [f"{known[0]} to {known[-1]} {end}" for known, end in ((self.ins, "input"), (self.outs, "output")) if known[-1]]
+        return f"{' and '.join(spans)} channels"
+
     def price(self, n_in: int, n_out: int, steps: Steps) -> float | None:
-        """Return the time at these widths, None if they lie outside what was measured."""
+        """Return the time at these widths, None if they lie outside what was measured.
+
+        A width between steps costs what the next step costs; one whose next step lies below all that was measured costs what
+        nobody knows.
+        """
         if (n_in, n_out) in self.points:
             return self.points[n_in, n_out]
         across, along = _fit(n_in, self.ins, steps), _fit(n_out, self.outs, steps)
@@ -35,12 +45,11 @@ class Grid:
 
 
 def _fit(width: int, known: list[int], steps: Steps) -> int | None:
-    """Return the width that costs as much as `width`: measured, or a whole step between measured ones."""
-    if width > known[-1]:
-        return None
+    """Return the width that costs as much as `width`: measured, or a whole step between measured ones; None if neither."""
     if width in known:
         return width
-    return max(known[0], min(steps.up(width), known[-1]))
+    step = steps.up(width)
+    return None if width > known[-1] or step < known[0] else min(step, known[-1])
 
 
 def _between(at: int, row: Mapping[int, float]) -> float | None:

@@ -41,6 +41,7 @@ class LatencyTable:
         kernels: Measured kernel times.
         contexts: One for each profiled model.
         masks: Which weights of a plan are 2:4: none; all that may be (`masked`); or those that the plan names (`offering`).
+        profiled: The steps that measured widths lie on, where `steps` are coarser (`aligned`).
     """
 
     facts: Mapping[str, Any]
@@ -49,6 +50,7 @@ class LatencyTable:
     contexts: tuple[Context, ...] = ()
     unit: str = "us"
     masks: Masks = "never"
+    profiled: AllSteps | None = None
     _grids: Mapping[tuple[Shape, Sparsity], Grid] = field(init=False, repr=False)
     _terms: "WeakKeyDictionary[Graph, tuple[CostTerm, ...]]" = field(init=False, repr=False, default_factory=WeakKeyDictionary)
 
@@ -105,8 +107,13 @@ class LatencyTable:
         return self._terms[graph]
 
     def candidates(self, graph: Graph) -> Mapping[str, tuple[int, ...]]:
-        """Return for every prunable group the channel counts that land on whole steps, ascending, with the full count."""
-        return legal_widths(graph, self.steps)
+        """Return for every prunable group the channel counts that land on whole steps, ascending, with the full count.
+
+        Each is within what was measured: of coarser steps more fit among the few that are offered, but none that is narrower.
+        """
+        least = {name: widths[0] for name, widths in legal_widths(graph, self.profiled or self.steps).items()}
+        legal = legal_widths(graph, self.steps)
+        return {name: tuple(width for width in widths if width >= least[name]) for name, widths in legal.items()}
 
     def predict(self, graph: Graph, plan: KeepPlan | None = None) -> float:
         """Return the latency in microseconds under `plan` (of the whole model, with dense weights, without a plan).
@@ -148,7 +155,8 @@ class LatencyTable:
 
     def aligned(self, multiple: int) -> "LatencyTable":
         """Return the table with only such channel counts to choose from as are multiples of `multiple`, too."""
-        return replace(self, steps={kind: replace(one, step=lcm(one.step, multiple)) for kind, one in self.steps.items()})
+        coarser = {kind: replace(one, step=lcm(one.step, multiple)) for kind, one in self.steps.items()}
+        return replace(self, steps=coarser, profiled=self.profiled or self.steps)
 
     def with_context(self, context: Context) -> "LatencyTable":
         """Return the table with this context, in the place of the one that it had for the same model."""
@@ -177,7 +185,7 @@ class LatencyTable:
         if found is None:
             weights = f"{sparsity} weights, " * (sparsity != "dense")
             message = f"no measurement for {shape.title} with {weights}{n_in} input and {n_out} output channels"
-            raise self._unmeasured(message, layer.name)
+            raise self._unmeasured(message + (f" (known: {grid.reach})" if grid else ""), layer.name)
         return found
 
     def save(self, folder: str | Path) -> None:
@@ -225,7 +233,8 @@ class LatencyTable:
     def _unmeasured(self, message: str, layer: str = "") -> TargetError:
         target = self.facts.get("target", "cpu")
         at = f"latency table of target {target}" + (f", layer {layer}" if layer else "")
-        return TargetError(message, at=at, fix=f"measure it: deploypipe profile --model MODEL --target {target}")
+        command = f"deploypipe profile --model MODEL --target {target}"
+        return TargetError(message, at=at, fix=f"measure it: {command}, with a MODEL of these widths (a pruned one will do)")
 
 
 def structure_of(graph: Graph) -> str:

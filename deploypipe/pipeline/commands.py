@@ -128,6 +128,7 @@ def _summary(device: Device, table: LatencyTable, graph: Graph) -> dict[str, Any
         "error_on_them": None if context.error is None else round(context.error, 4),
         "worst_error": round(max(map(abs, context.errors)), 4) if context.errors else None,
         "foreign_load": context.foreign_load,
+        "out_of_range": list(context.doubts),
         "accepted_foreign_load": table.facts.get(ACCEPTED, 0.0),
     }
 

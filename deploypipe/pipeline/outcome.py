@@ -20,7 +20,7 @@ from deploypipe.data.load import Data
 from deploypipe.doctor import versions
 from deploypipe.ingredients.sparsity import NONZERO, sparse_layers
 from deploypipe.inspection import member_text
-from deploypipe.latency.table import LatencyTable
+from deploypipe.latency.table import Context, LatencyTable
 from deploypipe.measurement import Latency, Round
 from deploypipe.pipeline.bundle import BUNDLE
 from deploypipe.pipeline.request import Request
@@ -61,8 +61,7 @@ class Findings:
 def assemble(request: Request, data: Data, target: Target, found: Findings) -> Report:
     """Return the report of a run."""
     factor = found.rounds[found.chosen].factor if found.rounds else 1.0
-    predicted = _left(found, 0) if found.sparse else factor * found.cost.predict(found.graph, found.plan)
-    limit, reached = _judged(request, found)
+    context = found.table.context(found.graph) if found.table else None
     return Report(
         model=str(request.model),
         data=data.description,
@@ -79,15 +78,12 @@ def assemble(request: Request, data: Data, target: Target, found: Findings) -> R
         pruned=_side("pruned", found.plan, found, factor),
         compacted_accuracy=found.accuracies["compacted"],
         n_test=found.accuracies["n_test"],
-        budget=BudgetOutcome(
-            request.budget, request.metric, found.cost.unit, limit, predicted, reached, found.rounds, found.chosen
-        ),
+        budget=_budget(request, found, factor),
         groups=tuple(_group(found.graph, found.plan)),
         checks=tuple(found.checks),
         certificate=found.plan.certificate,
         threads=target.measure.threads,
-        table=found.table.source if found.table else "",
-        table_error=found.table.context(found.graph).error if found.table else None,
+        **_quality(found.table, context),
         seconds=found.seconds,
         artifacts=_artifacts(target, found),
         versions=versions(),
@@ -97,8 +93,22 @@ def assemble(request: Request, data: Data, target: Target, found: Findings) -> R
         arms=found.arms,
         two_four=found.two_four,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        notes=(*found.notes, *_gone(found), *_drift(found), *_unproven(target)),
+        notes=(*found.notes, *_gone(found), *(context.doubts if context else ()), *_drift(found), *_unproven(target)),
     )
+
+
+def _budget(request: Request, found: Findings, factor: float) -> BudgetOutcome:
+    predicted = _left(found, 0) if found.sparse else factor * found.cost.predict(found.graph, found.plan)
+    limit, reached = _judged(request, found)
+    return BudgetOutcome(request.budget, request.metric, found.cost.unit, limit, predicted, reached, found.rounds, found.chosen)
+
+
+def _quality(table: LatencyTable | None, context: Context | None) -> dict[str, Any]:
+    """Return what the report says of the latency table; one that was not held against the device does not add up or fail to."""
+    if table is None or context is None:
+        return {"table": "", "table_error": None, "table_additivity": None}
+    added = context.additivity if table.source in {"measured", "fitted"} else None
+    return {"table": table.source, "table_error": context.error, "table_additivity": added}
 
 
 def _gone(found: Findings) -> list[str]:

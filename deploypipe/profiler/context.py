@@ -31,8 +31,6 @@ _TURN_SECONDS = 1.0  # of timing the dense form alone, as a whole and by kernel,
 _SITTINGS, _MOST = 3, 8  # how often all forms and a turn are measured: so often undisturbed, but at most
 _PROFILES = 3  # how often all forms are profiled at most, until their kernels are as quick as in the turns
 _AGAIN = 6  # so many turns more are taken while kernels do not add up
-_ADDITIVE = (0.95, 1.05)
-_WANTED_ERROR = 0.03
 
 
 def in_context(bench: Bench, model: nn.Module, example: Any, graph: Graph, table: LatencyTable, reporter: Reporter) -> Context:
@@ -60,7 +58,7 @@ def in_context(bench: Bench, model: nn.Module, example: Any, graph: Graph, table
     forms = [Form(name, graph.kept(plans[name]), wholes[name], profiles[name]) for name in files]
     found = learned(graph, table, forms, bench.timer_us, _steady(turns))
     for _ in range(_AGAIN):
-        if _additive(found):
+        if found.adds_up:
             break
         turns.append(_turn(bench, files[DENSE], wholes[DENSE].quiet_us))
         found = learned(graph, table, forms, bench.timer_us, _steady(turns))
@@ -132,26 +130,14 @@ def _steady(turns: Sequence[Turn]) -> list[Turn]:
     return [turns[index] for index in np.argsort(slowness, kind="stable")[:_SITTINGS]]
 
 
-def _additive(context: Context) -> bool:
-    return _ADDITIVE[0] <= context.additivity <= _ADDITIVE[1]
-
-
 def _judge(context: Context, whole: Timing, graph: Graph, reporter: Reporter) -> None:
     """Tell the user what makes the table less trustworthy."""
     if whole.busy:
         taken = f"other programs took {whole.foreign_load:.0%} of the measured cores"
         how = "latency is taken from processor time" if whole.cpu_us else "times are too long"
         reporter.note(f"{taken}: {how}; measure again on a quiet machine")
-    if context.error is not None and context.error > _WANTED_ERROR:
-        reporter.note(
-            f"forms of the model that the table did not see are off by {context.error:.1%} on average (wanted: "
-            f"{_WANTED_ERROR:.0%}): predictions are less certain than usual"
-        )
-    if not _additive(context):
-        reporter.note(
-            f"the kernels of the dense model add up to {context.additivity:.3f} of what it takes as a whole (wanted: "
-            f"{_ADDITIVE[0]} to {_ADDITIVE[1]}); measure again on a quiet machine: deploypipe profile --fresh"
-        )
+    for doubt in context.doubts:
+        reporter.note(doubt)
     unseen = [layer.name for layer in graph.layers if layer.name not in context.prices]
     if unseen:
         names = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")

@@ -14,8 +14,10 @@ from torch import nn
 from deploypipe.backends import load_backend
 from deploypipe.backends.base import Facts
 from deploypipe.device import at_home
+from deploypipe.errors import TargetError
 from deploypipe.graph import trace
 from deploypipe.latency import files as latency_file
+from deploypipe.latency.context import MOST_ERROR
 from deploypipe.latency.table import Context, LatencyTable, Shape, structure_of
 from deploypipe.latency.widths import AllSteps, legal_widths, reachable, steps_of, two_four_widths
 from deploypipe.profiler.bench import HEAVY_MACS, Bench, opened
@@ -29,7 +31,7 @@ from deploypipe.profiler.whole import fitted_table
 from deploypipe.progress import Reporter, Silent
 from deploypipe.runners import load_runner
 from deploypipe.runners.base import Runner
-from deploypipe.targets import Target, cache_folder, load_target
+from deploypipe.targets import ALLOW_NOISE, Target, cache_folder, load_target
 from deploypipe.types import Graph, Layer
 
 _OUT, _IN = 14, 4  # most output and input widths measured per kernel shape: time is near linear in the inputs only
@@ -65,13 +67,14 @@ def profile(  # noqa: PLR0913 - the public surface, named arguments in practice
         graph: Of the model, if it has been traced already.
         reporter: Told about progress.
         fresh: Forget first what has been measured for this runtime, version, threads, precision and processor.
-        allow_noise: Accept measurements that other programs disturbed, and record that; by default what the environment
-            variable DEPLOYPIPE_ALLOW_NOISE says.
+        allow_noise: Accept measurements that other programs disturbed, and a table that is off by more than a tenth, and
+            record that; by default what the environment variable DEPLOYPIPE_ALLOW_NOISE says.
         export: Writes a form of the model into a folder; for callers that profile one model several times.
         runner: Reaches the target, for callers that have a connection already; else one is opened, and closed again.
 
     Raises:
-        TargetError: The target is unknown, its precision is not supported, or other programs kept its cores too busy.
+        TargetError: The target is unknown, its precision is not supported, other programs kept its cores too busy, or what was
+            measured predicts whole models badly.
         ModelError: The model cannot be traced or exported.
         BackendError: The runtime is missing or failed.
     """
@@ -97,10 +100,27 @@ def profile(  # noqa: PLR0913 - the public surface, named arguments in practice
         else:
             tell.reused("profile kernels")
         structure = structure_of(graph)
-        if any(context.structure == structure for context in table.contexts):
+        if any(context.structure == structure and (noise.accepted or not context.far_off) for context in table.contexts):
             tell.reused("profile model")
             return table
-        return store.keep(in_context(store.bench, model, example, graph, table, tell))
+        return store.keep(_trusted(in_context(store.bench, model, example, graph, table, tell), noise, store.folder))
+
+
+def _trusted(context: Context, noise: Noise, folder: Path) -> Context:
+    """Return what was learned of a model, unless it predicts whole models so badly that only the user may take it.
+
+    Raises:
+        TargetError: It is off by more than a tenth, and noise is not accepted.
+    """
+    if context.far_off and not noise.accepted:
+        raise TargetError(
+            f"the latency table is off by {context.error:.0%} on whole forms of the model that it did not see, more than the "
+            f"{MOST_ERROR:.0%} allowed",
+            at=str(folder),
+            fix=f"run it again on a quiet machine (kernels stay measured), plan by counts: --metric macs, or accept it: "
+            f"deploypipe profile --allow-noise, or {ALLOW_NOISE}=1; table and report then say so",
+        )
+    return context
 
 
 def needed(graph: Graph, steps: AllSteps, *, sparse: bool = False) -> list[Probe]:

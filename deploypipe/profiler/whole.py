@@ -19,7 +19,7 @@ from torch import nn
 from deploypipe.backends.base import Facts
 from deploypipe.compact import compact
 from deploypipe.errors import TargetError
-from deploypipe.latency.context import Context, Overhead
+from deploypipe.latency.context import MOST_ERROR, Context, Overhead
 from deploypipe.latency.files import hashed
 from deploypipe.latency.table import LatencyTable, structure_of
 from deploypipe.latency.widths import Steps
@@ -31,7 +31,6 @@ from deploypipe.progress import Reporter
 from deploypipe.types import Graph
 
 N_FITTED, N_HELD = 36, 9  # plans that the fit sees; plans that judge it
-MOST_ERROR = 0.10  # mean relative error on the latter
 _PER_JOB, _SEED, _DRAWN = 9, 21, 3  # plans of one job; how many are drawn for each that is taken
 _SECONDS, _FEWEST = 5.0, 12  # of measuring one job; runs of each plan, at least
 
@@ -138,8 +137,7 @@ def _completed(context: Context, found: Fit) -> Context:
 
 
 def _require(context: Context, folder: Path) -> None:
-    assert context.error is not None
-    if context.error > MOST_ERROR:
+    if context.far_off:
         raise TargetError(
             f"layers fitted to the times of whole models are off by {context.error:.0%} on plans that the fit did not see, "
             f"more than the {MOST_ERROR:.0%} allowed",

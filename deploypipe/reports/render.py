@@ -169,6 +169,8 @@ def _latency_section(report: Report) -> str:
     origin = f"The latency table is **{table}**." if report.table else "No latency table was needed."
     if report.table_error is not None:
         origin += f" Its mean error on random plans of this model is {100 * report.table_error:.1f} %."
+    if report.table_additivity is not None:
+        origin += f" The parts of the dense model add up to {report.table_additivity:.3f} of the whole."
     parts = (
         f"## Latency, {_threads(report)}",
         origin,

@@ -15,7 +15,7 @@ from deploypipe.reports.runtimes import RuntimeOutcome
 
 REPORT_SCHEMA = 3
 _AGAIN = "run the same build command again"
-_LATER = ("two_four", "profile")  # fields that older reports do not have
+_LATER = ("two_four", "profile", "table_additivity")  # fields that older reports do not have
 JSON_NAME, MARKDOWN_NAME = "report.json", "report.md"
 
 
@@ -155,6 +155,7 @@ class Report:
         threads: Of the runtime, while measuring.
         table: Where the latency table comes from: "measured", "fitted", "estimated", or "" if the run needed none.
         table_error: Mean relative error of the table on random plans of this model, 0.03 = 3 %; None if not checked.
+        table_additivity: The dense model's parts over the whole, by the table; None without a measured table.
         seconds: Stage -> time that computing it took, also if its result was reused.
         artifacts: What -> path below the run folder.
         runtimes: The pruned model on each target, the first of which is `target`; empty unless several were asked for.
@@ -183,6 +184,7 @@ class Report:
     threads: int = 1
     table: str = ""
     table_error: float | None = None
+    table_additivity: float | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     artifacts: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -236,7 +238,7 @@ class Report:
         if (found := state.get("schema")) != REPORT_SCHEMA:
             raise UsageError(f"report has schema {found!r}, this version reads {REPORT_SCHEMA}", at=at, fix=_AGAIN)
         try:
-            values = {part.name: state[part.name] for part in fields(cls) if part.name in state or part.name not in _LATER}
+            values = {part.name: state[part.name] for part in fields(cls) if part.name not in _LATER or part.name in state}
             return cls(**values | _nested(values))
         except (KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"report is malformed: {error}", at=at, fix=_AGAIN) from error

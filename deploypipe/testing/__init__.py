@@ -1,1 +1,1 @@
-"""What plug-ins of other packages must do: contracts of backends as functions, of runners as tests to inherit."""
+"""Contracts of plug-ins, for their authors: of algorithms and backends as functions, of runners as tests to inherit."""

@@ -178,6 +178,23 @@ def test_more_budget_never_keeps_less(seed: int, net: str, price: str) -> None:
     assert kept == {g.name: g.size for g in graph.groups}
 
 
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32 - 1), net=st.sampled_from(list(NETS)), price=st.sampled_from(list(PRICES)))
+@pytest.mark.parametrize("gap", [1e-3, 0.2])  # the product's own; one that the solver uses up even on small nets
+def test_at_a_gap_more_budget_loses_no_more_than_the_gap(gap: float, seed: int, net: str, price: str) -> None:
+    graph, table, scores = instance(net, price, seed)
+    values = {name: np.append(0, np.cumsum(np.sort(score)[::-1])) for name, score in scores.items()}
+    whole, best = sum(float(value[-1]) for value in values.values()), -np.inf
+    for share in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+        with suppress(BudgetError):
+            _, certificate = allocate_widths(graph, values, table, share * table.predict(graph), gap=gap)
+            lost, optimum = whole - certificate.value, brute_force(graph, table, scores, share * table.predict(graph))[0]
+            assert certificate.bound >= optimum - 1e-6 * whole
+            assert certificate.bound - certificate.value <= gap * lost + 1e-6 * whole
+            assert certificate.value >= best - gap * lost - 1e-6 * whole
+            best = max(best, certificate.value)
+
+
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32 - 1), net=st.sampled_from(["dense", "concat", "split"]), price=st.sampled_from(list(PRICES)))
 def test_envelopes_keep_the_bound_valid(seed: int, net: str, price: str) -> None:

@@ -3,16 +3,18 @@
 import itertools
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from deploypipe.allocation.allocate import allocate, allocate_widths
+from deploypipe.allocation.program import Program, Solution
 from deploypipe.cost import CostTerm
 from deploypipe.errors import BudgetError, ModelError, UsageError
-from deploypipe.plan import KeepPlan
+from deploypipe.plan import Certificate, KeepPlan
 from deploypipe.types import Graph, Group, Width
 
 
@@ -155,6 +157,101 @@ def test_time_limit_returns_a_plan_within_budget_and_a_bound() -> None:
     assert certificate.value >= 0.9 * proof.value
     assert all(width >= 1 for width in kept.values())
     assert all(width % 8 == 0 for width in best.values())
+
+
+def test_a_price_that_is_linear_in_a_total_is_bounded_group_by_group() -> None:
+    """A layer reads the concat of a narrow and a wide group; halfway between its widths it costs half of both, no less."""
+    sizes, widths = {"a": 9, "b": 9, "out": 9}, {"a": (1, 9), "b": (1, 9), "out": (1, 9)}
+    term = CostTerm("layer", Width(0, (("a", 1), ("b", 1))), one("out"), lambda n_in, n_out: float(n_in * n_out))
+    program = Program(widths, sizes, [term])
+    program._integer[2] = np.zeros(2, np.int64)  # the layer's own width may lie between: what a bound is made of
+    losses = {"a": np.array([0.0, 100.0]), "b": np.array([100.0, 0.0]), "out": np.array([8.0, 0.0])}
+    found = program.solve(losses, 50.0, 0.0, 10.0)
+    assert found.bound == pytest.approx(4.0), "10 inputs cost 10 at one output and 90 at nine: half of each is 50"
+
+
+@pytest.mark.parametrize(("share", "status"), [(1.01, "optimal"), (0.99, "infeasible")])
+def test_the_solver_can_be_asked_for_what_loses_less(share: float, status: str) -> None:
+    graph, table = graph_of(SIZES), chain(SIZES)
+    widths = {name: tuple(range(1, 9)) for name in SIZES}
+    program = Program(widths, dict(SIZES), table.terms(graph))
+    losses = {name: np.cumsum(np.sort(s))[::-1] for name, s in scores().items()}
+    least = program.solve(losses, 80.0, 0.0, 10.0)
+    assert least.bound > 0
+    assert program.solve(losses, 80.0, 0.0, 10.0, share * least.bound).status == status
+
+
+# ---- at the gap that the product asks for, on a net too large for the solver to close every gap by chance
+
+LARGE = {f"g{i}": 64 for i in range(16)}
+GRAPH, STAIRS = graph_of(LARGE), chain(LARGE, step=4)
+WIDTHS = dict.fromkeys(LARGE, tuple(range(4, 65, 4)))
+VALUES = {name: np.append(0, np.cumsum(np.sort(s)[::-1])) for name, s in scores(sizes=LARGE).items()}
+WHOLE = sum(float(value[-1]) for value in VALUES.values())
+
+
+def large(share: float, **kw: float) -> tuple[dict[str, int], Certificate]:
+    return allocate_widths(GRAPH, VALUES, STAIRS, share * STAIRS.predict(GRAPH), candidates=WIDTHS, **kw)
+
+
+def test_a_walk_that_nothing_beats_by_more_than_the_gap_is_the_answer() -> None:
+    asked: list[float] = []
+    real = Program.solve
+
+    def spied(self: Program, *given: Any) -> Solution:
+        asked.append(given[4])
+        return real(self, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Program, "solve", spied)
+        _, certificate = large(0.4, gap=0.5)
+    lost = WHOLE - certificate.value
+    assert certificate.status == "optimal"
+    assert asked == [pytest.approx(0.5 * lost)], "the walk's own loss, less the gap"
+    assert certificate.bound == pytest.approx(WHOLE - 0.5 * lost), "which is all that was proved"
+    assert certificate.bound >= large(0.4)[1].value
+
+
+def test_more_budget_keeps_less_by_no_more_than_the_gap_and_never_more_than_was_proved() -> None:
+    gap = 1e-3  # the default
+    found = [large(share)[1] for share in (0.3, 0.302, 0.304, 0.306, 0.308, 0.5, 0.502, 0.7)]
+    assert {certificate.status for certificate in found} == {"optimal"}
+    assert any(certificate.gap > 0 for certificate in found), "the instance is too easy to show anything"
+    best = -np.inf
+    for certificate in found:
+        lost = WHOLE - certificate.value
+        assert certificate.bound is not None
+        assert certificate.bound - certificate.value <= gap * lost + 1e-9
+        assert certificate.bound >= best, "less is possible than a smaller budget reached"
+        assert certificate.value >= best - gap * lost - 1e-9
+        best = max(best, certificate.value)
+
+
+def test_same_question_same_answer_whatever_was_asked_before() -> None:
+    first, proof = large(0.4)
+    large(0.6)
+    np.random.default_rng().normal()
+    again, same = large(0.4)
+    assert first == again
+    assert replace(proof, seconds=0.0) == replace(same, seconds=0.0)
+
+
+@pytest.mark.parametrize("incumbent", ["best", "cheapest", "none"])
+def test_a_time_limit_gives_the_best_answer_known_with_its_gap(monkeypatch: pytest.MonkeyPatch, incumbent: str) -> None:
+    """The solver is stopped with a bound of half the loss, and with what it had found by then."""
+    best, proof = large(0.4)
+    kept = {"best": best, "cheapest": dict.fromkeys(LARGE, 4), "none": None}[incumbent]
+    bound = 0.5 * (WHOLE - proof.value)
+    monkeypatch.setattr(Program, "solve", lambda *_: Solution(kept, bound, "time limit"))
+    _, stopped = large(0.4)
+    assert stopped.status == "time limit"
+    assert stopped.predicted <= stopped.budget
+    assert stopped.bound == pytest.approx(WHOLE - bound)
+    assert stopped.gap == pytest.approx((WHOLE - bound - stopped.value) / stopped.value)
+    if incumbent == "best":
+        assert stopped.value >= proof.value, "what the solver had found was given up"
+    else:  # a walk through the widths stands in
+        assert stopped.value >= WHOLE - 1.2 * (WHOLE - proof.value)
 
 
 @pytest.mark.parametrize(

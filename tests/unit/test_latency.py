@@ -145,6 +145,26 @@ def test_between_steps_a_width_costs_the_next_step_and_off_alignment_more(net, k
         assert table.kernel_us(B, n_in, n_out) == pytest.approx(1.5 * aligned)
 
 
+@pytest.mark.parametrize(("n_in", "n_out"), [(16, 64), (64, 8), (40, 64)])
+def test_narrower_than_all_that_was_measured_is_an_error_and_no_guess(net, n_in, n_out):
+    table = LatencyTable({"target": "box"}, STEPS, tuple(entries(B, [48, 64], [16, 64])), (context(net),))
+    assert table.kernel_us(B, 41, 9) == pytest.approx(1.5 * us(48, 16)), "on the step of what was measured, off alignment"
+    with pytest.raises(TargetError, match=f"with {n_in} input and {n_out} output channels") as caught:
+        table.kernel_us(B, n_in, n_out)
+    assert "known: 48 to 64 input and 16 to 64 output channels" in caught.value.message
+    assert "layer b" in caught.value.at
+    assert "deploypipe profile --model MODEL --target box" in caught.value.fix
+
+
+@pytest.mark.parametrize(("error", "additivity", "doubts"), [(0.02, 1.0, 0), (0.04, 1.0, 1), (0.02, 0.93, 1), (0.12, 1.06, 2)])
+def test_error_and_additivity_outside_of_their_bounds_are_doubts(net, error, additivity, doubts):
+    found = replace(context(net), errors=(error, -error), additivity=additivity)
+    assert len(found.doubts) == doubts
+    assert found.far_off == (error > 0.1)
+    assert found.adds_up == (0.95 <= additivity <= 1.05)
+    assert not replace(context(net), errors=()).far_off, "a model that cannot be narrowed was not checked"
+
+
 def test_small_widths_that_were_measured_count_as_themselves(net, kernels):
     table = LatencyTable({}, STEPS, kernels, (context(net),))
     assert table.kernel_us(B, 4, 8) == us(4, 8)

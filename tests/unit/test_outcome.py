@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from deploypipe.pipeline.outcome import _drift, _judged
+from deploypipe.latency.table import Context, LatencyTable
+from deploypipe.pipeline.outcome import _drift, _judged, _quality
 from deploypipe.pipeline.request import Request
 
 
@@ -29,3 +30,11 @@ def test_drift_since_profiling_is_told(then: float, now: float, told: bool) -> N
     notes = _drift(findings(then, now, 80.0))
     assert bool(notes) == told
     assert not told or (f"{then:.0f} us" in notes[0] and f"{now:.0f} us" in notes[0])
+
+
+@pytest.mark.parametrize(("facts", "told"), [({}, 0.91), ({"method": "fitted"}, 0.91), ({"source": "estimated"}, None)])
+def test_only_tables_held_against_the_device_state_their_additivity(facts: dict[str, str], told: float | None) -> None:
+    found = Context("net", {}, (), 100.0, 1.0, 0.91, 0.0, 30, (0.14, -0.14))
+    table = LatencyTable(facts, {}, (), (found,))
+    assert _quality(table, found) == {"table": table.source, "table_error": pytest.approx(0.14), "table_additivity": told}
+    assert _quality(None, None) == {"table": "", "table_error": None, "table_additivity": None}
