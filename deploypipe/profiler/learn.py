@@ -66,11 +66,17 @@ def _steps(shape: Shape, us: Mapping[Probe, float]) -> Steps:
 
 
 def step_of(by_width: Mapping[int, float]) -> int:
-    """Return the smallest decrease of the width that saves time at every base width."""
-    for down in _DOWN:
-        if all(saves(by_width[base - down], by_width[base], down, base) for base in _BASES):
-            return down
-    return _DOWN[-1]
+    """Return the smallest decrease of the width that saves time at every base width, as all larger ones do.
+
+    One channel fewer saves a hundredth where there are no steps, and noise looks the same: what tells are eight or sixteen fewer,
+    which save an eighth or a quarter there, and nothing within a step.
+    """
+    step = _DOWN[-1]
+    for down in reversed(_DOWN):
+        if not all(saves(by_width[base - down], by_width[base], down, base) for base in _BASES):
+            break
+        step = down
+    return step
 
 
 def saves(fewer_us: float, us: float, down: int, base: int) -> bool:
