@@ -269,11 +269,10 @@ class Report:
 
 
 def _no_report(run: Path) -> UsageError:
-    if not run.exists():
-        return UsageError(f"there is no run '{run}'", at=str(run), fix="give the --out folder of a finished `deploypipe build`")
     if any(run.glob("*.key")):
         return UsageError("the run is not finished", at=str(run), fix="run the same build command again: it resumes")
-    return UsageError("no run lies in this folder", at=str(run), fix="give the --out folder of a finished `deploypipe build`")
+    message = "no run lies in this folder" if run.exists() else f"there is no run '{run}'"
+    return UsageError(message, at=str(run), fix="give the --out folder of a finished `deploypipe build`")
 
 
 def _state(value: Any) -> dict[str, Any]:
@@ -284,14 +283,11 @@ def _state(value: Any) -> dict[str, Any]:
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that are no plain JSON values."""
     sides = {name: values[name] for name in ("dense", "pruned")}
-
-    def group(state: Mapping[str, Any]) -> GroupOutcome:
-        return GroupOutcome(**{**state, "members": tuple(state["members"]), "coupled_by": tuple(state["coupled_by"])})
-
+    lists = ("members", "coupled_by")
     return {
         **{name: Side(**{**s, "latency": Latency(**s["latency"]) if s["latency"] else None}) for name, s in sides.items()},
         "budget": BudgetOutcome(**{**values["budget"], "rounds": tuple(map(Round.from_json, values["budget"]["rounds"]))}),
-        "groups": tuple(group(state) for state in values["groups"]),
+        "groups": tuple(GroupOutcome(**state | {name: tuple(state[name]) for name in lists}) for state in values["groups"]),
         "checks": tuple(Check(**state) for state in values["checks"]),
         "certificate": Certificate.from_json(values["certificate"]) if values["certificate"] else None,
         "notes": tuple(values["notes"]),

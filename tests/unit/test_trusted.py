@@ -15,6 +15,7 @@ from deploypipe.latency.files import Entry, write_device, write_kernels
 from deploypipe.latency.table import LatencyTable, structure_of
 from deploypipe.latency.widths import Steps
 from deploypipe.pipeline.commands import _summary
+from deploypipe.pipeline.stages import Device
 from deploypipe.profiler import measure as profiler
 from deploypipe.profiler.measure import device_key, needed, profile
 from deploypipe.progress import Recorder
@@ -80,7 +81,7 @@ def test_a_table_off_by_more_than_a_tenth_is_refused_and_not_kept(net, graph, ca
 
 def test_whoever_accepts_noise_gets_it_with_its_doubts_and_nobody_else_does_later(net, graph, cache, learned, monkeypatch):
     table = profile(net, EXAMPLE, graph=graph, cache_dir=cache, allow_noise=True)
-    summary = _summary("cpu", table, graph)
+    summary = _summary(Device(load_target("cpu")), table, graph)
     assert (summary["error_on_them"], summary["sum_of_kernels_over_whole"]) == (0.14, 0.91)
     assert [sentence.split(" (wanted")[0] for sentence in summary["out_of_range"]] == [
         "forms of the model that the table did not see are off by 14.0% on average",
@@ -92,7 +93,7 @@ def test_whoever_accepts_noise_gets_it_with_its_doubts_and_nobody_else_does_late
     monkeypatch.setattr(profiler, "in_context", lambda *_: replace(learned, errors=(0.02, -0.02), additivity=1.0))
     better = profile(net, EXAMPLE, graph=graph, cache_dir=cache, allow_noise=False)
     assert better.context(graph).error == pytest.approx(0.02), "measured again, not taken from who accepted noise"
-    assert _summary("cpu", better, graph)["out_of_range"] == []
+    assert _summary(Device(load_target("cpu")), better, graph)["out_of_range"] == []
 
 
 @pytest.mark.parametrize("multiple", [1, 16])
