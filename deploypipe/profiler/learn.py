@@ -68,8 +68,8 @@ def _steps(shape: Shape, us: Mapping[Probe, float]) -> Steps:
 def step_of(by_width: Mapping[int, float]) -> int:
     """Return the smallest decrease of the width that saves time at every base width, as all larger ones do.
 
-    One channel fewer saves a hundredth where there are no steps, and noise looks the same: what tells are eight or sixteen fewer,
-    which save an eighth or a quarter there, and nothing within a step.
+    One channel fewer saves a hundredth where there are no steps, and noise looks the same: what tells are eight or sixteen
+    fewer, which save an eighth or a quarter there, and nothing within a step.
     """
     step = _DOWN[-1]
     for down in reversed(_DOWN):

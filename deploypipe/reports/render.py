@@ -277,9 +277,8 @@ def _checks_sentence(report: Report) -> str:
         return "none was made"
     failed = [check for check in report.checks if not check.passed]
     if failed:
-        return "FAILED: " + ", ".join(
-            f"{c.stage} differs from {c.against} by {c.error:.1e} (at most {c.tolerance:.0e})" for c in failed
-        )
+        differ = (f"{c.stage} differs from {c.against} by {c.error:.1e} (at most {c.tolerance:.0e})" for c in failed)
+        return f"FAILED: {', '.join(differ)}"
     worst = max(report.checks, key=lambda check: check.error / check.tolerance)
     return f"all {len(report.checks)} passed; closest to its limit: {worst.stage}, {worst.error:.1e} of {worst.tolerance:.0e}"
 
