@@ -7,15 +7,17 @@ CIFAR-10, ResNet-20 with trained weights (or `--model mobilenetv2`, trained by t
 latency on ONNX Runtime, one thread. Rows:
 
 - a method's name: `deploypipe build --algo NAME` with its default options; those that train before they prune do so for a third
-  of the epochs, and fine-tune for the rest. `scratch-b` trains longer, as the protocol says.
-- `uniform`: equal shares, largest filters. `random`: one draw for each seed.
+  of the epochs, and fine-tune for the rest. `scratch-b` trains longer, as the protocol says. Two have no room for their defaults
+  in so few epochs: `autocompress` takes one round (`rounds=1`, `retrain_epochs=0`), `dcff` starts from the trained weights.
+- `uniform`: equal shares, largest filters; what that leaves of the budget is filled. `random`: one draw for each seed.
 - `torch-pruning`, `torch-pruning-taylor`: its global ranking by group norms, and by Taylor terms; widths rounded to 8,
   the ratio that comes nearest to the same budget; its own channels. Trained as the others are.
 - `auto`: the recipe, channels by group norms, widths by first-order terms, branches may go. `norms`: its channels alone.
   `taylor-by-taylor`: its widths alone. `...-measured`: `--value measured`; `-finalists`: with three finalists.
 
-All plans are made on one latency table, then trained, then measured in turns with the dense model: the budget is a little below
-the share, so that the measured latency is at or below it. Steps lie in `--work`: the command can be stopped and run again, and
+All plans are made on one latency table, then trained, then measured in turns with the dense model. The budget is a little below
+the share, so that most rows end at or below it; a build would measure the plan and make it again where it does not, which this
+bench leaves out: some rows take up to half a hundredth more. Steps lie in `--work`: the command can be stopped and run again, and
 several may run beside each other (`--until train`); measuring comes last, alone. The test set decides nothing.
 """
 
