@@ -7,8 +7,8 @@ CIFAR-10, ResNet-20 with trained weights (or `--model mobilenetv2`, trained by t
 latency on ONNX Runtime, one thread. Rows:
 
 - a method's name: `deploypipe build --algo NAME` with its default options; those that train before they prune do so for a third
-  of the epochs, and fine-tune for the rest. `scratch-b` trains longer, as the protocol says. Two have no room for their defaults
-  in so few epochs: `autocompress` takes one round (`rounds=1`, `retrain_epochs=0`), `dcff` starts from the trained weights.
+  of the epochs, and fine-tune for the rest. `scratch-b` trains longer, as the protocol says. Two have no room for their
+  defaults in so few epochs: `autocompress` takes one round (`rounds=1`, `retrain_epochs=0`), `dcff` keeps the weights.
 - `uniform`: equal shares, largest filters; what that leaves of the budget is filled. `random`: one draw for each seed.
 - `torch-pruning`, `torch-pruning-taylor`: its global ranking by group norms, and by Taylor terms; widths rounded to 8,
   the ratio that comes nearest to the same budget; its own channels. Trained as the others are.
@@ -17,8 +17,8 @@ latency on ONNX Runtime, one thread. Rows:
 
 All plans are made on one latency table, then trained, then measured in turns with the dense model. The budget is a little below
 the share, so that most rows end at or below it; a build would measure the plan and make it again where it does not, which this
-bench leaves out: some rows take up to half a hundredth more. Steps lie in `--work`: the command can be stopped and run again, and
-several may run beside each other (`--until train`); measuring comes last, alone. The test set decides nothing.
+bench leaves out: some rows take up to half a hundredth more. Steps lie in `--work`: the command can be stopped and run again,
+and several may run beside each other (`--until train`); measuring comes last, alone. The test set decides nothing.
 """
 
 import argparse
