@@ -14,6 +14,8 @@ latency on ONNX Runtime, one thread. Rows:
   the ratio that comes nearest to the same budget; its own channels. Trained as the others are.
 - `auto`: the recipe, channels by group norms, widths by first-order terms, branches may go. `norms`: its channels alone.
   `taylor-by-taylor`: its widths alone. `...-measured`: `--value measured`; `-finalists`: with three finalists.
+- `auto-...`: its plan, trained otherwise: learning rate, weight decay, batch, share and temperature of distillation. And
+  `-penalised`: with the method's own training, that draws what will go towards zero, for a third of the epochs first.
 
 All plans are made on one latency table, then trained, then measured in turns with the dense model. The budget is a little below
 the share, so that most rows end at or below it; a build would measure the plan and make it again where it does not, which this
@@ -81,18 +83,30 @@ class Row:
         options: Of the method.
         value: What decides widths, if not the method's scores: fields of the request.
         learns: Options that share the epochs before pruning.
+        training: Settings that differ from those of the other rows.
     """
 
     algo: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     value: Mapping[str, Any] = field(default_factory=dict)
     learns: tuple[str, ...] = ()
+    training: Mapping[str, Any] = field(default_factory=dict)
 
 
 LEARNER = ("train_epochs",)
-MEASURED = {"value": "measured"}
+MEASURED, FIRST_ORDER = {"value": "measured"}, {"value": "taylor"}
 ONCE = {"steps": 1, "interval": 16, "batch": 128, "lr": 0.0}
 NORMS = {"train_epochs": 0, "steps": 1}  # channels by the norm of all that they own, batch norms and readers included
+TRAININGS: Mapping[str, Mapping[str, Any]] = {  # of the default recipe's plan; what else was tried
+    "lr-0.1": {"lr": 0.1},
+    "lr-0.2": {"lr": 0.2},
+    "decay-1e-4": {"weight_decay": 1e-4},
+    "lr-0.1-decay-1e-4": {"lr": 0.1, "weight_decay": 1e-4},
+    "batch-64": {"batch_size": 64},
+    "distill-0.9": {"distill": 0.9},
+    "distill-none": {"distill": 0.0},
+    "softer": {"temperature": 2.0},
+}
 ROWS: Mapping[str, Row] = {
     "uniform": Row("erk", {"rule": "uniform"}),
     "random": Row("random"),
@@ -119,14 +133,16 @@ ROWS: Mapping[str, Row] = {
     "autocompress": Row("autocompress", {"rounds": 1, "retrain_epochs": 0}, learns=LEARNER),
     "torch-pruning": Row(),
     "torch-pruning-taylor": Row(),
-    "auto": Row("depgraph", NORMS, value={"value": "taylor"}),
-    "taylor-by-taylor": Row("taylor", ONCE, value={"value": "taylor"}),
+    "auto": Row("depgraph", NORMS, value=FIRST_ORDER),
+    "taylor-by-taylor": Row("taylor", ONCE, value=FIRST_ORDER),
     "l2-measured": Row("l2", value=MEASURED),
     "thinet-measured": Row("thinet", value=MEASURED),
     "l2-measured-finalists": Row("l2", value={**MEASURED, "value_finalists": 3}),
     "norms": Row("depgraph", {"train_epochs": 0}),
     "norms-measured": Row("depgraph", NORMS, value=MEASURED),
     "norms-measured-finalists": Row("depgraph", NORMS, value={**MEASURED, "value_finalists": 3}),
+    "auto-penalised": Row("depgraph", {"steps": 1}, value=FIRST_ORDER, learns=LEARNER),
+    **{f"auto-{name}": Row("depgraph", NORMS, value=FIRST_ORDER, training=told) for name, told in TRAININGS.items()},
 }
 MODELS = {"resnet20": ("cifar_resnet.py", "resnet20"), "mobilenetv2": ("cifar_mobilenet.py", "mobilenetv2")}
 
@@ -229,6 +245,7 @@ def finished(bench: Bench, row: Row, before: Mapping[str, Any], folder: Path) ->
         problem = replace(bench.problem(bench.data), model=basis)
         small = compact(basis, bench.graph, plan)
         settings, hooks = replace(bench.settings, epochs=max(0, bench.settings.epochs - before["epochs_before"])), ()
+        settings = replace(settings, **row.training)
         if row.algo:
             algorithm = make(row.algo, bench.options(row))
             small = algorithm.repair(small, problem, plan) if hasattr(algorithm, "repair") else small
@@ -344,7 +361,8 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--model", default="resnet20", choices=list(MODELS))
     parser.add_argument("--weights", type=Path, help="of the dense model; without them it is trained first")
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    tried = [name for name in ROWS if name.startswith("auto-")]
+    parser.add_argument("--rows", nargs="+", default=[name for name in ROWS if name not in tried], choices=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--share", type=float, default=0.5, help="of the dense model's latency")
     parser.add_argument("--epochs", type=int, default=15)

@@ -21,6 +21,7 @@ from deploypipe.errors import DeployPipeError, UsageError, nearest
 _STDLIB = Path(sysconfig.get_path("stdlib")).resolve()
 _HERE = Path(__file__).resolve().parent
 _LISTED = 20  # names of files in one message
+_ALIKE = 0.6  # of two names, from 0 to 1: below, one was not meant by the other
 
 
 def find_factory(spec: str, *, option: str, error: type[DeployPipeError]) -> Callable[[], Any]:
@@ -83,8 +84,9 @@ def near_path(path: Path, what: str, fits: Callable[[Path], bool]) -> str:
         missing = next(folder for folder in (parent, *parent.parents) if folder.parent.is_dir())
         return f"the folder '{missing}' does not exist either"
     names = [entry.name for entry in parent.iterdir() if fits(entry) and not entry.name.startswith(".")]
-    close = get_close_matches(path.name, names, n=_LISTED, cutoff=0)
-    return nearest(path.name, close) if close else f"there is no {what} in '{parent}'"
+    is_top = parent == parent.parent  # its entries are the system's: named only if they look like what was typed
+    close = get_close_matches(path.name, names, n=_LISTED, cutoff=_ALIKE if is_top else 0)
+    return nearest(path.name, close) if close else f"there is no {what} {'of such a name ' if names else ''}in '{parent}'"
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 ADDITIVE = (0.95, 1.05)  # where the sum of the dense model's kernels over the whole is to lie
 WANTED_ERROR, MOST_ERROR = 0.03, 0.10  # mean relative error on whole models: beyond the first a doubt, beyond the other refused
-_CROWD = 8  # how fast the price of being among full layers falls with a layer's share of its full work
 
 
 @dataclass(frozen=True)
@@ -22,8 +21,8 @@ class Price:
         input_us: For each input channel.
         output_us: For each output channel.
         weight_us: For each pair of an input and an output channel.
-        crowded_us: At full widths only, among layers that are full as well: the whole model then leaves the cache. Falls with
-            the eighth power of the share of work.
+        crowded_us: At full widths, among layers that are full as well: the whole model then leaves the cache.
+        crowd_power: With this power of the share of work `crowded_us` falls.
         full: Work at full widths: their product.
     """
 
@@ -34,6 +33,7 @@ class Price:
     weight_us: float = 0.0
     crowded_us: float = 0.0
     full: int = 1
+    crowd_power: int = 8
 
     def us(self, alone_us: float, n_in: int, n_out: int) -> float:
         """Return the time inside the model at two widths at which the kernel takes `alone_us` alone."""
@@ -42,7 +42,7 @@ class Price:
 
     def crowding(self, n_in: int, n_out: int) -> float:
         """Return the part of `crowded_us` that counts at two widths: one at full widths."""
-        return float((n_in * n_out / self.full) ** _CROWD)
+        return float((n_in * n_out / self.full) ** self.crowd_power)
 
 
 @dataclass(frozen=True)

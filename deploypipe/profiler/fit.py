@@ -3,7 +3,8 @@
 The prices of layers and of other kernels are fits over all forms with few parameters (see `prices`). A profile of one form may
 have been taken while the machine was slower or faster: each form's kernels are scaled so that they add up to its whole. What
 then is wrong in all narrow forms alike is taken out by one factor, and what the dense form takes beyond, where everything is
-full, is a price of full layers.
+full, is a price of full layers. How fast that falls as layers become narrower differs from model to model, and with how much of
+the last cache the neighbours leave: of a few powers, the one that predicts forms best that were left out.
 """
 
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from deploypipe.types import Graph, Kept, Layer
 DENSE, RANDOM = "dense", "random"
 _LEAST_US = 0.05  # a kernel is never free, whatever noise says
 _TRUST_TIMER = 0.05  # weight of what profiling adds to a kernel as it was measured apart
+_POWERS = (8, 4, 2)  # of a layer's share of work, with which the price of a full model may fall; the first where all do equally
 _ALIKE = 0.5  # narrow forms whose layers are as full as that do not tell what only full ones take; nor is that less than it
 
 Turn = tuple[Timing, Profile]  # of one model, right after each other
@@ -51,14 +53,20 @@ def learned(graph: Graph, table: LatencyTable, forms: Sequence[Form], timer_us: 
     """
     seen = _Seen(graph, table, tuple(forms), timer_us)
     everything = np.ones(len(forms), bool)
-    errors = []
-    for index, form in enumerate(forms):
-        if form.name.startswith(RANDOM):
-            others = everything.copy()
-            others[index] = False
-            errors.append(float(seen.predicted(seen.context(others))[index] / seen.whole[index] - 1))
+    left_out = [index for index, form in enumerate(forms) if form.name.startswith(RANDOM)]
+    fits = {index: seen.fitted(everything & (np.arange(len(forms)) != index)) for index in left_out}
+    errors = {power: [seen.error(index, fit, power) for index, fit in fits.items()] for power in _POWERS}
+    power = min(errors, key=lambda power: float(np.abs(errors[power]).sum()))
     additivity = seen.additivity(turns or [(forms[0].whole, forms[0].profile)])
-    return replace(seen.context(everything), errors=tuple(errors), additivity=additivity)
+    return replace(seen.exact(seen.fitted(everything), power), errors=tuple(errors[power]), additivity=additivity)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """Prices learned from the forms in `use`, not yet right for the dense form."""
+
+    use: NDArray[np.bool_]
+    context: Context
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,11 @@ class _Seen:
         single = len({group for width in widths for group in width.groups}) == 1
         return OtherTimes(np.zeros(len(at)), np.zeros(len(at)), at, block, single)
 
-    def context(self, use: NDArray[np.bool_]) -> Context:
+    def error(self, index: int, fit: _Fit, power: int) -> float:
+        """Return the relative error of a prediction for one form."""
+        return float(self.predicted(self.exact(fit, power))[index] / self.whole[index] - 1)
+
+    def fitted(self, use: NDArray[np.bool_]) -> _Fit:
         """Learn from the forms in `use`; the dense one is always among them."""
         timer, weights = self.timer(use), use / self.whole
         speed = self._speeds(timer)
@@ -128,14 +140,9 @@ class _Seen:
         overhead = [
             overhead_price(*key, replace(row, us=speed * (row.us - timer * row.count)), weights) for key, row in others.items()
         ]
-        dense = self.forms[0].whole
-        return self._exact(
-            Context(
-                structure_of(self.graph), prices, (*overhead, Overhead("session", (), self.session_us)), dense.quiet_us, 1.0,
-                1.0, dense.foreign_load, dense.runs,
-            ),
-            use,
-        )  # fmt: skip
+        dense, session = self.forms[0].whole, Overhead("session", (), self.session_us)
+        structure, facts = structure_of(self.graph), (dense.quiet_us, 1.0, 1.0, dense.foreign_load, dense.runs)
+        return _Fit(use, Context(structure, prices, (*overhead, session), *facts))
 
     def timer(self, use: NDArray[np.bool_]) -> float:
         """Return what profiling adds to each kernel of this model.
@@ -168,14 +175,16 @@ class _Seen:
         sums = [profile.sum_us - timer * len(profile.kernels) + self.session_us for _, profile in turns]
         return float(np.median([us / whole.quiet_us for us, (whole, _) in zip(sums, turns, strict=True)]))
 
-    def _exact(self, context: Context, use: NDArray[np.bool_]) -> Context:
+    def exact(self, fit: _Fit, power: int) -> Context:
         """Make the narrow forms right on average, and the dense form exactly.
 
-        What it takes beyond is laid on its layers in proportion to their times, and falls quickly with their share of work: the
-        narrower a form, the more of it stays in the cache.
+        What it takes beyond is laid on its layers in proportion to their times, and falls with that power of their share of
+        work: the narrower a form, the more of it stays in the cache.
         """
+        priced = {name: replace(price, crowd_power=power) for name, price in fit.context.prices.items()}
+        context = replace(fit.context, prices=priced)
         plain, crowded = self.predicted(context), self._crowded(context)
-        narrow, dense_us = use.copy(), context.whole_us
+        narrow, dense_us = fit.use.copy(), context.whole_us
         narrow[0] = False
         if narrow.any():
             sums, full = (float(np.mean(us[narrow] / self.whole[narrow])) for us in (plain, crowded))

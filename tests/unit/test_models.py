@@ -238,6 +238,7 @@ def test_advice_lists_what_could_be_meant_and_nothing_else(net, tmp_path):
     assert (
         error_of(f"{net}:plain", folder / "no" / "such" / "net.pt").fix == f"the folder '{folder / 'no'}' does not exist either"
     )
+    assert error_of(f"{net}:plain", Path("/zzz-net.pt")).fix.startswith("there is no"), "the system's folders are no answer"
 
 
 def test_failing_factories_point_into_the_users_file(net):
