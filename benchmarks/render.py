@@ -31,9 +31,9 @@ def column(rows: Sequence[Row], name: str) -> list[float]:
 
 
 def line(name: str, rows: Sequence[Row]) -> str:
-    """Return one row of the table: means over the seeds."""
+    """Return one row of the table: means over the seeds, of the accuracy the standard deviation as well."""
     accuracy = [100 * value for value in column(rows, "accuracy")]
-    error = f" +- {stdev(accuracy) / len(accuracy) ** 0.5:.2f}" if len(accuracy) > 1 else ""
+    error = f" +- {stdev(accuracy):.2f}" if len(accuracy) > 1 else ""
     minutes = mean(a + b for a, b in zip(column(rows, "plan_s"), column(rows, "train_s"), strict=True)) / 60
     cells = [
         f"`{name}`",
