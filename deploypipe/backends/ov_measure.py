@@ -11,13 +11,15 @@ from __future__ import annotations
 import zipfile
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Dict, Tuple
 
 import numpy as np
 import openvino as ov
 import stopwatch
 
 PARTS = ("model.xml", "model.bin")
+RAN = ov.ProfilingInfo.Status.EXECUTED  # the others are fused into their neighbours, or only rename what is in memory
+Turn = Dict[Tuple[str, str], float]  # (node, operation) -> microseconds
 SETTLED = 3  # first runs of a freshly compiled model: it allocates, and lays its weights out anew
 
 
@@ -73,7 +75,7 @@ def profile(request: dict[str, Any]) -> dict[str, Any]:
     cores, core = stopwatch.Cores(request["threads"]), ov.Core()
     per_block = -(-request["runs"] // stopwatch.FEW) + max(SETTLED, request["warmup"])
     graphs: dict[str, dict[str, Any]] = {}
-    turns: list[dict[str, dict[tuple[str, str], float]]] = []
+    turns: list[dict[str, Turn]] = []
 
     def turn() -> None:
         seen = {}
@@ -86,13 +88,22 @@ def profile(request: dict[str, Any]) -> dict[str, Any]:
 
     # Compiling is never the same work twice, so slowness tells nothing here.
     chosen, load = stopwatch.quiet_turns(turn, cores, request, stopwatch.FEW, slower=float("inf"))
-    n = len(chosen) * (per_block - SETTLED)
-    rows = {name: _rows([turns[i][name] for i in chosen], n) for name in graphs}
+    rows = {name: _rows(alike([turns[i][name] for i in chosen]), per_block - SETTLED) for name in graphs}
     return {"models": {name: {"graph": graphs[name], "kernels": rows[name]} for name in rows}, "foreign_load": load}
 
 
-def _rows(turns: list[dict[tuple[str, str], float]], n: int) -> list[list[Any]]:
-    """Join the turns of one model: [node, operation, median, p10, p90, runs]."""
+def alike(turns: list[Turn]) -> list[Turn]:
+    """Return the turns of one model in which its kernels took about as long as in the quickest.
+
+    With two threads, some compilations run all their kernels slower by a half for as long as they live.
+    """
+    limit = (1 + stopwatch.SLOWER) * min(sum(turn.values()) for turn in turns)
+    return [turn for turn in turns if sum(turn.values()) <= limit]
+
+
+def _rows(turns: list[Turn], runs: int) -> list[list[Any]]:
+    """Join the turns of one model, each of so many runs: [node, operation, median, p10, p90, runs]."""
+    n = len(turns) * runs
     return [[*kernel, *stopwatch.spread([turn[kernel] for turn in turns if kernel in turn]), n] for kernel in turns[-1]]
 
 
@@ -112,7 +123,7 @@ def counted(opened: Any, runs: int) -> dict[tuple[str, str], list[int]]:
     for _ in range(runs):
         opened.infer(share_outputs=True)
         for row in opened.get_profiling_info():
-            if row.node_type not in ("Parameter", "Result"):
+            if row.status == RAN and row.node_type not in ("Parameter", "Result"):
                 us = row.real_time.seconds * 1_000_000 + row.real_time.microseconds
                 averages.setdefault((row.node_name, row.node_type), []).append(us)
     return averages
