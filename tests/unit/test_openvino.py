@@ -1,10 +1,7 @@
 import importlib.util
 import sys
 import zipfile
-from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -132,20 +129,6 @@ def test_a_kernel_that_the_counters_never_saw_counts_half_a_microsecond(script):
 def test_a_compilation_that_runs_slower_than_others_does_not_count(script):
     quick, alike, slow = ({("a", "Conv"): us, ("b", "Conv"): 100.0} for us in (100.0, 105.0, 220.0))
     assert script.alike([slow, quick, alike, slow]) == [quick, alike]
-
-
-def test_a_node_that_is_never_run_is_no_kernel(script):
-    """Fused into its neighbours, or a mere view: its counter stays at zero, which would count as half a microsecond."""
-    ran, status = script.ov.ProfilingInfo.Status.EXECUTED, script.ov.ProfilingInfo.Status
-    row = partial(SimpleNamespace, real_time=timedelta(microseconds=7))
-    rows = [
-        row(node_name="conv", node_type="Convolution", status=ran),
-        row(node_name="view", node_type="Reshape", status=status.NOT_RUN),
-        row(node_name="gone", node_type="Relu", status=status.OPTIMIZED_OUT),
-        row(node_name="out", node_type="Result", status=ran),
-    ]
-    opened = SimpleNamespace(infer=lambda share_outputs: None, get_profiling_info=lambda: rows)
-    assert script.counted(opened, 2) == {("conv", "Convolution"): [7, 7]}
 
 
 @pytest.fixture(scope="module")
