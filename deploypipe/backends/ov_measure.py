@@ -85,7 +85,7 @@ def profile(request: dict[str, Any]) -> dict[str, Any]:
             seen[name] = {kernel: steady(averages) for kernel, averages in found.items() if kernel[0] in graphs[name]}
         turns.append(seen)
 
-    # Compiling is never the same work twice, so slowness tells nothing here.
+    # Compiling is never the same work twice, so the slowness of a turn tells nothing; that of its kernels does: see `alike`.
     chosen, load = stopwatch.quiet_turns(turn, cores, request, stopwatch.FEW, slower=float("inf"))
     rows = {name: _rows(alike([turns[i][name] for i in chosen]), per_block - SETTLED) for name in graphs}
     return {"models": {name: {"graph": graphs[name], "kernels": rows[name]} for name in rows}, "foreign_load": load}
