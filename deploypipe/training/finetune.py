@@ -20,6 +20,7 @@ from deploypipe.errors import DeployPipeError, ModelError, UsageError
 from deploypipe.progress import Reporter, Silent
 from deploypipe.training.checkpoint import Checkpoint, run_key
 from deploypipe.training.evaluate import Accuracy, evaluate, logits, recalibrate
+from deploypipe.training.layout import training_layout
 from deploypipe.training.settings import PRECISIONS, TrainHook, TrainSettings
 
 __all__ = ["Accuracy", "TrainHook", "TrainSettings", "evaluate", "finetune", "recalibrate"]
@@ -56,8 +57,9 @@ def finetune(
         UsageError: The loss is no longer finite.
     """
     fabric = fabric or _fabric(settings.precision)
-    trainer = _Trainer(fabric, data, settings, reporter or Silent(), tuple(hooks))
-    return trainer.train(_copied(model), None if teacher is None else _copied(teacher), checkpoint)
+    layout = training_layout(model)
+    trainer = _Trainer(fabric, data, settings, reporter or Silent(), tuple(hooks), layout)
+    return trainer.train(_copied(model, layout), None if teacher is None else _copied(teacher, layout), checkpoint)
 
 
 def _fabric(precision: str) -> Fabric:
@@ -65,16 +67,22 @@ def _fabric(precision: str) -> Fabric:
     return Fabric(accelerator="auto", devices=1, precision=PRECISIONS[precision])  # type: ignore[arg-type]
 
 
-def _copied(model: nn.Module) -> nn.Module:
-    # Channels-last is 1.4 times faster for convolutions on a CPU and what tensor cores want.
-    return copy.deepcopy(model).to(memory_format=torch.channels_last)
+def _copied(model: nn.Module, layout: torch.memory_format) -> nn.Module:
+    return copy.deepcopy(model).to(memory_format=layout)
 
 
 class _Trainer:
     def __init__(
-        self, fabric: Fabric, data: Data, settings: TrainSettings, reporter: Reporter, hooks: tuple[TrainHook, ...]
+        self,
+        fabric: Fabric,
+        data: Data,
+        settings: TrainSettings,
+        reporter: Reporter,
+        hooks: tuple[TrainHook, ...],
+        layout: torch.memory_format,
     ) -> None:
         self.fabric, self.data, self.settings, self.reporter, self.hooks = fabric, data, settings, reporter, hooks
+        self.layout = layout
         self.batch_size = max(2, settings.batch_size // fabric.world_size)
         self.steps_per_epoch = n_batches(data.train, self.batch_size, drop_last=True, n_shards=fabric.world_size)
         self.n_steps = settings.epochs * self.steps_per_epoch
@@ -158,7 +166,7 @@ class _Trainer:
 
     def _loss(self, run: nn.Module, teacher: nn.Module | None, inputs: Tensor, labels: Tensor) -> Tensor:
         if inputs.dim() == 4:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
+            inputs = inputs.contiguous(memory_format=self.layout)
         out = logits(run, inputs, labels)
         loss = F.cross_entropy(out, labels, label_smoothing=self.settings.label_smoothing)
         if teacher is None or not self.settings.distill:
