@@ -9,8 +9,8 @@ _BLOCKS = {"AVX512": 16}  # channels per vector register of oneDNN's convolution
 def training_layout(model: nn.Module) -> torch.memory_format:
     """Return channels-last, unless training a layer of the model in it would write past the end of memory.
 
-    Channels-last is 1.4 times faster for convolutions on a CPU, and what tensor cores want. But oneDNN's gradient of the weights
-    of a strided 1x1 convolution that reads fewer channels than a vector register holds is wrong in it, or ends the process
+    Channels-last is 1.4 times faster for convolutions on a CPU, and what tensor cores want. But in it oneDNN's gradient of the
+    weights of a strided 1x1 convolution that reads fewer channels than a vector register holds is wrong, or ends the process
     (oneDNN issue 6035; torch 2.14). Pruned residual networks have such shortcuts.
     """
     block = _BLOCKS.get(torch.backends.cpu.get_cpu_capability(), 8)
