@@ -160,7 +160,9 @@ def remarks(found: Overview) -> tuple[Row, ...]:
     """Return (word, sentence) pairs: what the figures are, what to worry about, where the file is."""
     warnings = [("warning", standing.warning) for standing in found.standings if standing.warning]
     meaning = "median (worst) error of predictions made before measuring; ratio is pruned / dense, us the pruned model alone"
-    return (("errors", meaning), *warnings, *(("note", note) for note in found.notes), ("ledger", found.path))
+    corrected = "runs with corrections measured again after these figures: `deploypipe report RUN` shows the last measurement"
+    last = [("corrected", corrected)] if any(entry.n_corrections for entry in found.entries[-SHOWN:]) else []
+    return (("errors", meaning), *last, *warnings, *(("note", note) for note in found.notes), ("ledger", found.path))
 
 
 def _standing_row(s: Standing) -> Row:

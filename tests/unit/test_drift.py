@@ -37,6 +37,13 @@ def test_the_ratio_does_not_see_a_machine_that_is_slower_altogether() -> None:
     assert found.pruned.worst == pytest.approx(1 - 50 / 60)
 
 
+@pytest.mark.parametrize(("n_corrections", "told"), [(0, False), (2, True)])
+def test_a_corrected_run_says_that_its_last_measurement_is_another(n_corrections: int, told: bool) -> None:
+    found = tuple(entries(0.01, n_corrections=n_corrections))
+    remarks = dict(drift.remarks(drift.Overview("ledger.csv", drift.standings(found), found, ())))
+    assert ("deploypipe report RUN" in remarks.get("corrected", "")) == told
+
+
 @pytest.mark.parametrize("change", [{"target": "b"}, {"threads": 2}, {"runtime_version": "2"}, {"processor": "other"}])
 def test_what_a_table_does_not_share_is_not_mixed(change: dict[str, object]) -> None:
     assert len(drift.standings([*entries(0.1), *entries(0.1, **change)])) == 2
