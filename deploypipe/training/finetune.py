@@ -20,7 +20,7 @@ from deploypipe.errors import DeployPipeError, ModelError, UsageError
 from deploypipe.progress import Reporter, Silent
 from deploypipe.training.checkpoint import Checkpoint, run_key
 from deploypipe.training.evaluate import Accuracy, evaluate, logits, recalibrate
-from deploypipe.training.layout import training_layout
+from deploypipe.training.layout import laid_out, training_layout
 from deploypipe.training.settings import PRECISIONS, TrainHook, TrainSettings
 
 __all__ = ["Accuracy", "TrainHook", "TrainSettings", "evaluate", "finetune", "recalibrate"]
@@ -165,8 +165,7 @@ class _Trainer:
             self._show(epoch, step, loss.item())
 
     def _loss(self, run: nn.Module, teacher: nn.Module | None, inputs: Tensor, labels: Tensor) -> Tensor:
-        if inputs.dim() == 4:
-            inputs = inputs.contiguous(memory_format=self.layout)
+        inputs = laid_out(inputs, self.layout)
         out = logits(run, inputs, labels)
         loss = F.cross_entropy(out, labels, label_smoothing=self.settings.label_smoothing)
         if teacher is None or not self.settings.distill:

@@ -1,7 +1,7 @@
 """Which memory layout a network is trained in."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _BLOCKS = {"AVX512": 16}  # channels per vector register of oneDNN's convolutions; 8 on all other processors
 
@@ -16,6 +16,11 @@ def training_layout(model: nn.Module) -> torch.memory_format:
     block = _BLOCKS.get(torch.backends.cpu.get_cpu_capability(), 8)
     fatal = any(_shortcut(layer) and layer.in_channels // layer.groups < block for layer in _convolutions(model))
     return torch.contiguous_format if fatal else torch.channels_last
+
+
+def laid_out(tensor: Tensor, layout: torch.memory_format) -> Tensor:
+    """Return images or weights of four axes in a layout; all else as it is."""
+    return tensor.contiguous(memory_format=layout) if tensor.dim() == 4 else tensor
 
 
 def _convolutions(model: nn.Module) -> list[nn.Conv2d]:
