@@ -18,7 +18,7 @@ it was measured, is off by over 8 %, both are done again from the start, twice a
 done. The other plans decide nothing.
 
 The file is written after every model and number of threads; a second call goes on with what is missing (--fresh: from the
-start). Row `dense` of a model also says what its profile cost: seconds, and kernels measured for it. Each model starts with
+start). All its rows are of one machine and runtime: on another one, name another file with --out. Row `dense` of a model also says what its profile cost: seconds, and kernels measured for it. Each model starts with
 an empty cache, unless --cache names one for all.
 """
 
@@ -260,8 +260,9 @@ def main() -> None:
         "latency.csv" if options.target == DEFAULT_TARGET else f"latency-{target.build.backend}.csv"
     )
     facts, (before, rows) = facts_of(target), read(path)
-    if options.models and any(before.get(name) != facts.get(name) for name in SAME):
-        rows = []  # of another machine or version, or of another form
+    others = [name for name in SAME if before and before.get(name) != facts.get(name)]
+    if options.models and others:
+        parser.error(f"{path} holds rows of another machine or version ({', '.join(others)}): name another file with --out")
     for name in options.models:
         with tempfile.TemporaryDirectory() as folder:
             run(name, Path(folder), options, target, path, facts, rows)
