@@ -18,8 +18,9 @@ it was measured, is off by over 8 %, both are done again from the start, twice a
 done. The other plans decide nothing.
 
 The file is written after every model and number of threads; a second call goes on with what is missing (--fresh: from the
-start). All its rows are of one machine and runtime: on another one, name another file with --out. Row `dense` of a model also says what its profile cost: seconds, and kernels measured for it. Each model starts with
-an empty cache, unless --cache names one for all.
+start). All its rows are of one machine and runtime: on another one, name another file with --out. Row `dense` of a model also
+says what its profile cost: seconds, and kernels measured for it. Each model starts with an empty cache, unless --cache names
+one for all.
 """
 
 import argparse

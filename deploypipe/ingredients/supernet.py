@@ -17,7 +17,7 @@ from deploypipe.compact import compact, kept_slots
 from deploypipe.ingredients.statistics import generator
 from deploypipe.plan import KeepPlan
 from deploypipe.training.evaluate import main_output
-from deploypipe.training.layout import laid_out, training_layout
+from deploypipe.training.layout import has_narrow_shortcut, laid_out
 from deploypipe.training.settings import TrainHook
 from deploypipe.types import Graph
 
@@ -49,9 +49,11 @@ class Supernet:
         """
         plan = KeepPlan.of_widths({name: width for name, width in widths.items() if width < self._graph.group(name).size})
         small = compact(self._shape, self._graph, plan, check=False).to(inputs.device).train(self._model.training)
-        layout = training_layout(small)  # not always that of the whole model, which is wider
-        slices = {name: laid_out(tensor, layout) for name, tensor in self._sliced(plan).items()}
-        return functional_call(small, slices, (laid_out(inputs, layout),))
+        slices = self._sliced(plan)
+        if has_narrow_shortcut(small):  # unlike the whole model, whose layout inputs and slices have
+            plain = torch.contiguous_format
+            slices, inputs = {name: laid_out(tensor, plain) for name, tensor in slices.items()}, laid_out(inputs, plain)
+        return functional_call(small, slices, (inputs,))
 
     def _sliced(self, plan: KeepPlan) -> dict[str, Tensor]:
         sliced: dict[str, Tensor] = {}

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from deploypipe.data.batches import Augment, Samples, batches, count
 from deploypipe.errors import ModelError
 from deploypipe.factory import guarded
 from deploypipe.progress import Reporter, Silent
+from deploypipe.training.layout import fast_layout, in_mode, laid_out
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def evaluate(model: nn.Module, dataset: Samples, *, batch_size: int = 256, repor
     n = count(dataset)
     reporter.stage("evaluate", n)
     right, loss, done = 0, 0.0, 0
-    with _in_mode(model, training=False), torch.inference_mode():
+    with in_mode(model, training=False), torch.inference_mode():
         for inputs, labels in _placed(model, batches(dataset, batch_size)):
             out = logits(model, inputs, labels)
             right += int((out.argmax(1) == labels).sum())
@@ -126,21 +126,11 @@ def main_output(out: Any) -> Any:
     return getattr(out, "logits", out)
 
 
-@contextmanager
-def _in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Switch every module, and put back the mode that each of them had."""
-    modes = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def _placed(model: nn.Module, stream: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Move batches to the model's device, images in channels-last memory."""
+    """Move batches to the model's device, images in the fastest layout that the model runs in."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    for inputs, labels in stream:
-        layout = torch.channels_last if inputs.dim() == 4 else torch.contiguous_format
-        yield inputs.to(device, memory_format=layout), labels.to(device)
+    layout: torch.memory_format | None = None
+    for batch, labels in stream:
+        inputs = batch.to(device)
+        layout = layout or fast_layout(model, inputs)
+        yield laid_out(inputs, layout), labels.to(device)

@@ -15,12 +15,12 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from deploypipe.data.batches import Data, batches, n_batches
+from deploypipe.data.batches import Data, batches, n_batches, take
 from deploypipe.errors import DeployPipeError, ModelError, UsageError
 from deploypipe.progress import Reporter, Silent
 from deploypipe.training.checkpoint import Checkpoint, run_key
 from deploypipe.training.evaluate import Accuracy, evaluate, logits, recalibrate
-from deploypipe.training.layout import laid_out, training_layout
+from deploypipe.training.layout import laid_out, laid_out_model
 from deploypipe.training.settings import PRECISIONS, TrainHook, TrainSettings
 
 __all__ = ["Accuracy", "TrainHook", "TrainSettings", "evaluate", "finetune", "recalibrate"]
@@ -57,18 +57,14 @@ def finetune(
         UsageError: The loss is no longer finite.
     """
     fabric = fabric or _fabric(settings.precision)
-    layout = training_layout(model)
+    student, layout = laid_out_model(model, take(data.train, torch.arange(2))[0])
     trainer = _Trainer(fabric, data, settings, reporter or Silent(), tuple(hooks), layout)
-    return trainer.train(_copied(model, layout), None if teacher is None else _copied(teacher, layout), checkpoint)
+    return trainer.train(student, None if teacher is None else copy.deepcopy(teacher).to(memory_format=layout), checkpoint)
 
 
 def _fabric(precision: str) -> Fabric:
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces what it was asked for
     return Fabric(accelerator="auto", devices=1, precision=PRECISIONS[precision])  # type: ignore[arg-type]
-
-
-def _copied(model: nn.Module, layout: torch.memory_format) -> nn.Module:
-    return copy.deepcopy(model).to(memory_format=layout)
 
 
 class _Trainer:

@@ -1,4 +1,11 @@
-"""Which memory layout a network is trained in."""
+"""Which memory layout networks run and train in.
+
+Channels-last is 1.4 times faster for convolutions on a CPU, and what tensor cores want; but not every network can.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -6,27 +13,62 @@ from torch import Tensor, nn
 _BLOCKS = {"AVX512": 16}  # channels per vector register of oneDNN's convolutions; 8 on all other processors
 
 
-def training_layout(model: nn.Module) -> torch.memory_format:
-    """Return channels-last, unless training a layer of the model in it would write past the end of memory.
+def fast_layout(model: nn.Module, inputs: Tensor) -> torch.memory_format:
+    """Return channels-last if the model runs on such images, else the plain layout.
 
-    Channels-last is 1.4 times faster for convolutions on a CPU, and what tensor cores want. But in it oneDNN's gradient of the
-    weights of a strided 1x1 convolution that reads fewer channels than a vector register holds is wrong, or ends the process
-    (oneDNN issue 6035; torch 2.14). Pruned residual networks have such shortcuts.
+    Code like `x.view(len(x), -1)` behind a convolution cannot. Two images are tried, in eval mode.
+
+    Args:
+        model: On the device of the inputs.
+        inputs: A batch (B, ...); what has not four axes has no other layout.
+    """
+    if inputs.dim() != 4:
+        return torch.contiguous_format
+    try:
+        with in_mode(model, training=False), torch.inference_mode():
+            model(laid_out(inputs[:2], torch.channels_last))
+    except RuntimeError:  # if this is not about the layout, the model fails in the plain one, too, and is reported there
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def laid_out_model(model: nn.Module, inputs: Tensor) -> tuple[nn.Module, torch.memory_format]:
+    """Return a copy of the model in the layout to train it in, and that layout: the fast one, unless the model cannot.
+
+    Args:
+        model: On the CPU.
+        inputs: Some images (B, ...), to try.
+    """
+    fast = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    layout = torch.contiguous_format if has_narrow_shortcut(model) else fast_layout(fast, inputs)
+    return fast.to(memory_format=layout), layout
+
+
+def has_narrow_shortcut(model: nn.Module) -> bool:
+    """Whether training the model in channels-last may end the process.
+
+    oneDNN's gradient of the weights of a strided 1x1 convolution that reads fewer channels than a vector register holds is
+    wrong there, or writes past its memory (oneDNN issue 6035; torch 2.14). Pruned residual networks have such shortcuts.
     """
     block = _BLOCKS.get(torch.backends.cpu.get_cpu_capability(), 8)
-    fatal = any(_shortcut(layer) and layer.in_channels // layer.groups < block for layer in _convolutions(model))
-    return torch.contiguous_format if fatal else torch.channels_last
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    strided = [layer for layer in layers if set(layer.kernel_size) == {1} and set(layer.stride) != {1}]
+    return any(layer.in_channels // layer.groups < block for layer in strided)
 
 
 def laid_out(tensor: Tensor, layout: torch.memory_format) -> Tensor:
-    """Return images or weights of four axes in a layout; all else as it is."""
-    return tensor.contiguous(memory_format=layout) if tensor.dim() == 4 else tensor
+    """Return images or weights of four axes, copied to a layout; all else as it is."""
+    # `contiguous` leaves images of one channel as they are, whose strides fit both layouts but mean one of them to operators.
+    return tensor.clone(memory_format=layout) if tensor.dim() == 4 else tensor
 
 
-def _convolutions(model: nn.Module) -> list[nn.Conv2d]:
-    """Return the two-dimensional convolutions of a model."""
-    return [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-
-
-def _shortcut(layer: nn.Conv2d) -> bool:
-    return set(layer.kernel_size) == {1} and set(layer.stride) != {1}
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Switch every module, and put back the mode that each of them had."""
+    modes = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

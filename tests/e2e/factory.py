@@ -33,6 +33,22 @@ def net() -> nn.Module:
     return Net()
 
 
+class Viewed(Net):
+    """Its code only runs on the plain memory layout, as that of many tutorials does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(48 * 12 * 12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(self.stem(x)).view(x.size(0), -1))
+
+
+def viewed() -> nn.Module:
+    torch.manual_seed(0)
+    return Viewed()
+
+
 def raises() -> nn.Module:
     return nn.Conv2d(3, 8, "three")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import arguments
+from command_line import FACTORY, arguments
 from factory import data, net
 from learners import Count
 
@@ -55,6 +55,13 @@ def test_training_before_planning_resumes_and_the_plan_is_of_the_trained_model(
     assert run(arguments(out, algo="warmed", **COUNTED | {"epochs": 2})) == 0
     assert "train reused" in capsys.readouterr().err
     assert not Count.epochs
+
+
+def test_a_network_that_views_its_channels_is_pruned_and_trained(tmp_path: Path) -> None:
+    command = arguments(tmp_path / "run", model=f"{FACTORY}:viewed", **COUNTED)
+    assert run([part for part in command if part != "--no-distill"]) == 0
+    report = report_of(tmp_path / "run")
+    assert report["pruned"]["n_macs"] <= 0.7 * report["dense"]["n_macs"]
 
 
 def test_prune_trains_too() -> None:

@@ -1,4 +1,4 @@
-"""Training in the fast memory layout must neither die nor learn wrong gradients: oneDNN's does for some narrow shortcuts."""
+"""The fast memory layout: not for networks that cannot run in it, nor for those whose gradients are wrong in it."""
 
 import subprocess
 import sys
@@ -8,35 +8,86 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from deploypipe.data.batches import Data
+from deploypipe.data.batches import CropFlip, Data
+from deploypipe.training.evaluate import evaluate, recalibrate
 from deploypipe.training.finetune import TrainSettings, finetune
-from deploypipe.training.layout import training_layout
+from deploypipe.training.layout import fast_layout, has_narrow_shortcut
 
 SHORTCUT = {"kernel_size": 1, "stride": 2}
 
 
+class Viewed(nn.Module):
+    """A network as many tutorials write it: it only runs on the plain layout."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.conv = nn.Conv2d(channels, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.norm, self.last = nn.BatchNorm2d(4), nn.Linear(4 * 8 * 8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.norm(self.conv(self.first(x))).view(x.size(0), -1))
+
+
+def noise(size: int, channels: int = 3, augment: CropFlip | None = None) -> Data:
+    images = TensorDataset(torch.randn(64, channels, size, size), torch.randint(2, (64,)))
+    return Data(images, images, ("a", "b"), "noise", augment, "noise")
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("augment", [None, CropFlip(1, flip=True)])
+def test_a_network_that_views_its_channels_runs_and_trains(training, channels, augment):
+    torch.manual_seed(0)
+    model, data = Viewed(channels).train(training), noise(8, channels, augment)
+    flat = nn.Sequential(model.first, model.conv, model.norm, nn.Flatten(), model.last)
+    assert fast_layout(model, torch.randn(4, channels, 8, 8)) == torch.contiguous_format
+    assert fast_layout(flat, torch.randn(4, channels, 8, 8)) == torch.channels_last
+    assert evaluate(model, data.test).loss == pytest.approx(evaluate(flat, data.test).loss, rel=1e-5)
+    assert model.training == training
+    fresh, plain = (recalibrate(net, data.train, batch_size=32, augment=augment) for net in (model, flat))
+    torch.testing.assert_close(fresh.norm.running_mean, plain[2].running_mean)
+    settings = TrainSettings(epochs=2, batch_size=32)
+    one, other = (finetune(net, data, settings).state_dict() for net in (model, flat))
+    for mine, theirs in zip(one.values(), other.values(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_the_trial_leaves_statistics_and_modes_alone():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4).eval(), nn.Dropout()).train()
+    model[1].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fast_layout(model, torch.randn(4, 3, 8, 8))
+    assert [module.training for module in model] == [True, False, True]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_what_is_no_image_has_the_plain_layout():
+    assert fast_layout(nn.Linear(6, 2), torch.randn(4, 6)) == torch.contiguous_format
+
+
 @pytest.mark.parametrize(
-    ("layer", "fast"),
+    ("layer", "narrow"),
     [
-        (nn.Conv2d(6, 16, 1, stride=2), False),
-        (nn.Conv2d(7, 16, 1, stride=(1, 2)), False),
-        (nn.Conv2d(24, 16, 1, stride=2, groups=4), False),
-        (nn.Conv2d(16, 8, 1, stride=2), True),
-        (nn.Conv2d(6, 16, 1), True),  # not strided
-        (nn.Conv2d(6, 16, 3, stride=2, padding=1), True),
-        (nn.Conv1d(6, 16, 1, stride=2), True),
-        (nn.Linear(6, 16), True),
+        (nn.Conv2d(6, 16, 1, stride=2), True),
+        (nn.Conv2d(7, 16, 1, stride=(1, 2)), True),
+        (nn.Conv2d(24, 16, 1, stride=2, groups=4), True),
+        (nn.Conv2d(16, 8, 1, stride=2), False),
+        (nn.Conv2d(6, 16, 1), False),  # not strided
+        (nn.Conv2d(6, 16, 3, stride=2, padding=1), False),
+        (nn.Conv1d(6, 16, 1, stride=2), False),
+        (nn.Linear(6, 16), False),
     ],
 )
-def test_only_strided_pointwise_convolutions_of_few_channels_lose_the_fast_layout(layer, fast):
-    assert training_layout(nn.Sequential(nn.ReLU(), layer)) == (torch.channels_last if fast else torch.contiguous_format)
+def test_narrow_shortcuts_are_strided_pointwise_convolutions_of_few_channels(layer, narrow):
+    assert has_narrow_shortcut(nn.Sequential(nn.ReLU(), layer)) == narrow
 
 
 @pytest.mark.parametrize(("capability", "block"), [("AVX2", 8), ("AVX512", 16), ("DEFAULT", 8)])
 def test_few_is_less_than_a_vector_register(monkeypatch, capability, block):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert training_layout(nn.Conv2d(block, 8, **SHORTCUT)) == torch.channels_last
-    assert training_layout(nn.Conv2d(block - 1, 8, **SHORTCUT)) == torch.contiguous_format
+    assert not has_narrow_shortcut(nn.Conv2d(block, 8, **SHORTCUT))
+    assert has_narrow_shortcut(nn.Conv2d(block - 1, 8, **SHORTCUT))
 
 
 def narrow() -> tuple[nn.Module, Data]:
