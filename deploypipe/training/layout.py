@@ -39,9 +39,12 @@ def laid_out_model(model: nn.Module, inputs: Tensor) -> tuple[nn.Module, torch.m
         model: On the CPU.
         inputs: Some images (B, ...), to try.
     """
-    fast = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    layout = torch.contiguous_format if has_narrow_shortcut(model) else fast_layout(fast, inputs)
-    return fast.to(memory_format=layout), layout
+    student = copy.deepcopy(model)
+    volumes = any(tensor.dim() == 5 for tensor in student.state_dict().values())  # of other layouts
+    if volumes or has_narrow_shortcut(student):
+        return student.to(memory_format=torch.contiguous_format), torch.contiguous_format
+    layout = fast_layout(student.to(memory_format=torch.channels_last), inputs)
+    return student.to(memory_format=layout), layout
 
 
 def has_narrow_shortcut(model: nn.Module) -> bool:

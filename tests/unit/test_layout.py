@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 from deploypipe.data.batches import CropFlip, Data
 from deploypipe.training.evaluate import evaluate, recalibrate
 from deploypipe.training.finetune import TrainSettings, finetune
-from deploypipe.training.layout import fast_layout, has_narrow_shortcut
+from deploypipe.training.layout import fast_layout, has_narrow_shortcut, laid_out, laid_out_model
 
 SHORTCUT = {"kernel_size": 1, "stride": 2}
 
@@ -60,6 +60,14 @@ def test_the_trial_leaves_statistics_and_modes_alone():
     assert [module.training for module in model] == [True, False, True]
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("layer", [nn.Conv1d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Conv3d(3, 4, 3)])
+def test_networks_for_inputs_of_any_rank_are_laid_out(layer):
+    inputs = torch.randn(2, 3, *[6] * len(layer.kernel_size))
+    model, layout = laid_out_model(layer, inputs)
+    assert layout == (torch.channels_last if isinstance(layer, nn.Conv2d) else torch.contiguous_format)
+    torch.testing.assert_close(model(laid_out(inputs, layout)), layer(inputs))
 
 
 def test_what_is_no_image_has_the_plain_layout():
