@@ -138,11 +138,14 @@ class Search:
         if smallest <= self.budget:
             return choice
         share = 100 * smallest / dense
+        fix = f"ask for at least {np.ceil(10 * share) / 10:.1f}%, or allow narrower widths"
+        if not self.widths:
+            fix = "no channel of this model can go: `deploypipe inspect` says why, group by group"
         raise BudgetError(
             f"the budget of {self.budget:,.6g} {unit} ({100 * self.budget / dense:.1f} % of the dense model) is out of reach: "
             f"the smallest reachable cost {'' if proved else 'found '}is {smallest:,.6g} {unit} ({share:.1f} %)",
             at=f"{len(self.widths)} groups to choose from, {len(self.graph.fixed)} fixed{self._source()}",
-            fix=f"ask for at least {np.ceil(10 * share) / 10:.1f}%, or allow narrower widths",
+            fix=fix,
         )
 
     def _source(self) -> str:
