@@ -16,7 +16,7 @@ from deploypipe.data.batches import Augment, Samples, batches, count
 from deploypipe.errors import ModelError
 from deploypipe.factory import guarded
 from deploypipe.progress import Reporter, Silent
-from deploypipe.training.layout import fast_layout, in_mode, laid_out
+from deploypipe.training.layout import device_of, fast_layout, in_mode, laid_out
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,7 @@ def main_output(out: Any) -> Any:
 
 def _placed(model: nn.Module, stream: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
     """Move batches to the model's device, images in the fastest layout that the model runs in."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    layout: torch.memory_format | None = None
+    device, layout = device_of(model), None
     for batch, labels in stream:
         inputs = batch.to(device)
         layout = layout or fast_layout(model, inputs)

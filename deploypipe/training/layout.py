@@ -19,14 +19,14 @@ def fast_layout(model: nn.Module, inputs: Tensor) -> torch.memory_format:
     Code like `x.view(len(x), -1)` behind a convolution cannot. Two images are tried, in eval mode.
 
     Args:
-        model: On the device of the inputs.
-        inputs: A batch (B, ...); what has not four axes has no other layout.
+        model: On any device.
+        inputs: A batch (B, ...), on any device; what has not four axes has no other layout.
     """
     if inputs.dim() != 4:
         return torch.contiguous_format
     try:
         with in_mode(model, training=False), torch.inference_mode():
-            model(laid_out(inputs[:2], torch.channels_last))
+            model(laid_out(inputs[:2].to(device_of(model)), torch.channels_last))
     except RuntimeError:  # if this is not about the layout, the model fails in the plain one, too, and is reported there
         return torch.contiguous_format
     return torch.channels_last
@@ -36,7 +36,7 @@ def laid_out_model(model: nn.Module, inputs: Tensor) -> tuple[nn.Module, torch.m
     """Return a copy of the model in the layout to train it in, and that layout: the fast one, unless the model cannot.
 
     Args:
-        model: On the CPU.
+        model: Stays as it is.
         inputs: Some images (B, ...), to try.
     """
     student = copy.deepcopy(model)
@@ -63,6 +63,11 @@ def laid_out(tensor: Tensor, layout: torch.memory_format) -> Tensor:
     """Return images or weights of four axes, copied to a layout; all else as it is."""
     # `contiguous` leaves images of one channel as they are, whose strides fit both layouts but mean one of them to operators.
     return tensor.clone(memory_format=layout) if tensor.dim() == 4 else tensor
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where the parameters of a model are; the CPU if it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 @contextmanager

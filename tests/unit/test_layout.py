@@ -70,6 +70,11 @@ def test_networks_for_inputs_of_any_rank_are_laid_out(layer):
     torch.testing.assert_close(model(laid_out(inputs, layout)), layer(inputs))
 
 
+def test_images_are_tried_where_the_model_is():
+    """The device `meta` computes shapes only; on another one than the model, images would fail in any layout."""
+    assert fast_layout(nn.Conv2d(3, 4, 3, device="meta"), torch.randn(2, 3, 8, 8)) == torch.channels_last
+
+
 def test_what_is_no_image_has_the_plain_layout():
     assert fast_layout(nn.Linear(6, 2), torch.randn(4, 6)) == torch.contiguous_format
 
