@@ -15,7 +15,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from deploypipe.data.batches import Data, batches, n_batches, take
+from deploypipe.data.batches import Data, batches, count, n_batches, take
 from deploypipe.errors import DeployPipeError, ModelError, UsageError
 from deploypipe.progress import Reporter, Silent
 from deploypipe.training.checkpoint import Checkpoint, run_key
@@ -57,7 +57,7 @@ def finetune(
         UsageError: The loss is no longer finite.
     """
     fabric = fabric or _fabric(settings.precision)
-    student, layout = laid_out_model(model, take(data.train, torch.arange(2))[0])
+    student, layout = laid_out_model(model, take(data.train, torch.arange(min(2, count(data.train))))[0])
     trainer = _Trainer(fabric, data, settings, reporter or Silent(), tuple(hooks), layout)
     return trainer.train(student, None if teacher is None else copy.deepcopy(teacher).to(memory_format=layout), checkpoint)
 

@@ -27,7 +27,7 @@ def fast_layout(model: nn.Module, inputs: Tensor) -> torch.memory_format:
     try:
         with in_mode(model, training=False), torch.inference_mode():
             model(laid_out(inputs[:2].to(device_of(model)), torch.channels_last))
-    except RuntimeError:  # if this is not about the layout, the model fails in the plain one, too, and is reported there
+    except Exception:  # if this is not about the layout, the model fails in the plain one, too, and is reported there
         return torch.contiguous_format
     return torch.channels_last
 

@@ -70,6 +70,18 @@ def test_networks_for_inputs_of_any_rank_are_laid_out(layer):
     torch.testing.assert_close(model(laid_out(inputs, layout)), layer(inputs))
 
 
+class Batched(nn.Conv2d):
+    """Only takes whole batches."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert len(x) == 8
+        return super().forward(x)
+
+
+def test_a_network_that_refuses_the_trial_gets_the_plain_layout():
+    assert fast_layout(Batched(3, 4, 3), torch.randn(8, 3, 8, 8)) == torch.contiguous_format
+
+
 def test_images_are_tried_where_the_model_is():
     """The device `meta` computes shapes only; on another one than the model, images would fail in any layout."""
     assert fast_layout(nn.Conv2d(3, 4, 3, device="meta"), torch.randn(2, 3, 8, 8)) == torch.channels_last
