@@ -1,5 +1,6 @@
 """Tests run on one thread: the machine is small and results should not depend on it."""
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from tests.hasty import hasten
 
 torch.set_num_threads(1)
 hasten()
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a shell leaves what runs in the background, and all its children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -501,9 +501,7 @@ def test_an_interruption_ends_with_130(
 
 def start(code: str, **options: Any) -> subprocess.Popen[str]:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
-    # A shell that put the tests into the background made them deaf to Ctrl-C, and their children with them.
-    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    return subprocess.Popen([sys.executable, "-c", heard + textwrap.dedent(code)], **pipes)
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], **pipes)
 
 
 def test_ctrl_c_in_a_running_build() -> None:
