@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -65,13 +65,12 @@ class Checkpoint:
 
     def load(self) -> int:
         """Take the state over and return the number of finished epochs; 0 if the file is absent or of another run."""
+        n_epochs = finished_epochs(self.path, self.key)
+        if not n_epochs:
+            return 0
         try:
-            with safe_open(self.path, "pt") as file:
-                state = json.loads((file.metadata() or {}).get("state", "{}"))
-                if state.get("key") != self.key:
-                    return 0
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except (OSError, SafetensorError, json.JSONDecodeError):
+            tensors = load_file(self.path)
+        except (OSError, SafetensorError):
             return 0
         self.model.load_state_dict(_under("model.", tensors))
         momenta = _under("momentum.", tensors)
@@ -80,10 +79,20 @@ class Checkpoint:
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momenta[name])
         for i, hook in enumerate(self.hooks):
             hook.restore(_under(f"hook.{i}.", tensors))
-        return int(state["n_epochs"])
+        return n_epochs
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
+
+
+def finished_epochs(path: Path, key: str) -> int:
+    """Return how many epochs the run of that key finished; 0 if the file is absent, broken or of another run."""
+    try:
+        with safe_open(path, "pt") as file:
+            state = json.loads((file.metadata() or {}).get("state", "{}"))
+    except (OSError, SafetensorError, json.JSONDecodeError):
+        return 0
+    return int(state["n_epochs"]) if state.get("key") == key else 0
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

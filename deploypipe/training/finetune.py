@@ -18,9 +18,9 @@ from torch.optim import SGD, Optimizer
 from deploypipe.data.batches import Data, batches, count, n_batches, take
 from deploypipe.errors import DeployPipeError, ModelError, UsageError
 from deploypipe.progress import Reporter, Silent
-from deploypipe.training.checkpoint import Checkpoint, run_key
+from deploypipe.training.checkpoint import Checkpoint, finished_epochs, run_key
 from deploypipe.training.evaluate import Accuracy, evaluate, logits, recalibrate
-from deploypipe.training.layout import laid_out, laid_out_model
+from deploypipe.training.layout import laid_out, lay_out
 from deploypipe.training.settings import PRECISIONS, TrainHook, TrainSettings
 
 __all__ = ["Accuracy", "TrainHook", "TrainSettings", "evaluate", "finetune", "recalibrate"]
@@ -57,9 +57,8 @@ def finetune(
         UsageError: The loss is no longer finite.
     """
     fabric = fabric or _fabric(settings.precision)
-    student, layout = laid_out_model(model, take(data.train, torch.arange(min(2, count(data.train))))[0])
-    trainer = _Trainer(fabric, data, settings, reporter or Silent(), tuple(hooks), layout)
-    return trainer.train(student, None if teacher is None else copy.deepcopy(teacher).to(memory_format=layout), checkpoint)
+    trainer = _Trainer(fabric, data, settings, reporter or Silent(), tuple(hooks))
+    return trainer.train(copy.deepcopy(model), copy.deepcopy(teacher), checkpoint)
 
 
 def _fabric(precision: str) -> Fabric:
@@ -69,16 +68,10 @@ def _fabric(precision: str) -> Fabric:
 
 class _Trainer:
     def __init__(
-        self,
-        fabric: Fabric,
-        data: Data,
-        settings: TrainSettings,
-        reporter: Reporter,
-        hooks: tuple[TrainHook, ...],
-        layout: torch.memory_format,
+        self, fabric: Fabric, data: Data, settings: TrainSettings, reporter: Reporter, hooks: tuple[TrainHook, ...]
     ) -> None:
         self.fabric, self.data, self.settings, self.reporter, self.hooks = fabric, data, settings, reporter, hooks
-        self.layout = layout
+        self.layout = torch.contiguous_format
         self.batch_size = max(2, settings.batch_size // fabric.world_size)
         self.steps_per_epoch = n_batches(data.train, self.batch_size, drop_last=True, n_shards=fabric.world_size)
         self.n_steps = settings.epochs * self.steps_per_epoch
@@ -88,12 +81,15 @@ class _Trainer:
     def train(self, student: nn.Module, teacher: nn.Module | None, path: Path | None) -> nn.Module:
         if self.settings.epochs:
             key = run_key(self.settings, self.data.key, student, teacher, self.hooks)
+            if path is None or finished_epochs(path, key) < self.settings.epochs:  # else nothing is read of the data
+                images, _ = take(self.data.train, torch.arange(min(2, count(self.data.train))))
+                self.layout = lay_out(student, images)
             for hook in self.hooks:
                 hook.on_train_begin(student)
             optimizer = _optimizer(student, self.settings)
             run, run_optimizer = self.fabric.setup(student, optimizer)
             if teacher is not None:
-                teacher = self.fabric.to_device(teacher.eval().requires_grad_(False))
+                teacher = self.fabric.to_device(teacher.to(memory_format=self.layout).eval().requires_grad_(False))
             saved = Checkpoint(path, key, student, optimizer, self.hooks) if path else None
             first = saved.load() if saved else 0
             self._epochs(first, (run, run_optimizer, student), teacher, saved)

@@ -110,7 +110,7 @@ def test_a_finished_run_is_not_trained_again(data, tmp_path):
         make_net(), Data(_Watched(data.train, started), data.test, (), "part", data.augment, ""), SETTINGS, checkpoint=path
     )
     assert state_digest(hook_free) == state_digest(first)
-    assert started == [0, 1], "two images, to find the memory layout"
+    assert not started
 
 
 class _Watched(Dataset):

@@ -1,5 +1,6 @@
 """The fast memory layout: not for networks that cannot run in it, nor for those whose gradients are wrong in it."""
 
+import copy
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from torch.utils.data import TensorDataset
 from deploypipe.data.batches import CropFlip, Data
 from deploypipe.training.evaluate import evaluate, recalibrate
 from deploypipe.training.finetune import TrainSettings, finetune
-from deploypipe.training.layout import fast_layout, has_narrow_shortcut, laid_out, laid_out_model
+from deploypipe.training.layout import fast_layout, has_narrow_shortcut, laid_out, lay_out
 
 SHORTCUT = {"kernel_size": 1, "stride": 2}
 
@@ -53,7 +54,7 @@ def test_a_network_that_views_its_channels_runs_and_trains(training, channels, a
 
 
 def test_the_trial_leaves_statistics_and_modes_alone():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4).eval(), nn.Dropout()).train()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout()).train()
     model[1].eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     fast_layout(model, torch.randn(4, 3, 8, 8))
@@ -65,7 +66,8 @@ def test_the_trial_leaves_statistics_and_modes_alone():
 @pytest.mark.parametrize("layer", [nn.Conv1d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Conv3d(3, 4, 3)])
 def test_networks_for_inputs_of_any_rank_are_laid_out(layer):
     inputs = torch.randn(2, 3, *[6] * len(layer.kernel_size))
-    model, layout = laid_out_model(layer, inputs)
+    model = copy.deepcopy(layer)
+    layout = lay_out(model, inputs)
     assert layout == (torch.channels_last if isinstance(layer, nn.Conv2d) else torch.contiguous_format)
     torch.testing.assert_close(model(laid_out(inputs, layout)), layer(inputs))
 
@@ -121,8 +123,7 @@ def narrow() -> tuple[nn.Module, Data]:
     model = nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, **SHORTCUT), nn.Flatten(), nn.Linear(2048, 2)
     )
-    images = TensorDataset(torch.randn(64, 3, 32, 32), torch.randint(2, (64,)))
-    return model, Data(images, images, ("a", "b"), "noise", None, "noise")
+    return model, noise(32)
 
 
 def test_a_narrow_shortcut_learns_the_right_gradients():
