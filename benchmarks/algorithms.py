@@ -14,8 +14,9 @@ latency on ONNX Runtime, one thread. Rows:
   the ratio that comes nearest to the same budget; its own channels. Trained as the others are.
 - `auto`: the recipe, channels by group norms, widths by first-order terms, branches may go. `norms`: its channels alone.
   `taylor-by-taylor`: its widths alone. `...-measured`: `--value measured`; `-finalists`: with three finalists.
-- `auto-...`: its plan, trained otherwise: learning rate, weight decay, batch, share and temperature of distillation. And
-  `-penalised`: with the method's own training, that draws what will go towards zero, for a third of the epochs first.
+- `auto-...`: its plan, trained otherwise: learning rate, weight decay, batch, share and temperature of distillation; with the
+  last activations of the dense model as a hint, which no other row has. And `-penalised`: with the method's own training, that
+  draws what will go towards zero, for a third of the epochs first.
 
 All plans are made on one latency table, then trained, then measured in turns with the dense model. The budget is a little below
 the share, so that most rows end at or below it; a build would measure the plan and make it again where it does not, which this
@@ -52,6 +53,7 @@ from deploypipe.export import export_onnx, simplify_onnx
 from deploypipe.graph import trace
 from deploypipe.latency.table import LatencyTable
 from deploypipe.models.load import Loaded, load_model
+from deploypipe.pipeline.hinting import find_hint
 from deploypipe.pipeline.request import Request
 from deploypipe.pipeline.stages import Device
 from deploypipe.pipeline.training import schedule, trained, tuned, tuning_hooks
@@ -106,6 +108,7 @@ TRAININGS: Mapping[str, Mapping[str, Any]] = {  # of the default recipe's plan; 
     "distill-0.9": {"distill": 0.9},
     "distill-none": {"distill": 0.0},
     "softer": {"temperature": 2.0},
+    "hint": {"hint": 30.0},
 }
 ROWS: Mapping[str, Row] = {
     "uniform": Row("erk", {"rule": "uniform"}),
@@ -246,12 +249,15 @@ def finished(bench: Bench, row: Row, before: Mapping[str, Any], folder: Path) ->
         small = compact(basis, bench.graph, plan)
         settings, hooks = replace(bench.settings, epochs=max(0, bench.settings.epochs - before["epochs_before"])), ()
         settings = replace(settings, **row.training)
+        # Where inner activations are learnt, too, what the teacher said is not enough to remember.
+        teacher = bench.loaded.model if settings.hint else bench.teacher
+        hint = find_hint(basis, bench.graph, plan) if settings.hint else None
         if row.algo:
             algorithm = make(row.algo, bench.options(row))
             small = algorithm.repair(small, problem, plan) if hasattr(algorithm, "repair") else small
             settings, hooks = schedule(algorithm, settings, problem, plan), tuning_hooks(algorithm, problem, small, plan)
-        untrained = tuned(small, bench.data, replace(settings, epochs=0), bench.teacher, folder, Silent())
-        after = tuned(small, bench.data, settings, bench.teacher, folder, Silent(), hooks)
+        untrained = tuned(small, bench.data, replace(settings, epochs=0), teacher, folder, Silent())
+        after = tuned(small, bench.data, settings, teacher, folder, Silent(), hooks, hint)
         export_onnx(after, bench.loaded.example, folder / "exported.onnx")
         simplify_onnx(folder / "exported.onnx", folder / "model.onnx")
         top1 = {"before": evaluate(untrained, bench.data.test).top1, "accuracy": evaluate(after, bench.data.test).top1}
@@ -303,7 +309,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             part = split(data.train, args.images / count(data.train), seed)[1]
             data = replace(data, train=part, key=f"{data.key}, {args.images} images")
         settings = TrainSettings(
-            epochs=args.epochs, distill=args.distill, seed=seed, precision=args.precision, batch_size=args.batch_size
+            epochs=args.epochs, distill=args.distill, seed=seed, precision=args.precision, batch_size=args.batch_size, hint=0.0
         )
         bench = Bench(args.model, loaded, data, settings, args.share, args.work / args.model / "teacher")
         for name in args.rows:

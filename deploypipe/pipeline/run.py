@@ -28,6 +28,7 @@ from deploypipe.pipeline.absent import device_of, stored
 from deploypipe.pipeline.artifacts import accuracy_stage, artifact_stage, bench_stage, checks_stage, file_notes
 from deploypipe.pipeline.bundle import bundle_stage
 from deploypipe.pipeline.given import given
+from deploypipe.pipeline.hinting import find_hint
 from deploypipe.pipeline.outcome import Findings, assemble
 from deploypipe.pipeline.planning import Planner, read_rounds
 from deploypipe.pipeline.record import recorded
@@ -177,7 +178,8 @@ class Run:
         def tune(folder: Path) -> None:
             hooks = tuning_hooks(self.algorithm, self.basis, start, self.plan.value)
             hooks += sparse_hooks(self.request.sparsity, self.plan.value, start)
-            small = tuned(start, self.data, settings, self.loaded.model, folder, self.reporter, hooks)
+            hint = find_hint(self.basis.model, self.graph, self.plan.value) if settings.distill and settings.hint else None
+            small = tuned(start, self.data, settings, self.loaded.model, folder, self.reporter, hooks, hint)
             saved.save_weights(small, folder / saved.WEIGHTS)
 
         key = [1, self.started, settings, torch.get_num_threads()]

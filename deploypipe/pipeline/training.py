@@ -20,6 +20,7 @@ from deploypipe.reports.report import Arm
 from deploypipe.store import CHECKPOINT, Kept, Store
 from deploypipe.training.evaluate import evaluate
 from deploypipe.training.finetune import finetune
+from deploypipe.training.hints import Hint
 from deploypipe.training.masked import MaskedWeights
 from deploypipe.training.settings import TrainHook, TrainSettings
 from deploypipe.training.trainer import Trainer
@@ -106,13 +107,14 @@ def tuned(
     folder: Path,
     reporter: Reporter,
     hooks: Sequence[TrainHook] = (),
+    hint: Hint | None = None,
 ) -> nn.Module:
     """Return `start` with renewed batch norms, then fine-tuned, taught by `dense` if the settings distill; resumable."""
     small = ready(start, data, settings)
     if not settings.epochs:
         return small
     teacher, file = dense if settings.distill else None, folder / CHECKPOINT / "state.safetensors"
-    return finetune(small, data, settings, teacher=teacher, checkpoint=file, reporter=reporter, hooks=hooks)
+    return finetune(small, data, settings, teacher=teacher, checkpoint=file, reporter=reporter, hooks=hooks, hint=hint)
 
 
 def arms_stage(

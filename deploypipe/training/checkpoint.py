@@ -13,17 +13,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from deploypipe.training.hints import Hint
 from deploypipe.training.settings import TrainHook, TrainSettings
 
 _SCHEMA = 1
 
 
 def run_key(
-    settings: TrainSettings, data_key: str, student: nn.Module, teacher: nn.Module | None, hooks: Sequence[TrainHook] = ()
+    settings: TrainSettings,
+    data_key: str,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    hooks: Sequence[TrainHook] = (),
+    hint: Hint | None = None,
 ) -> str:
     """Return a hash of everything that decides the outcome of a training run."""
     names = [[type(hook).__qualname__, hook.key] for hook in hooks]
-    digest = hashlib.sha256(json.dumps([_SCHEMA, asdict(settings), data_key, names]).encode())
+    heard = asdict(hint) if hint else None
+    digest = hashlib.sha256(json.dumps([_SCHEMA, asdict(settings), data_key, names, heard]).encode())
     for model in (student, teacher):
         digest.update(state_digest(model).encode() if model is not None else b"none")
     return digest.hexdigest()[:16]

@@ -5,7 +5,7 @@ import logging
 import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +20,14 @@ from deploypipe.errors import DeployPipeError, ModelError, UsageError
 from deploypipe.progress import Reporter, Silent
 from deploypipe.training.checkpoint import Checkpoint, finished_epochs, run_key
 from deploypipe.training.evaluate import Accuracy, evaluate, logits, recalibrate
+from deploypipe.training.hints import Hint, Listener, listening
 from deploypipe.training.layout import laid_out, lay_out
 from deploypipe.training.settings import PRECISIONS, TrainHook, TrainSettings
 
 __all__ = ["Accuracy", "TrainHook", "TrainSettings", "evaluate", "finetune", "recalibrate"]
 
 
-def finetune(
+def finetune(  # noqa: PLR0913 - named arguments in practice
     model: nn.Module,
     data: Data,
     settings: TrainSettings,
@@ -35,6 +36,7 @@ def finetune(
     checkpoint: Path | None = None,
     reporter: Reporter | None = None,
     hooks: Sequence[TrainHook] = (),
+    hint: Hint | None = None,
     fabric: Fabric | None = None,
 ) -> nn.Module:
     """Return a trained copy of `model`, in eval mode on the CPU.
@@ -50,6 +52,7 @@ def finetune(
         checkpoint: File that holds the state after the latest epoch; written here, and read if it belongs to this run.
         reporter: Is told about every step.
         hooks: Called in order.
+        hint: Where inner activations are learnt from the teacher, too.
         fabric: Devices, strategy and precision, already launched; default: one device, a GPU if there is one.
 
     Raises:
@@ -57,7 +60,7 @@ def finetune(
         UsageError: The loss is no longer finite.
     """
     fabric = fabric or _fabric(settings.precision)
-    trainer = _Trainer(fabric, data, settings, reporter or Silent(), tuple(hooks))
+    trainer = _Trainer(fabric, data, settings, reporter or Silent(), tuple(hooks), hint)
     return trainer.train(copy.deepcopy(model), copy.deepcopy(teacher), checkpoint)
 
 
@@ -68,9 +71,17 @@ def _fabric(precision: str) -> Fabric:
 
 class _Trainer:
     def __init__(
-        self, fabric: Fabric, data: Data, settings: TrainSettings, reporter: Reporter, hooks: tuple[TrainHook, ...]
+        self,
+        fabric: Fabric,
+        data: Data,
+        settings: TrainSettings,
+        reporter: Reporter,
+        hooks: tuple[TrainHook, ...],
+        hint: Hint | None,
     ) -> None:
         self.fabric, self.data, self.settings, self.reporter, self.hooks = fabric, data, settings, reporter, hooks
+        self.hint = hint if settings.distill and settings.hint else None
+        self.listener: Listener | None = None
         self.layout = torch.contiguous_format
         self.batch_size = max(2, settings.batch_size // fabric.world_size)
         self.steps_per_epoch = n_batches(data.train, self.batch_size, drop_last=True, n_shards=fabric.world_size)
@@ -80,7 +91,7 @@ class _Trainer:
 
     def train(self, student: nn.Module, teacher: nn.Module | None, path: Path | None) -> nn.Module:
         if self.settings.epochs:
-            key = run_key(self.settings, self.data.key, student, teacher, self.hooks)
+            key = run_key(self.settings, self.data.key, student, teacher, self.hooks, self.hint)
             if path is None or finished_epochs(path, key) < self.settings.epochs:  # else nothing is read of the data
                 images, _ = take(self.data.train, torch.arange(min(2, count(self.data.train))))
                 self.layout = lay_out(student, images)
@@ -92,10 +103,14 @@ class _Trainer:
                 teacher = self.fabric.to_device(teacher.to(memory_format=self.layout).eval().requires_grad_(False))
             saved = Checkpoint(path, key, student, optimizer, self.hooks) if path else None
             first = saved.load() if saved else 0
-            self._epochs(first, (run, run_optimizer, student), teacher, saved)
+            with self._listening(student, teacher) as self.listener:
+                self._epochs(first, (run, run_optimizer, student), teacher, saved)
             for hook in reversed(self.hooks):
                 hook.on_train_end(student)
         return student.cpu().to(memory_format=torch.contiguous_format).eval()
+
+    def _listening(self, student: nn.Module, teacher: nn.Module | None) -> AbstractContextManager[Listener | None]:
+        return listening(student, teacher, self.hint) if self.hint and teacher is not None else nullcontext()
 
     def _epochs(
         self,
@@ -164,7 +179,8 @@ class _Trainer:
             return loss
         with torch.no_grad(), self.fabric.autocast():
             wanted = logits(teacher, inputs, labels).to(out.dtype)
-        return torch.lerp(loss, distillation_loss(out, wanted, self.settings.temperature), self.settings.distill)
+        loss = torch.lerp(loss, distillation_loss(out, wanted, self.settings.temperature), self.settings.distill)
+        return loss + self.settings.hint * self.listener.distance() if self.listener else loss
 
     def _check(self, loss: Tensor, step: int) -> None:
         if not torch.isfinite(loss):
