@@ -14,9 +14,9 @@ latency on ONNX Runtime, one thread. Rows:
   the ratio that comes nearest to the same budget; its own channels. Trained as the others are.
 - `auto`: the recipe, channels by group norms, widths by first-order terms, branches may go. `norms`: its channels alone.
   `taylor-by-taylor`: its widths alone. `...-measured`: `--value measured`; `-finalists`: with three finalists.
-- `auto-...`: its plan, trained otherwise: learning rate, weight decay, batch, share and temperature of distillation; with the
-  last activations of the dense model as a hint, which no other row has. And `-penalised`: with the method's own training, that
-  draws what will go towards zero, for a third of the epochs first.
+- `auto-...`: its plan, trained otherwise: learning rate, weight decay, batch, share and temperature of distillation. And
+  `-penalised`: with the method's own training, that draws what will go towards zero, for a third of the epochs first.
+- `...-hint`: trained as `build` does, which also learns the dense model's last activations. No other row does.
 
 All plans are made on one latency table, then trained, then measured in turns with the dense model. The budget is a little below
 the share, so that most rows end at or below it; a build would measure the plan and make it again where it does not, which this
@@ -99,6 +99,7 @@ LEARNER = ("train_epochs",)
 MEASURED, FIRST_ORDER = {"value": "measured"}, {"value": "taylor"}
 ONCE = {"steps": 1, "interval": 16, "batch": 128, "lr": 0.0}
 NORMS = {"train_epochs": 0, "steps": 1}  # channels by the norm of all that they own, batch norms and readers included
+HINT: Mapping[str, Any] = {"hint": 30.0}
 TRAININGS: Mapping[str, Mapping[str, Any]] = {  # of the default recipe's plan; what else was tried
     "lr-0.1": {"lr": 0.1},
     "lr-0.2": {"lr": 0.2},
@@ -108,7 +109,7 @@ TRAININGS: Mapping[str, Mapping[str, Any]] = {  # of the default recipe's plan; 
     "distill-0.9": {"distill": 0.9},
     "distill-none": {"distill": 0.0},
     "softer": {"temperature": 2.0},
-    "hint": {"hint": 30.0},
+    "hint": HINT,
 }
 ROWS: Mapping[str, Row] = {
     "uniform": Row("erk", {"rule": "uniform"}),
@@ -136,6 +137,7 @@ ROWS: Mapping[str, Row] = {
     "autocompress": Row("autocompress", {"rounds": 1, "retrain_epochs": 0}, learns=LEARNER),
     "torch-pruning": Row(),
     "torch-pruning-taylor": Row(),
+    "torch-pruning-hint": Row(training=HINT),
     "auto": Row("depgraph", NORMS, value=FIRST_ORDER),
     "taylor-by-taylor": Row("taylor", ONCE, value=FIRST_ORDER),
     "l2-measured": Row("l2", value=MEASURED),
@@ -367,7 +369,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--model", default="resnet20", choices=list(MODELS))
     parser.add_argument("--weights", type=Path, help="of the dense model; without them it is trained first")
-    tried = [name for name in ROWS if name.startswith("auto-")]
+    tried = [name for name, row in ROWS.items() if row.training or name.startswith("auto-")]
     parser.add_argument("--rows", nargs="+", default=[name for name in ROWS if name not in tried], choices=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--share", type=float, default=0.5, help="of the dense model's latency")
