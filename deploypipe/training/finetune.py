@@ -179,8 +179,9 @@ class _Trainer:
             return loss
         with torch.no_grad(), self.fabric.autocast():
             wanted = logits(teacher, inputs, labels).to(out.dtype)
-        loss = torch.lerp(loss, distillation_loss(out, wanted, self.settings.temperature), self.settings.distill)
-        return loss + self.settings.hint * self.listener.distance() if self.listener else loss
+        if self.listener:
+            self.listener.follow(self.settings.hint)
+        return torch.lerp(loss, distillation_loss(out, wanted, self.settings.temperature), self.settings.distill)
 
     def _check(self, loss: Tensor, step: int) -> None:
         if not torch.isfinite(loss):

@@ -23,7 +23,7 @@ class TrainSettings:
         weight_decay: On weights of two or more axes; biases and normalisation are not decayed.
         distill: Share of the distillation loss, 0 to 1; the labels get the rest.
         temperature: Softens both distributions of the distillation loss.
-        hint: Weight of the last activations' distance from the teacher's, in distillation from a dense model (see `hints`).
+        hint: Share of the dense model's last activations in the direction of a step, 0 to 1, where it teaches (see `hints`).
         label_smoothing: Share of the label that is spread over all classes.
         warmup: Share of all steps with a linearly rising learning rate.
         seed: Decides order, augmentation and dropout.
@@ -37,7 +37,7 @@ class TrainSettings:
     weight_decay: float = 5e-4
     distill: float = 0.5
     temperature: float = 4.0
-    hint: float = 30.0
+    hint: float = 0.9
     label_smoothing: float = 0.0
     warmup: float = 0.05
     seed: int = 0
@@ -52,7 +52,7 @@ class TrainSettings:
             "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
             "distill": (0 <= self.distill <= 1, "from 0 to 1"),
             "temperature": (0 < self.temperature < math.inf, "greater than 0"),
-            "hint": (0 <= self.hint < math.inf, "0 or more"),
+            "hint": (0 <= self.hint <= 1, "from 0 to 1"),
             "label_smoothing": (0 <= self.label_smoothing < 1, "from 0 to below 1"),
             "warmup": (0 <= self.warmup < 1, "from 0 to below 1"),
             "seed": (0 <= self.seed < 2**31, "from 0 to 2147483647"),

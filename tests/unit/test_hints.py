@@ -1,5 +1,6 @@
 """Hints: where they listen, what they measure, and that training follows them."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -38,6 +39,16 @@ def net(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(*layers).eval()
 
 
+def said(network: nn.Module, hint: Hint, example) -> torch.Tensor:
+    """Return what a network says where the hint is."""
+    heard = []
+    handle = network.get_submodule(hint.module).register_forward_hook(lambda _module, _inputs, output: heard.append(output))
+    with torch.no_grad():
+        network(*example)
+    handle.remove()
+    return heard[-1]
+
+
 def found(model: nn.Module, keep: dict[str, tuple[int, ...]]) -> Hint | None:
     example = (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),)
     return find_hint(model, trace(model, example), KeepPlan(keep))
@@ -53,11 +64,8 @@ def test_a_compacted_network_says_what_the_masked_one_says(name):
     if hint is None:
         return
     small, masked = compact(model, graph, plan), mask(model, graph, plan)
-    with listening(small, masked, hint) as listener, torch.no_grad():
-        small(*example)
-        masked(*example)
-        assert listener.distance() < 1e-9
-        assert listener.ours.shape[1] == len(hint.channels)
+    ours, theirs = said(small, hint, example), said(masked, hint, example)
+    torch.testing.assert_close(ours, theirs[:, hint.channels], rtol=1e-4, atol=1e-4)
 
 
 def test_most_architectures_have_a_hint():
@@ -107,19 +115,69 @@ def test_a_layer_of_the_same_width_far_before_the_classifier_is_not_taken():
     assert found(net(Tokens())[0], {}) is None
 
 
-def test_the_distance_is_relative_to_the_teachers_activations():
+def gradients(student, teacher, hint, share, x) -> dict[str, torch.Tensor]:
+    student.zero_grad()
+    with listening(student, teacher, hint) as listener:
+        loss = student(x).square().sum()
+        with torch.no_grad():
+            teacher(x)
+        listener.follow(share)
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_gradients_before_the_hint_are_turned_and_those_behind_it_are_not(share):
+    """Against a loss whose gradient at the activations is the wanted one, which autograd finds by itself."""
     teacher = net(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3))
-    student = net(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Conv2d(2, 5, 3))
-    x = torch.randn(7, 3, 8, 8)
-    with listening(student, teacher, Hint("1", (1, 4))) as listener:
-        student(x)
-        teacher(x)
-        distance = listener.distance()
-    ours, theirs = (F.relu(model[0](x)).detach().numpy() for model in (student, teacher))
-    wanted = theirs[:, [1, 4]]
-    assert distance.item() == pytest.approx(((ours - wanted) ** 2).sum() / (wanted**2).sum(), rel=1e-5)
-    assert distance.requires_grad
-    assert np.isfinite(distance.item())
+    student, x = net(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Conv2d(2, 5, 3)), torch.randn(7, 3, 8, 8)
+    turned = gradients(student, teacher, Hint("1", (1, 4)), share, x)
+    student.zero_grad()
+    ours = student[1](student[0](x)).detach().requires_grad_()
+    student[2](ours).square().sum().backward()
+    behind = {name: student.get_parameter(name).grad.clone() for name in ("2.weight", "2.bias")}
+    away = (ours - teacher[1](teacher[0](x))[:, [1, 4]]).detach()
+    wanted = (1 - share) * ours.grad + share * away * np.linalg.norm(ours.grad) / np.linalg.norm(away)
+    student.zero_grad()
+    (student[1](student[0](x)) * wanted).sum().backward()
+    before = {name: student.get_parameter(name).grad for name in ("0.weight", "0.bias")}
+    for name, gradient in (before | behind).items():
+        torch.testing.assert_close(turned[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_that_says_what_the_teacher_says_is_not_turned_aside():
+    teacher = net(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3))
+    x, hint = torch.randn(7, 3, 8, 8), Hint("1", tuple(range(6)))
+    plain, turned = (gradients(teacher, copy.deepcopy(teacher), hint, share, x) for share in (0.0, 0.25))
+    torch.testing.assert_close(turned["0.weight"], 0.75 * plain["0.weight"])
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_activations_that_are_changed_in_place_afterwards_are_heard_as_they_are_read(inplace):
+    """As DenseNet does with its last norm."""
+
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)
+
+        def forward(self, x):
+            return self.head(F.relu(self.body(x), inplace=inplace))
+
+    student, teacher, x = net(Late())[0], net(Late())[0], torch.randn(2, 3, 8, 8)
+    torch.nn.init.ones_(teacher.body.weight)
+    turned = gradients(student, teacher, Hint("body", tuple(range(4))), 1.0, x)["body.weight"]
+    assert turned.isfinite().all()
+    assert turned.norm() > 0
+
+
+def test_a_network_whose_body_is_frozen_only_trains_its_head():
+    data, student = digits(), make_net()
+    for part in (student.conv, student.norm):
+        part.requires_grad_(False)
+    tuned = finetune(student, data, replace(SETTINGS, epochs=1), teacher=make_net(1), hint=WHOLE)
+    assert torch.equal(tuned.conv.weight, student.conv.weight)
+    assert not torch.equal(tuned.head.weight, student.head.weight)
 
 
 def test_nothing_is_left_on_the_networks():
@@ -135,10 +193,8 @@ def test_nothing_is_left_on_the_networks():
 
 
 def distance(student, teacher, images) -> float:
-    with listening(student, teacher, WHOLE) as listener, torch.no_grad():
-        student(images)
-        teacher(images)
-        return listener.distance().item()
+    ours, theirs = said(student, WHOLE, (images,)), said(teacher.eval(), WHOLE, (images,))
+    return float((ours - theirs).norm() / theirs.norm())
 
 
 def test_training_with_a_hint_comes_nearer_to_the_teacher():
@@ -146,7 +202,7 @@ def test_training_with_a_hint_comes_nearer_to_the_teacher():
     teacher = finetune(teacher, data, replace(SETTINGS, epochs=6, distill=0))
     images = data.test.take(torch.arange(100))[0]
     nearer, without = (
-        finetune(make_net(dropout=0.0), data, replace(SETTINGS, hint=weight), teacher=teacher, hint=WHOLE) for weight in (1, 0)
+        finetune(make_net(dropout=0.0), data, replace(SETTINGS, hint=share), teacher=teacher, hint=WHOLE) for share in (0.9, 0)
     )
     assert distance(nearer, teacher, images) < 0.8 * distance(without, teacher, images)
 
