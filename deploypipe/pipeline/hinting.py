@@ -1,6 +1,8 @@
 """Where a pruned network and its teacher say the same thing: found by running both."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +13,10 @@ from deploypipe.compact import compact, kept_slots, mask
 from deploypipe.plan import KeepPlan
 from deploypipe.training.hints import Hint
 from deploypipe.training.layout import in_mode
+from deploypipe.training.settings import TrainSettings
 from deploypipe.types import Graph
 
+_FILE = "hint.json"
 _TOLERANCE = 1e-3  # of the largest activation: far above rounding, far below what another channel says
 
 
@@ -45,6 +49,28 @@ def find_hint(model: nn.Module, graph: Graph, plan: KeepPlan) -> Hint | None:
     with_positions = [name for name in shared if theirs[name][0, 0].numel() > 1]
     best = (with_positions or shared)[-1:]
     return Hint(best[0], tuple(channels.tolist())) if best else None
+
+
+def hinted(model: nn.Module, graph: Graph, plan: KeepPlan, settings: TrainSettings, folder: Path) -> Hint | None:
+    """Return the hint for fine-tuning with these settings, if they ask for one; leave word of it in `folder`."""
+    if not (settings.epochs and settings.distill and settings.hint):
+        return None
+    hint = find_hint(model, graph, plan)
+    (folder / _FILE).write_text(json.dumps({"module": hint.module if hint else None}) + "\n")
+    return hint
+
+
+def hint_notes(root: Path) -> list[str]:
+    """Return what the report says about the hint of a run."""
+    file = root / _FILE
+    if not file.is_file():
+        return []
+    module = json.loads(file.read_text())["module"]
+    if module is None:
+        return [
+            "fine-tuning learnt from the dense model's outputs only: no activations before the classifier are the same in both"
+        ]
+    return [f"fine-tuning learnt from the dense model's outputs and from its activations at {module}"]
 
 
 def _outputs_before(model: nn.Module, reader: str, graph: Graph) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from deploypipe.pipeline.absent import device_of, stored
 from deploypipe.pipeline.artifacts import accuracy_stage, artifact_stage, bench_stage, checks_stage, file_notes
 from deploypipe.pipeline.bundle import bundle_stage
 from deploypipe.pipeline.given import given
-from deploypipe.pipeline.hinting import find_hint
+from deploypipe.pipeline.hinting import hint_notes, hinted
 from deploypipe.pipeline.outcome import Findings, assemble
 from deploypipe.pipeline.planning import Planner, read_rounds
 from deploypipe.pipeline.record import recorded
@@ -178,7 +178,7 @@ class Run:
         def tune(folder: Path) -> None:
             hooks = tuning_hooks(self.algorithm, self.basis, start, self.plan.value)
             hooks += sparse_hooks(self.request.sparsity, self.plan.value, start)
-            hint = find_hint(self.basis.model, self.graph, self.plan.value) if settings.distill and settings.hint else None
+            hint = hinted(self.basis.model, self.graph, self.plan.value, settings, folder)
             small = tuned(start, self.data, settings, self.loaded.model, folder, self.reporter, hooks, hint)
             saved.save_weights(small, folder / saved.WEIGHTS)
 
@@ -268,7 +268,7 @@ class Run:
         chosen, rounds = read_rounds(self.store.root)
         root, plan, pattern = self.store.root, self.plan.value, self.request.sparsity
         table = self.table.value if self.request.metric == "latency" else None
-        notes = [*file_notes(root), *sparse_notes(root, self.target, table, pattern)]
+        notes = [*hint_notes(root), *file_notes(root), *sparse_notes(root, self.target, table, pattern)]
         valued = value_notes(root / f"plan-{chosen + 1}" if rounds else root)
         sparse = getattr(self.algorithm, "sparse", False)
         found = Findings(

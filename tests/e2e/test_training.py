@@ -64,6 +64,16 @@ def test_a_network_that_views_its_channels_is_pruned_and_trained(tmp_path: Path)
     assert report["pruned"]["n_macs"] <= 0.7 * report["dense"]["n_macs"]
 
 
+def test_the_report_says_which_activations_were_learnt_too(tmp_path: Path) -> None:
+    command = arguments(tmp_path / "run", algo="l1", **COUNTED)
+    notes = {}
+    for taught in (True, False):
+        assert run([part for part in command if not taught or part != "--no-distill"]) == 0
+        notes[taught] = [note for note in report_of(tmp_path / "run")["notes"] if "activations" in note]
+    assert notes == {True: ["fine-tuning learnt from the dense model's outputs and from its activations at block"], False: []}
+    assert not (tmp_path / "run" / "hint.json").exists()
+
+
 def test_prune_trains_too() -> None:
     example = torch.zeros(2, 2, 12, 12)
     plans = [

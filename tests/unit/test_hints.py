@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 
 from deploypipe.compact import compact, mask
@@ -77,6 +78,21 @@ def test_most_architectures_have_a_hint():
     assert sum(map(has, EXACT)) > len(EXACT) / 2
     assert not any(map(has, ("layer_norm", "norm_over_chw"))), "norms that run across channels see that some are missing"
     assert {"layer_norm", "norm_over_chw"} <= INEXACT
+
+
+KNOWN = {
+    "resnet18": "layer4", "mobilenet_v2": "features", "shufflenet_v2_x1_0": "conv5", "squeezenet1_1": "features",
+    "regnet_y_400mf": "trunk_output", "googlenet": "inception5b", "densenet121": "features", "convnext_tiny": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_networks(name):
+    more = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
+    model = getattr(torchvision.models, name)(weights=None, **more).eval()
+    graph = trace(model, (torch.randn(1, 3, 64, 64),))
+    hint = find_hint(model, graph, without_the_first(graph))
+    assert (hint and hint.module) == KNOWN[name]
 
 
 def test_the_last_activations_with_positions_are_heard():
