@@ -7,7 +7,7 @@ exactly what depends on it.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from deploypipe.pipeline.absent import device_of, stored
 from deploypipe.pipeline.artifacts import accuracy_stage, artifact_stage, bench_stage, checks_stage, file_notes
 from deploypipe.pipeline.bundle import bundle_stage
 from deploypipe.pipeline.given import given
-from deploypipe.pipeline.hinting import hint_notes, hinted
+from deploypipe.pipeline.hinting import find_hint, hint_notes, hinted
 from deploypipe.pipeline.outcome import Findings, assemble
 from deploypipe.pipeline.planning import Planner, read_rounds
 from deploypipe.pipeline.record import recorded
@@ -194,7 +194,8 @@ class Run:
         n_parameters, accuracy = params(self.graph, self.plan.value), self.accuracies.value["pruned"]
         own = Arm(self.algorithm.arm, self.tuning.seed, self.tuning.epochs, n_parameters, accuracy)
         key = [self.plan, self.data.key, torch.get_num_threads()]
-        return arms_stage(self.store, rivals, self.data, self.loaded.model, own, key, self.reporter)
+        hint = partial(find_hint, self.basis.model, self.graph, self.plan.value)
+        return arms_stage(self.store, rivals, self.data, self.loaded.model, own, key, self.reporter, hint)
 
     @property
     def artifacts(self) -> dict[str, Kept[Path]]:

@@ -1,7 +1,7 @@
 """Stages that train: what an algorithm trains before it plans, fine-tuning, and other ways to the same architecture."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -125,9 +125,13 @@ def arms_stage(
     own: Arm,
     key: Sequence[object],
     reporter: Reporter,
+    hint: Callable[[], Hint | None],
 ) -> Kept[list[Arm]]:
-    """Train the other ways to the same architecture, each kept, and judge them on the test set; the run's own comes first."""
-    others = [_rival(store, f"rival-{i}", rival, data, dense, key, reporter) for i, rival in enumerate(rivals)]
+    """Train the other ways to the same architecture, each kept, and judge them on the test set; the run's own comes first.
+
+    The dense model teaches those that learn from it as it teaches any pruned model: with the hint that `hint` finds.
+    """
+    others = [_rival(store, f"rival-{i}", rival, data, dense, key, reporter, hint) for i, rival in enumerate(rivals)]
 
     def collect(folder: Path) -> None:
         arms = [own, *(arm.value for arm in others)]
@@ -140,14 +144,22 @@ def arms_stage(
 
 
 def _rival(
-    store: Store, stage: str, rival: Rival, data: Data, dense: nn.Module, key: Sequence[object], reporter: Reporter
+    store: Store,
+    stage: str,
+    rival: Rival,
+    data: Data,
+    dense: nn.Module,
+    key: Sequence[object],
+    reporter: Reporter,
+    hint: Callable[[], Hint | None],
 ) -> Kept[Arm]:
     def train(folder: Path) -> None:
-        model = tuned(rival.start, data, rival.settings, dense, folder, reporter)
+        found = hint() if rival.settings.distill else None
+        model = tuned(rival.start, data, rival.settings, dense, folder, reporter, hint=found)
         n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         accuracy = evaluate(model, data.test, reporter=reporter).top1
-        found = Arm(rival.name, rival.settings.seed, rival.settings.epochs, n_parameters, accuracy)
-        (folder / f"{stage}.json").write_text(json.dumps(asdict(found)) + "\n")
+        arm = Arm(rival.name, rival.settings.seed, rival.settings.epochs, n_parameters, accuracy)
+        (folder / f"{stage}.json").write_text(json.dumps(asdict(arm)) + "\n")
 
     return store.keep(
         stage,
