@@ -157,7 +157,7 @@ class _Trainer:
                 group["lr"] = self.settings.lr_at(step, self.n_steps)
             optimizer.zero_grad()
             placed = self.fabric.to_device((inputs, labels))
-            loss = self._loss(run, teacher, *placed)
+            loss = self._loss(run, teacher, *placed, step)
             with self.fabric.autocast():  # hooks run parts of the network, too
                 for hook in self.hooks:
                     loss = hook.on_loss(student, loss, placed[1])
@@ -171,7 +171,7 @@ class _Trainer:
             step += 1
             self._show(epoch, step, loss.item())
 
-    def _loss(self, run: nn.Module, teacher: nn.Module | None, inputs: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, run: nn.Module, teacher: nn.Module | None, inputs: Tensor, labels: Tensor, step: int) -> Tensor:
         inputs = laid_out(inputs, self.layout)
         out = logits(run, inputs, labels)
         loss = F.cross_entropy(out, labels, label_smoothing=self.settings.label_smoothing)
@@ -180,7 +180,7 @@ class _Trainer:
         with torch.no_grad(), self.fabric.autocast():
             wanted = logits(teacher, inputs, labels).to(out.dtype)
         if self.listener:
-            self.listener.follow(self.settings.hint)
+            self.listener.follow(self.settings.hint_at(step, self.n_steps))
         return torch.lerp(loss, distillation_loss(out, wanted, self.settings.temperature), self.settings.distill)
 
     def _check(self, loss: Tensor, step: int) -> None:

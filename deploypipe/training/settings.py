@@ -23,7 +23,8 @@ class TrainSettings:
         weight_decay: On weights of two or more axes; biases and normalisation are not decayed.
         distill: Share of the distillation loss, 0 to 1; the labels get the rest.
         temperature: Softens both distributions of the distillation loss.
-        hint: Share of the dense model's last activations in the direction of a step, 0 to 1, where it teaches (see `hints`).
+        hint: Share of the dense model's last activations in the direction of the first step, 0 to 1, where it teaches; it falls to
+            zero over the training (see `hints`).
         label_smoothing: Share of the label that is spread over all classes.
         warmup: Share of all steps with a linearly rising learning rate.
         seed: Decides order, augmentation and dropout.
@@ -73,6 +74,14 @@ class TrainSettings:
         if step < rising:
             return self.lr * (step + 1) / rising
         return self.lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / (n_steps - rising)))
+
+    def hint_at(self, step: int, n_steps: int) -> float:
+        """Return the share of the hint in one of `n_steps` steps: it leads at first, in the end the loss alone decides.
+
+        >>> [round(TrainSettings(hint=0.8).hint_at(step, 4), 2) for step in range(4)]
+        [0.8, 0.6, 0.4, 0.2]
+        """
+        return self.hint * (1 - step / n_steps)
 
     def travel(self, n_steps: int) -> float:
         """Return how far a constant gradient of 1 moves a parameter: the sum of learning rates over (1 - momentum).
