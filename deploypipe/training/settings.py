@@ -23,8 +23,8 @@ class TrainSettings:
         weight_decay: On weights of two or more axes; biases and normalisation are not decayed.
         distill: Share of the distillation loss, 0 to 1; the labels get the rest.
         temperature: Softens both distributions of the distillation loss.
-        hint: Share of the dense model's last activations in the direction of the first step, 0 to 1, where it teaches; it falls to
-            zero over the training (see `hints`).
+        hint: Share of the dense model's last activations in the direction of the first step, 0 to 1, where it teaches; it
+            falls to zero over the training (see `hints`).
         label_smoothing: Share of the label that is spread over all classes.
         warmup: Share of all steps with a linearly rising learning rate.
         seed: Decides order, augmentation and dropout.

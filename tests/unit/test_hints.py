@@ -223,6 +223,14 @@ def test_training_with_a_hint_comes_nearer_to_the_teacher():
     assert distance(nearer, teacher, images) < 0.8 * distance(without, teacher, images)
 
 
+def test_the_share_falls_to_zero_over_the_training(monkeypatch):
+    shares = []
+    monkeypatch.setattr("deploypipe.training.hints.turned", lambda gradient, share, **_: shares.append(share) or gradient)
+    finetune(make_net(), digits(), replace(SETTINGS, hint=0.6), teacher=make_net(1), hint=WHOLE)
+    n_steps = 3 * (200 // 32)
+    assert shares == pytest.approx([0.6 * (1 - step / n_steps) for step in range(n_steps)])
+
+
 @pytest.mark.parametrize("change", [{"distill": 0.0}, {"hint": 0.0}, {}])
 def test_hints_are_a_part_of_distillation(change):
     data, settings = digits(), replace(SETTINGS, epochs=1, **change)
