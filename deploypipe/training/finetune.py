@@ -157,7 +157,7 @@ class _Trainer:
                 group["lr"] = self.settings.lr_at(step, self.n_steps)
             optimizer.zero_grad()
             placed = self.fabric.to_device((inputs, labels))
-            loss = self._loss(run, teacher, *placed, step=step)
+            loss = self._loss(run, teacher, placed[0], placed[1], step)
             with self.fabric.autocast():  # hooks run parts of the network, too
                 for hook in self.hooks:
                     loss = hook.on_loss(student, loss, placed[1])
