@@ -62,15 +62,11 @@ def request_of(made: Any) -> Any:
 
 
 def bench(request: dict[str, Any]) -> Any:
-    """Time whole models in turns, over several compilations: see `alike`."""
+    """Time whole models in turns."""
     cores, core = stopwatch.Cores(request["threads"]), ov.Core()
-
-    def opens() -> dict[str, Any]:
-        opened = {name: request_of(compiled(core, path, request)) for name, path in request["models"].items()}
-        # Shared outputs stay in the request: a copy of them would cost more than a small network.
-        return {name: partial(item.infer, share_outputs=True) for name, item in opened.items()}
-
-    return stopwatch.bench(opens(), cores, request, opens)
+    opened = {name: request_of(compiled(core, path, request)) for name, path in request["models"].items()}
+    # Shared outputs stay in the request: a copy of them would cost more than a small network.
+    return stopwatch.bench({name: partial(item.infer, share_outputs=True) for name, item in opened.items()}, cores, request)
 
 
 def profile(request: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +95,7 @@ def alike(turns: list[Turn]) -> list[Turn]:
     """Return the turns of one model in which its kernels took about as long as in the quickest.
 
     With two threads, some compilations (one or two of 25, as far as was seen) run all their kernels slower, by a third to a
-    half, for as long as they live.
+    half, for as long as they live. Whole models are compiled once for each measurement, and may meet such a one.
     """
     limit = (1 + stopwatch.SLOWER) * min(sum(turn.values()) for turn in turns)
     return [turn for turn in turns if sum(turn.values()) <= limit]

@@ -18,7 +18,6 @@ import numpy as np
 
 FEW, MANY = 6, 12  # the runs of each model come in so many turns, so that slow drift meets all models alike
 REWARM = 2  # runs at the start of a turn that do not count
-OPENINGS = 3  # times that models are opened for one benchmark, where two openings of the same model may differ in speed
 SLOWER = 0.05  # a turn that took so much longer than the quickest one counts as disturbed
 
 Request = Dict[str, Any]
@@ -116,21 +115,8 @@ def disturbance(window: Window, windows: list[Window], cores: Cores, most: Mappi
     return sum(value for name, value in found.items() if value > most[name])
 
 
-def bench(
-    runs: Mapping[str, Callable[[], Any]],
-    cores: Cores,
-    request: Request,
-    reopen: Callable[[], Mapping[str, Callable[[], Any]]] | None = None,
-) -> dict[str, Any]:
-    """Time whole models in turns, each run by a call, or by as many as take `least_us` together.
-
-    Args:
-        runs: Name of a model -> runs it once.
-        cores: To run on.
-        request: Of the job.
-        reopen: Opens all models anew and returns what `runs` is, for a runtime in which some openings of a model are slower
-            than others for as long as they live: the turns are spread over several, and slow ones are replaced by later ones.
-    """
+def bench(runs: Mapping[str, Callable[[], Any]], cores: Cores, request: Request) -> dict[str, Any]:
+    """Time whole models in turns, each run by a call, or by as many as take `least_us` together."""
     wanted, per_block = turns_of(request)
     often = {}
     for name, once in runs.items():
@@ -138,18 +124,8 @@ def bench(
         often[name] = per_block * max(1, int(request["least_us"] / min(takes)))
 
     times: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in runs}
-    n_turns = 0
 
     def turn() -> None:
-        nonlocal runs, n_turns
-        if reopen and n_turns and n_turns % (wanted // OPENINGS) == 0:
-            runs = {}  # large models twice at once may be too much for a small device
-            runs = reopen()
-            for once in runs.values():
-                for _ in range(max(1, request["warmup"])):
-                    once()
-            cores.start()  # opening is not what is measured
-        n_turns += 1
         for name, once in runs.items():
             for _ in range(REWARM):  # not counted: fetch back what the other models threw out of the cache
                 once()

@@ -70,42 +70,6 @@ def test_runs_are_spread_over_turns(runs, wanted, each):
     assert stopwatch.turns_of({"runs": runs}) == (wanted, each)
 
 
-class Clocked(stopwatch.Cores):
-    """Cores that count as work what the models on them say."""
-
-    def __init__(self):
-        self.cpus, self.worked, self.began = [0], 0.0, 0.0
-
-    def start(self):
-        self.began = self.worked
-
-    def taken(self):
-        return stopwatch.Window(self.worked - self.began, 0.0, 1.0)
-
-
-@pytest.mark.parametrize("openings", [[1.0, 1.0, 1.5], [1.5, 1.0, 1.0], [1.5, 1.5, 1.0, 1.0]])
-def test_openings_of_a_model_that_are_slow_for_good_do_not_count(monkeypatch, openings):
-    """Opening takes long, and would hide in every window how long the runs took."""
-    cores, left, opened = Clocked(), iter(openings + [1.0] * 9), []
-
-    def opens():
-        opened.append(next(left))
-        cores.worked += 1000
-
-        def once():
-            cores.worked += opened[-1]
-            return opened[-1]
-
-        return {"a": once}
-
-    monkeypatch.setattr(stopwatch, "timed", lambda once: (once(), 0.0))
-    request = REQUEST | {"warmup": 1, "least_us": 0, "threads": 2}
-    found = stopwatch.bench(opens(), cores, request, opens)["models"]["a"]
-    assert found[:4] == [1.0, 1.0, 1.0, 18]
-    assert len(opened) >= stopwatch.OPENINGS
-    assert set(openings) == set(opened)
-
-
 @pytest.fixture
 def measure(monkeypatch):
     monkeypatch.setattr(noise, "_PAUSES_S", (0.0, 0.0))
