@@ -99,7 +99,7 @@ LEARNER = ("train_epochs",)
 MEASURED, FIRST_ORDER = {"value": "measured"}, {"value": "taylor"}
 ONCE = {"steps": 1, "interval": 16, "batch": 128, "lr": 0.0}
 NORMS = {"train_epochs": 0, "steps": 1}  # channels by the norm of all that they own, batch norms and readers included
-HINT: Mapping[str, Any] = {"hint": 0.9}
+HINT: Mapping[str, Any] = {"hint": TrainSettings.hint}
 TRAININGS: Mapping[str, Mapping[str, Any]] = {  # of the default recipe's plan; what else was tried
     "lr-0.1": {"lr": 0.1},
     "lr-0.2": {"lr": 0.2},

@@ -94,8 +94,8 @@ def profile(request: dict[str, Any]) -> dict[str, Any]:
 def alike(turns: list[Turn]) -> list[Turn]:
     """Return the turns of one model in which its kernels took about as long as in the quickest.
 
-    With two threads, some compilations (one or two of 25, as far as was seen) run all their kernels slower, by a third to a
-    half, for as long as they live. Whole models are compiled once for each measurement, and may meet such a one.
+    With two threads, some compilations run all their kernels slower by a half for as long as they live.
+    Whole models are compiled once for each measurement, and may meet such a one.
     """
     limit = (1 + stopwatch.SLOWER) * min(sum(turn.values()) for turn in turns)
     return [turn for turn in turns if sum(turn.values()) <= limit]

@@ -6,7 +6,7 @@ students have channels of their own and need a layer that maps them onto the tea
 teacher's channels, so its activations are compared one by one.
 
 How far the network has come decides how strong a hint must be, and one that is too strong ends the training (decision 20). So
-it is no term of the loss: it turns the loss's gradient and leaves its length, where that passes these activations.
+it is no term of the loss: it turns the loss's gradient, and never makes it longer, where that passes these activations.
 """
 
 from collections.abc import Iterator
