@@ -25,7 +25,8 @@ DENSE, RANDOM = "dense", "random"
 _LEAST_US = 0.05  # a kernel is never free, whatever noise says
 _TRUST_TIMER = 0.05  # weight of what profiling adds to a kernel as it was measured apart
 _POWERS = (8, 4, 2)  # of a layer's share of work, with which the price of a full model may fall; the first where all do equally
-_ALIKE = 0.5  # narrow forms whose layers are as full as that do not tell what only full ones take; nor is that less than it
+_ALIKE = 0.7  # narrow forms whose layers are as full as that do not tell what only full ones take
+_LEAST_PRICE = -0.5  # of what layers take: a full model is no quicker than that
 
 Turn = tuple[Timing, Profile]  # of one model, right after each other
 
@@ -190,7 +191,7 @@ class _Seen:
             sums, full = (float(np.mean(us[narrow] / self.whole[narrow])) for us in (plain, crowded))
             if full * plain[0] < _ALIKE * sums * crowded[0]:
                 factor, price = map(float, np.linalg.solve([[plain[0], crowded[0]], [sums, full]], [dense_us, 1.0]))
-                if factor > 0 and price > -_ALIKE * factor:
+                if factor > 0 and price > _LEAST_PRICE * factor:
                     return _crowded_by(replace(context, factor=factor), self._dense_us(context), price / factor)
         return replace(context, factor=dense_us / float(plain[0]))
 

@@ -208,6 +208,24 @@ def test_how_fast_the_price_of_full_layers_falls_is_learned(graph, table, monkey
     assert np.abs(errors(machine, other, unseen(graph, table))).mean() > 1.3 * off
 
 
+def test_forms_that_are_mostly_full_tell_how_the_price_of_full_layers_falls(graph, table, monkeypatch):
+    """As where the heaviest layers can hardly be narrowed: on such forms one factor for all was used instead."""
+    machine = Machine(graph, thrash=1.5, fade=1)
+    wide = [plan for plan in random_plans(graph, table.candidates(graph), 120, 20) if is_wide(machine, plan)]
+    forms = [machine.form(DENSE, KeepPlan({})), *(machine.form(f"random-{i}", plan) for i, plan in enumerate(wide[:N_PLANS]))]
+    found = learned(graph, table, forms, TIMER)
+    assert all(price.crowded_us > 0 for price in found.prices.values())
+    others = wide[N_PLANS:]
+    off = np.abs(errors(machine, table.with_context(found), others)).mean()
+    monkeypatch.setattr("deploypipe.profiler.fit._ALIKE", 0.0)
+    factor_alone = table.with_context(learned(graph, table, forms, TIMER))
+    assert np.abs(errors(machine, factor_alone, others)).mean() > 1.3 * off
+
+
+def is_wide(machine, plan):
+    return machine.whole_us(plan) > 0.7 * machine.whole_us()
+
+
 def test_nonsense_gives_no_negative_price(graph, table):
     """A dense form that was measured three times too fast, as on a tiny model on a busy machine."""
     forms, _ = Machine(graph, thrash=0.3).forms(table)
