@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from deploypipe.data.load import Data
 from deploypipe.errors import BudgetError, UsageError
 from deploypipe.ingredients.removal import removable
 from deploypipe.pipeline.given import given
+from deploypipe.pipeline.hinting import find_hint
 from deploypipe.pipeline.recipe import resolved
 from deploypipe.pipeline.request import BY_CHOICE, Request
 from deploypipe.plan import Certificate, KeepPlan
@@ -45,7 +47,8 @@ def held_out(request: Request, model: nn.Module, key: str, graph: Graph, data: D
     """
     effort = Effort()
     memo = cache_folder() / "sensitivity" / memo_name(key, graph.fingerprint, data.key, request.seed, effort)
-    return HeldOut(model, graph, data, memo, seed=request.seed, effort=effort)
+    hint = partial(find_hint, model, graph)
+    return HeldOut(model, graph, data, memo, seed=request.seed, effort=effort, find_hint=hint)
 
 
 def held_back(request: Request, data: Data) -> Data:

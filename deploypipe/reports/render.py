@@ -85,7 +85,8 @@ def next_step(report: Report) -> str:
     if lost > max(0.01, 2 * standard_error(report.pruned.accuracy, report.n_test)):
         longer = f"--epochs {max(10, 3 * report.epochs)}"
         return f"{100 * lost:.1f} points were lost: fine-tune longer ({longer}) or allow a larger --budget"
-    return "the loss is small: try a smaller --budget, or `deploypipe compare` with another --algo"
+    kept = "the loss is small" if lost > 0 else "nothing was lost"
+    return f"{kept}: try a smaller --budget, or `deploypipe compare` with another --algo"
 
 
 def markdown(report: Report) -> str:

@@ -5,6 +5,7 @@ budget or in another run, reads it there.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite, prod
@@ -24,6 +25,7 @@ from deploypipe.plan import KeepPlan
 from deploypipe.progress import Reporter
 from deploypipe.training.evaluate import Accuracy, evaluate, recalibrate
 from deploypipe.training.finetune import finetune
+from deploypipe.training.hints import Hint
 from deploypipe.training.settings import TrainSettings
 from deploypipe.types import Graph
 
@@ -68,13 +70,30 @@ class HeldOut:
     Attributes:
         fit: The rest of the training set: what scores and batch norm statistics may be made from.
         part: The held-out part, disjoint from `fit`; the split depends on the seed alone.
+
+    Args:
+        model: The dense model.
+        graph: Of the model.
+        data: Whose training set is split.
+        memo: File of what was measured before; None for memory.
+        seed: Of the split, of the images that are used, and of training.
+        effort: How many images a measurement takes.
+        find_hint: Says where plans that are trained learn inner activations, as fine-tuning will; by default nowhere.
     """
 
     def __init__(
-        self, model: nn.Module, graph: Graph, data: Data, memo: Path | None, *, seed: int = 0, effort: Effort | None = None
+        self,
+        model: nn.Module,
+        graph: Graph,
+        data: Data,
+        memo: Path | None,
+        *,
+        seed: int = 0,
+        effort: Effort | None = None,
+        find_hint: Callable[[KeepPlan], Hint | None] = lambda _plan: None,
     ) -> None:
         self._model, self._graph, self._seed, self._data, self._augment = model, graph, seed, data, data.augment
-        self.effort = effort or Effort()
+        self.effort, self._find_hint = effort or Effort(), find_hint
         self.fit, self.part = split(data.train, HELD_OUT, seed)
         self._path = memo
 
@@ -92,7 +111,7 @@ class HeldOut:
 
     @cached_property
     def _trials(self) -> "Memo":
-        return Memo(self._path and self._path.with_suffix(".trained.csv"), count(self.part))
+        return Memo(self._path and self._path.with_suffix(".taught.csv"), count(self.part))
 
     def known(self, plan: KeepPlan) -> bool:
         """Say whether the plan has been measured."""
@@ -130,8 +149,8 @@ class HeldOut:
         if key not in self._trials.found:
             small = compact(self._model, self._graph, plan, check=False)
             start = recalibrate(small, self.fit, self.effort.calibration, self._seed, augment=self._augment, batch_size=BATCH)
-            data = replace(self._data, train=self.fit)
-            tuned = finetune(start, data, TrainSettings(epochs=1, seed=self._seed), teacher=self._model, reporter=reporter)
+            data, settings = replace(self._data, train=self.fit), TrainSettings(epochs=1, seed=self._seed)
+            tuned = finetune(start, data, settings, teacher=self._model, reporter=reporter, hint=self._find_hint(plan))
             self._trials.add(key, evaluate(tuned, self.part))
         return self._trials.found[key]
 

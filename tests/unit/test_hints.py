@@ -14,10 +14,14 @@ from deploypipe.compact import compact, mask
 from deploypipe.graph import trace
 from deploypipe.pipeline.hinting import find_hint
 from deploypipe.plan import KeepPlan
+from deploypipe.progress import Silent
 from deploypipe.testing.toys import cbr
 from deploypipe.training.checkpoint import state_digest
+from deploypipe.training.evaluate import evaluate, recalibrate
 from deploypipe.training.finetune import finetune
 from deploypipe.training.hints import Hint, listening
+from deploypipe.training.settings import TrainSettings
+from deploypipe.worth.heldout import HeldOut
 from tests.toys import EXACT, INEXACT, TOYS
 from tests.trainings import SETTINGS, digits, make_net
 
@@ -246,3 +250,17 @@ def test_a_checkpoint_of_another_hint_is_not_used(tmp_path):
     finetune(make_net(), data, settings, teacher=teacher, checkpoint=file)
     tuned = finetune(make_net(), data, settings, teacher=teacher, checkpoint=file, hint=WHOLE)
     assert state_digest(tuned) == state_digest(finetune(make_net(), data, settings, teacher=teacher, hint=WHOLE))
+
+
+def test_a_finalists_epoch_is_the_one_that_fine_tuning_would_begin_with():
+    """Taught by the dense model's outputs and activations, judged on images that it did not train on."""
+    data, model = digits(), make_net().eval()
+    graph = trace(model, data.test.take(torch.arange(2))[:1])
+    plan, hint = KeepPlan({"conv": (0, 2, 3, 5)}), Hint("norm", (0, 2, 3, 5))
+    taught = HeldOut(model, graph, data, None, seed=3, find_hint=lambda _: hint)
+    plain = HeldOut(model, graph, data, None, seed=3)
+    start = recalibrate(compact(model, graph, plan), taught.fit, taught.effort.calibration, 3, augment=data.augment)
+    settings = TrainSettings(epochs=1, seed=3)
+    tuned = finetune(start, replace(data, train=taught.fit), settings, teacher=model, hint=hint)
+    assert taught.trained(plan, Silent()) == evaluate(tuned, taught.part)
+    assert taught.trained(plan, Silent()) != plain.trained(plan, Silent())
