@@ -39,7 +39,9 @@ def compiled(core: Any, path: str, request: dict[str, Any], *, counters: bool = 
     wanted = {
         "INFERENCE_NUM_THREADS": request["threads"], "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",  # else a processor with bf16 units may compute in bf16
-        "ENABLE_CPU_PINNING": False,  # the process is pinned already, to the cores that were idle
+        # Each thread to its own of the cores that the process is pinned to: left to the system, two threads begin on one core,
+        # and stay there for dozens of runs.
+        "ENABLE_CPU_PINNING": True,
         "PERF_COUNT": counters,
     }  # fmt: skip
     made = core.compile_model(read(core, path), "CPU", wanted)
@@ -94,8 +96,7 @@ def profile(request: dict[str, Any]) -> dict[str, Any]:
 def alike(turns: list[Turn]) -> list[Turn]:
     """Return the turns of one model in which its kernels took about as long as in the quickest.
 
-    With two threads, some compilations run all their kernels slower by a half for as long as they live.
-    Whole models are compiled once for each measurement, and may meet such a one.
+    Where the system does not pin threads, some compilations run all their kernels slower by a half: two threads share a core.
     """
     limit = (1 + stopwatch.SLOWER) * min(sum(turn.values()) for turn in turns)
     return [turn for turn in turns if sum(turn.values()) <= limit]
