@@ -32,7 +32,13 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime
 TrainPrecision = Annotated[
     str, typer.Option(metavar="fp32|bf16", help="Of training; bf16 is faster where the CPU or GPU has it.")
 ]
-Value = Annotated[str, typer.Option(help="What widths are worth: scores, taylor (first order, blocks may go) or measured.")]
+Value = Annotated[
+    str,
+    typer.Option(
+        help="What widths are worth: scores, taylor (first order, blocks may go) or measured.",
+        show_default="scores; with auto: taylor",
+    ),
+]
 Sparsity = Annotated[
     str, typer.Option(metavar="2:4|auto", help="2:4 weights (NVIDIA since Ampere): wherever they can be, or where it pays.")
 ]
@@ -62,7 +68,7 @@ def build(
     accuracy_floor: Annotated[float | None, typer.Option(min=0, max=1, help="Fail below this accuracy, 0 to 1.")] = None,
     keep: Keep = None,
     table: Annotated[Path | None, typer.Option(help="Use this latency table (from `profile --save`).")] = None,
-    value: Value = "scores",
+    value: Value = "",
     value_rounds: ValueRounds = 2,
     sparsity: Sparsity = "",
     value_finalists: ValueFinalists = 1,

@@ -33,7 +33,7 @@ class Recipe:
 def resolved(request: Request) -> Request:
     """Return the request with the recipe's fields in place of "auto"; any other stays as it is.
 
-    Another value of widths than the default one counts more than the recipe.
+    What the user says of widths counts more than the recipe.
 
     Raises:
         UsageError: The recipe was given options: it is not one method.
@@ -48,6 +48,6 @@ def resolved(request: Request) -> Request:
             fix="name a method with --algo; `deploypipe algos` lists them",
         )
     recipe = asdict(Recipe())
-    if request.value != Request.value:
+    if request.value:
         del recipe["value"]  # the user knows better
     return replace(request, **recipe, recipe=AUTO, out=request.folder)

@@ -46,7 +46,8 @@ class Request:
         keep: Groups to leave whole.
         table: Folder of a latency table to use instead of measuring one; refused if it does not hold on this device.
         value: What a width is worth: what the algorithm's "scores" say; the change of the loss to first order ("taylor"); or
-            the "measured" rise of the loss on held-out images. With the latter two, whole branches may go.
+            the "measured" rise of the loss on held-out images. With the latter two, whole branches may go. By default
+            "scores", and what the recipe says with "auto".
         value_rounds: How often widths are measured again around the solution, at most.
         sparsity: "2:4" gives the pruned model 2:4 weights wherever it can, before it is fine-tuned; "auto" lets the allocator
             choose the layers; "" leaves them dense.
@@ -75,7 +76,7 @@ class Request:
     accuracy_floor: float | None = None
     keep: tuple[str, ...] = ()
     table: str | Path | None = None
-    value: str = "scores"
+    value: str = ""
     value_rounds: int = 2
     sparsity: str = ""
     value_finalists: int = 1
@@ -84,6 +85,10 @@ class Request:
     train_precision: str = "fp32"
     recipe: str = ""
     command: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.value and self.algo != AUTO:
+            object.__setattr__(self, "value", VALUES[0])
 
     @property
     def folder(self) -> Path:
@@ -153,7 +158,7 @@ class Request:
             raise UsageError(f"unknown metric '{self.metric}'", at="--metric", fix=nearest(self.metric, METRICS))
         if self.sparsity not in PATTERNS:
             raise UsageError(f"unknown sparsity '{self.sparsity}'", at="--sparsity", fix="use 2:4 or auto, or leave it out")
-        if self.value not in VALUES:
+        if self.value and self.value not in VALUES:
             raise UsageError(f"unknown value '{self.value}'", at="--value", fix=nearest(self.value, VALUES))
         if self.value_rounds < 0:
             raise UsageError(f"value_rounds is {self.value_rounds}", at="--value-rounds", fix="use 0 or more")

@@ -75,7 +75,7 @@ class Request:
     threads: int | None = None
     accuracy_floor: float | None = None
     keep: tuple[str, ...] = ()
-    value: str = "scores"
+    value: str = ""
     value_rounds: int = 2
     value_finalists: int = 1
     host: str | None = None

@@ -83,7 +83,9 @@ class LikesTheFirst:
 def settle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slower: float, budget: str = "50%", meter: LikesTheFirst | None = None
 ):
-    model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.ReLU(), nn.Conv2d(40, 48, 3), nn.ReLU(), nn.Conv2d(48, 4, 3)).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # of some weights, the first plan leaves so much of the budget that 1 % more still fits
+        model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.ReLU(), nn.Conv2d(40, 48, 3), nn.ReLU(), nn.Conv2d(48, 4, 3)).eval()
     graph = trace(model, torch.zeros(1, 3, 12, 12))
     plans: list[KeepPlan] = []
     monkeypatch.setattr(planning, "compact", lambda model, graph, plan: plans.append(plan))

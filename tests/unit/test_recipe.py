@@ -30,12 +30,14 @@ def test_auto_is_another_method_in_the_same_folder() -> None:
 
 def test_what_the_user_asks_for_counts_more_than_the_recipe() -> None:
     assert resolved(Request(algo="auto", value="measured")).value == "measured"
+    assert resolved(Request(algo="auto", value="scores")).value == "scores"
     assert resolved(Request(algo="auto", seed=7)).seed == 7
 
 
 def test_a_named_method_stays_as_it_is() -> None:
     asked = Request(algo="l2", options={"x": 1})
     assert resolved(asked) is asked
+    assert asked.value == "scores"
 
 
 def test_a_recipe_has_no_options() -> None:
