@@ -223,24 +223,45 @@ def after_one_factor(rows: Sequence[Row]) -> np.ndarray:
     return np.abs(ratios / others - 1)
 
 
-def show(rows: Sequence[Row]) -> None:
-    """Print one line for one model and number of threads."""
+def judged(rows: Sequence[Row]) -> dict[str, float]:
+    """Return what the rows of one model and number of threads, dense first, say of its predictions; errors are relative."""
     dense, plans = rows[0], rows[1:]
     shape = after_one_factor(plans)
-    ratios, plain = (np.abs([float(row[name]) for row in plans]) for name in ("ratio_error", "error"))
-    rank = spearmanr([float(row["predicted_us"]) for row in plans], [float(row["measured_us"]) for row in plans]).statistic
-    fastest = min(float(row["measured_us"]) for row in plans) / float(dense["measured_us"])
-    repeats = [float(row["scatter"]) for row in plans if row["scatter"]]
-    noise = f", repeats within {np.mean(repeats):.1%}" if repeats else ""
+    predicted, taken = ([float(row[name]) for row in plans] for name in ("predicted_us", "measured_us"))
+    return {
+        "dense_us": float(dense["measured_us"]),
+        "fastest": min(taken) / float(dense["measured_us"]),
+        "slowest": max(taken) / float(dense["measured_us"]),
+        "mape": float(shape.mean()),
+        "worst": float(shape.max()),
+        "relative": float(np.mean(np.abs([float(row["ratio_error"]) for row in plans]))),
+        "in_us": float(np.mean(np.abs([float(row["error"]) for row in plans]))),
+        "scatter": float(np.mean([float(row["scatter"]) for row in plans if row["scatter"]] or [np.nan])),
+        "rank": float(spearmanr(predicted, taken).statistic),
+        "additivity": float(dense["additivity"]),
+    }
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Print one line for one model and number of threads."""
+    dense, found = rows[0], judged(rows)
     own = f"{float(dense['table_error']):.1%}" if dense["table_error"] not in ("", None) else "-"
     print(
-        f"{dense['model']:<20}{dense['threads']}t dense {float(dense['measured_us']):>7.0f} us, down to {fastest:>4.0%}  "
-        f"MAPE {shape.mean():.1%} after one factor (worst {shape.max():.1%}; relative to dense {ratios.mean():.1%}, "
-        f"in us {plain.mean():.1%}, table says {own}{noise})  "
-        f"rank {rank:.3f}  additivity {float(dense['additivity']):.3f}  load {float(dense['foreign_load'] or 0):.0%}  "
+        f"{dense['model']:<20}{dense['threads']}t dense {found['dense_us']:>7.0f} us, down to {found['fastest']:>4.0%}  "
+        f"MAPE {found['mape']:.1%} after one factor (worst {found['worst']:.1%}; relative to dense {found['relative']:.1%}, "
+        f"in us {found['in_us']:.1%}, table says {own}, repeats within {found['scatter']:.1%})  "
+        f"rank {found['rank']:.3f}  additivity {found['additivity']:.3f}  load {float(dense['foreign_load'] or 0):.0%}  "
         f"profiled in {float(dense['profile_s']):.0f} s ({dense['kernels_new']} of {dense['kernels']} kernels)",
         flush=True,
     )
+
+
+def by_model(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Return the rows of each model and number of threads, in the order of the file."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["model"], str(row["threads"])), []).append(row)
+    return found
 
 
 def main() -> None:
@@ -268,8 +289,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             run(name, Path(folder), options, target, path, facts, rows)
     if not options.models:
-        for one in dict.fromkeys((row["model"], str(row["threads"])) for row in rows):
-            show([row for row in rows if (row["model"], str(row["threads"])) == one])
+        for one in by_model(rows).values():
+            show(one)
 
 
 def run(name: str, folder: Path, options: Any, target: Target, path: Path, facts: dict[str, str], rows: list[Row]) -> None:

@@ -1,8 +1,8 @@
-"""Write what the evidence bench found into docs/algorithms.md: one table for each network and schedule, and a plot.
+"""Write what benchmarks found into docs: the methods at equal milliseconds, and how far latency predictions were off.
 
     python benchmarks/render.py
 
-It reads benchmarks/results/algorithms.csv and measures nothing.
+It reads benchmarks/results and measures nothing.
 """
 
 import csv
@@ -15,10 +15,12 @@ import matplotlib as mpl
 
 mpl.use("svg")
 import matplotlib.pyplot as plt
+from latency import ALL, by_model, judged, read
 
-RESULTS = Path(__file__).with_name("results") / "algorithms.csv"
-DOCUMENT = Path(__file__).parents[1] / "docs" / "algorithms.md"
+RESULTS = Path(__file__).with_name("results")
+DOCS = Path(__file__).parents[1] / "docs"
 BEGIN, END = "<!-- evidence: written by `python benchmarks/render.py` -->", "<!-- end of evidence -->"
+LATENCY = {"latency.csv": "ONNX Runtime", "latency-openvino.csv": "OpenVINO", "latency-avx2.csv": "ONNX Runtime, AVX2 only"}
 HEAD = (
     "| row | epochs before + after | before tuning | accuracy | seeds | of dense, measured | us | MACs | parameters | minutes |"
 )
@@ -77,6 +79,7 @@ def section(part: Part, rows: Sequence[Row]) -> str:
 
 def plot(parts: Mapping[Part, Sequence[Row]], file: Path) -> None:
     """Draw accuracy against measured latency."""
+    mpl.rcParams["svg.hashsalt"] = file.name  # else names within the file are drawn at random
     figure, axes = plt.subplots(1, len(parts), figsize=(6 * len(parts), 5), squeeze=False)
     for ax, (part, rows) in zip(axes[0], parts.items(), strict=True):
         for name, same in by_name(rows).items():
@@ -92,15 +95,54 @@ def plot(parts: Mapping[Part, Sequence[Row]], file: Path) -> None:
     figure.savefig(file, metadata={"Date": None})
 
 
-def main() -> None:
-    rows = list(csv.DictReader(text for text in RESULTS.read_text().splitlines() if not text.startswith("#")))
+def algorithms() -> str:
+    """Return the plot, and one table for each network and schedule."""
+    lines = (RESULTS / "algorithms.csv").read_text().splitlines()
     parts: dict[Part, list[Row]] = defaultdict(list)
-    for row in rows:
+    for row in csv.DictReader(text for text in lines if not text.startswith("#")):
         parts[row["model"], row["images"], row["epochs"], row["distill"], row["batch_size"]].append(row)
-    plot(parts, DOCUMENT.with_name("algorithms.svg"))
-    text = "\n\n".join(["![accuracy against latency](algorithms.svg)", *(section(part, parts[part]) for part in parts)])
-    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
-    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+    plot(parts, DOCS / "algorithms.svg")
+    return "\n\n".join(["![accuracy against latency](algorithms.svg)", *(section(part, parts[part]) for part in parts)])
+
+
+PREDICTED = (
+    *("model", "threads", "dense", "plans", "of dense", "off, after one factor", "off, relative to dense", "repeats within"),
+    *("rank", "parts", "profile", "attempts", "date"),
+)
+
+
+def table(file: str) -> str:
+    """Return the table of one file: models in the order of the bench, then threads."""
+    lines = [f"| {' | '.join(PREDICTED)} |", "|" + " --- |" * len(PREDICTED)]
+    rows = by_model(read(RESULTS / file)[1])
+    for model, threads in sorted(rows, key=lambda key: (ALL.index(key[0]), key[1])):
+        dense, found = rows[model, threads][0], judged(rows[model, threads])
+        cells = [
+            *(model, threads, f"{found['dense_us']:.0f} us", str(len(rows[model, threads]) - 1)),
+            f"{100 * found['fastest']:.0f} to {100 * found['slowest']:.0f} %",
+            *(f"{100 * found[name]:.1f} %" for name in ("mape", "relative", "scatter")),
+            *(f"{found[name]:.3f}" for name in ("rank", "additivity")),
+            *(f"{float(dense['profile_s']):.0f} s", dense["attempts"], dense["date"][:16].replace("T", " ")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def predictions() -> str:
+    """Return one table for each runtime and machine."""
+    tables = [f"**{title}** ([{file}](../benchmarks/results/{file}))\n\n" + table(file) for file, title in LATENCY.items()]
+    return "\n\n".join(tables)
+
+
+def write(document: Path, text: str) -> None:
+    """Put the text between the marks of a document."""
+    before, _, rest = document.read_text().partition(BEGIN)
+    document.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+
+
+def main() -> None:
+    write(DOCS / "algorithms.md", algorithms())
+    write(DOCS / "predictions.md", predictions())
 
 
 if __name__ == "__main__":
