@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -155,6 +156,16 @@ class Graph:
         object.__setattr__(self, "_by_name", MappingProxyType(by_name))
 
     _by_name: Mapping[str, Group] = field(init=False, repr=False)
+
+    @cached_property
+    def calls(self) -> tuple[tuple[str, Layer], ...]:
+        """Every layer with a name that no other has: of a module that is called again, "name#2" and so on."""
+        seen = Counter[str]()
+        named = []
+        for layer in self.layers:
+            seen[layer.name] += 1
+            named.append((f"{layer.name}#{seen[layer.name]}" if seen[layer.name] > 1 else layer.name, layer))
+        return tuple(named)
 
     @cached_property
     def _cuts(self) -> Mapping[tuple[str, int], list[tuple[Group, Member]]]:

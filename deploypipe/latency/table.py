@@ -102,7 +102,7 @@ class LatencyTable:
         """
         if graph not in self._terms:
             context = self.context(graph)
-            layers = [self._layer_term(layer, graph, context) for layer in graph.layers]
+            layers = [self._layer_term(call, layer, graph, context) for call, layer in graph.calls]
             self._terms[graph] = (*layers, *overhead_terms(graph, context))
         return self._terms[graph]
 
@@ -201,19 +201,19 @@ class LatencyTable:
         """
         return cls(*latency_file.read_table(Path(folder)))
 
-    def _layer_term(self, layer: Layer, graph: Graph, context: Context) -> CostTerm:
-        """Price a layer, also with 2:4 weights if it may be given these alone: widths allow it, no other layer shares them."""
+    def _layer_term(self, call: str, layer: Layer, graph: Graph, context: Context) -> CostTerm:
+        """Price one call of a layer, also with 2:4 weights if it may be given these alone: widths allow it, no other layer shares them."""
 
         @cache
         def price(n_in: int, n_out: int) -> float:
-            return self._layer_us(layer, context, n_in, n_out)
+            return self._layer_us(call, layer, context, n_in, n_out)
 
         @cache
         def two_four(n_in: int, n_out: int) -> float:
             dense = price(n_in, n_out)
             if not (n_in and n_out and allowed(n_in, n_out)):
                 return dense
-            us = self._layer_us(layer, context, n_in, n_out, "2:4")
+            us = self._layer_us(call, layer, context, n_in, n_out, "2:4")
             return us if us < PAYS * dense else dense
 
         if self.masks == "never" or not self.knows_two_four or layer.kind not in PLAIN:
@@ -224,11 +224,13 @@ class LatencyTable:
         possible = alone and two_four_widths(layer, self.candidates(graph), graph.kept(), 2, 2)
         return CostTerm(layer.name, layer.n_in, layer.n_out, price, two_four if possible else None)
 
-    def _layer_us(self, layer: Layer, context: Context, n_in: int, n_out: int, sparsity: Sparsity = "dense") -> float:
+    def _layer_us(
+        self, call: str, layer: Layer, context: Context, n_in: int, n_out: int, sparsity: Sparsity = "dense"
+    ) -> float:
         """Return what a layer takes in the model, where a sparse kernel is taken to fetch as much as the dense one."""
         if not (n_in and n_out):
             return 0.0  # its branch is gone
-        return context.us(layer.name, self.kernel_us(layer, n_in, n_out, sparsity), n_in, n_out)
+        return context.us(call, self.kernel_us(layer, n_in, n_out, sparsity), n_in, n_out)
 
     def _unmeasured(self, message: str, layer: str = "") -> TargetError:
         target = self.facts.get("target", "cpu")

@@ -138,7 +138,7 @@ def _judge(context: Context, whole: Timing, graph: Graph, reporter: Reporter) ->
         reporter.note(f"{taken}: {how}; measure again on a quiet machine")
     for doubt in context.doubts:
         reporter.note(doubt)
-    unseen = [layer.name for layer in graph.layers if layer.name not in context.prices]
+    unseen = [name for name, _ in graph.calls if name not in context.prices]
     if unseen:
         names = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
         reporter.note(

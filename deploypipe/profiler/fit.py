@@ -87,21 +87,21 @@ class _Seen:
 
     @cached_property
     def rows(self) -> tuple[dict[str, LayerTimes], dict[tuple[str, tuple[str, ...]], OtherTimes]]:
-        """Return the layers by name, and all other kernels by operation and layers that feed them, in times as profiled."""
-        calls = dict[str, list[Layer]]()
-        for layer in self.graph.layers:
-            calls.setdefault(layer.weight, []).append(layer)
+        """Return the layers by call, and all other kernels by operation and layers that feed them, in times as profiled."""
+        calls = dict[str, list[tuple[str, Layer]]]()
+        for name, layer in self.graph.calls:
+            calls.setdefault(layer.weight, []).append((name, layer))
         layers, others = dict[str, LayerTimes](), dict[tuple[str, tuple[str, ...]], OtherTimes]()
         for index, form in enumerate(self.forms):
             waiting = {weight: list(same) for weight, same in calls.items()}
             for kernel in form.profile.kernels:
                 if waiting.get(kernel.weight):
                     # A shared layer runs once for each of its calls, in order.
-                    layer = waiting[kernel.weight].pop(0)
-                    row = layers.get(layer.name) or layers.setdefault(layer.name, self._layer(layer))
+                    name, layer = waiting[kernel.weight].pop(0)
+                    row = layers.get(name) or layers.setdefault(name, self._layer(layer))
                     row.us[index] = kernel.median_us
                 else:
-                    feeds = sorted({calls[weight][0].name for weight in kernel.feeds if weight in calls})
+                    feeds = sorted({calls[weight][0][1].name for weight in kernel.feeds if weight in calls})
                     key = (kernel.op, tuple(feeds))
                     other = others.get(key) or others.setdefault(key, self._other(key[1]))
                     other.us[index] += kernel.median_us
@@ -210,7 +210,7 @@ class _Seen:
     @cached_property
     def priced(self) -> dict[str, LayerTimes]:
         """All layers, those without a kernel of their own included."""
-        return {layer.name: self.rows[0].get(layer.name) or self._layer(layer) for layer in self.graph.layers}
+        return {name: self.rows[0].get(name) or self._layer(layer) for name, layer in self.graph.calls}
 
     def predicted(self, context: Context) -> Floats:
         """Return what the table with this context predicts for each form."""

@@ -127,6 +127,31 @@ def test_a_device_with_cold_caches_is_learned(graph, table, noise, most):
     assert context.additivity == pytest.approx(1.0, abs=0.01 + 5 * noise)
 
 
+class Recurrent(nn.Module):
+    """Runs one of its layers twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.mid, self.last, self.head = (
+            nn.Conv2d(n_in, n_out, 3, padding=1) for n_in, n_out in ((3, 64), (64, 64), (64, 32), (32, 5))
+        )
+
+    def forward(self, x):
+        x = self.mid(torch.relu(self.mid(torch.relu(self.stem(x)))))
+        return self.head(torch.relu(self.last(torch.relu(x))))
+
+
+def test_a_layer_that_is_called_again_is_learned_and_priced_call_by_call(table):
+    again = trace(Recurrent().eval(), torch.zeros(1, 3, 10, 10))
+    assert [name for name, _ in again.calls] == ["stem", "mid", "mid#2", "last", "head"]
+    machine = Machine(again)
+    forms, _ = machine.forms(table)
+    found = table.with_context(learned(again, table, forms, TIMER))
+    assert found.predict(again) == pytest.approx(machine.whole_us())
+    assert np.abs(errors(machine, found, unseen(again, table))).mean() < 0.01
+    assert found.context(again).error < 0.03
+
+
 def test_each_layer_is_learned_in_its_own_way(graph, table):
     machine = Machine(graph)
     found = table.with_context(learned(graph, table, machine.forms(table)[0], TIMER))
