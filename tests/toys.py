@@ -15,7 +15,7 @@ from deploypipe.testing.toys import NETS, cbr, conv, head
 
 Toy = tuple[nn.Module, tuple[Any, ...]]
 TOYS: dict[str, Callable[[], Toy]] = {}
-INEXACT = {"layer_norm", "convnext_block", "transformer", "mixer", "group_norm_1", "norm_over_chw"}
+INEXACT = {"layer_norm", "convnext_block", "transformer", "mixer", "group_norm_1", "norm_over_chw", "norm_of_read_size"}
 
 
 def toy(make: Callable[[], Toy]) -> Callable[[], Toy]:
@@ -690,6 +690,127 @@ def unused_branch() -> Toy:
         return m.head(y)
 
     return Fn(f, stem=cbr(3, 8), dead=cbr(8, 5), never=cbr(8, 7), head=head(8)), (image(),)
+
+
+@toy
+def padding_in_words() -> Toy:
+    layers = [nn.Conv2d(3, 8, 3, padding="same", dilation=2), nn.ReLU(), nn.Conv2d(8, 6, (5, 1), padding="same"), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(6, 8, 3, padding="valid"), head(8)), (image(),)
+
+
+@toy
+def fewer_chunks_than_asked() -> Toy:
+    f = lambda m, x: m.head(m.out(sum(m.stem(x).chunk(4, 1))))  # noqa: E731
+    return Fn(f, stem=cbr(3, 6), out=cbr(2, 8), head=head(8)), (image(),)
+
+
+@toy
+def larger_of_two() -> Toy:
+    f = lambda m, x: m.head(torch.min(torch.max(m.a(x), m.b(x)), m.c(x)))  # noqa: E731
+    return Fn(f, a=cbr(3, 8), b=cbr(3, 8), c=cbr(3, 8), head=head(8)), (image(),)
+
+
+@toy
+def warped() -> Toy:
+    def f(m: Any, x: Tensor) -> Tensor:
+        grid = torch.tanh(m.flow(x)).permute(0, 2, 3, 1)
+        return m.head(F.grid_sample(m.stem(x), grid, align_corners=False))
+
+    return Fn(f, stem=cbr(3, 8), flow=conv(3, 2), head=head(8)), (image(),)
+
+
+@toy
+def top_values() -> Toy:
+    f = lambda m, x: m.fc(m.stem(x).topk(3, dim=2)[0].flatten(1))  # noqa: E731
+    return Fn(f, stem=nn.Conv1d(4, 8, 3), fc=nn.Linear(24, 4)), (torch.randn(2, 4, 12),)
+
+
+@toy
+def norm_of_written_size() -> Toy:
+    def f(m: Any, x: Tensor) -> Tensor:
+        return m.fc(F.layer_norm(m.stem(x).mean((2, 3)), (m.width,), m.scale, m.shift))
+
+    parts = {"scale": nn.Parameter(torch.rand(8)), "shift": nn.Parameter(torch.randn(8))}
+    return Fn(f, stem=cbr(3, 8), width=8, **parts, fc=nn.Linear(8, 4)), (image(),)
+
+
+@toy
+def norm_of_read_size() -> Toy:
+    def f(m: Any, x: Tensor) -> Tensor:
+        y = m.stem(x).mean((2, 3))
+        return m.fc(F.layer_norm(y, y.shape[-1:], m.scale, m.shift))
+
+    parts = {"scale": nn.Parameter(torch.rand(8)), "shift": nn.Parameter(torch.randn(8))}
+    return Fn(f, stem=cbr(3, 8), **parts, fc=nn.Linear(8, 4)), (image(),)
+
+
+@toy
+def non_local() -> Toy:
+    def f(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        q, k, v = m.q(x).flatten(2).transpose(1, 2), m.k(x).flatten(2), m.v(x).flatten(2).transpose(1, 2)
+        y = torch.bmm(torch.bmm(q, k).softmax(-1), v).transpose(1, 2)
+        return m.head(x + m.out(y.unflatten(2, x.shape[2:])))
+
+    parts = {"q": conv(8, 4, 1), "k": conv(8, 4, 1), "v": conv(8, 4, 1), "out": conv(4, 8, 1)}
+    return Fn(f, stem=cbr(3, 8), **parts, head=head(8)), (image(),)
+
+
+@toy
+def attention_over_positions() -> Toy:
+    """The keys carry a table of positions, so their channels are named after a parameter that is added, not multiplied."""
+
+    def f(m: Any, x: Tensor) -> Tensor:
+        q, k = m.q(x).flatten(2).transpose(1, 2), m.table + m.k(x).flatten(2)
+        return m.head(m.v(x) * torch.matmul(q, k).softmax(-1).mean(1).view(x.shape[0], 1, *x.shape[2:]))
+
+    parts = {"q": conv(3, 6, 1), "k": conv(3, 6, 1), "table": nn.Parameter(torch.randn(6, 64)), "v": cbr(3, 8)}
+    return Fn(f, **parts, head=head(8)), (image(),)
+
+
+@toy
+def matmul_computed() -> Toy:
+    def f(m: Any, x: Tensor) -> Tensor:
+        y = m.stem(x).flatten(2).transpose(1, 2)
+        return torch.relu(y @ (m.w1 * 0.5)) @ m.w2.t().contiguous()
+
+    return Fn(f, stem=cbr(3, 8), w1=nn.Parameter(torch.randn(8, 10)), w2=nn.Parameter(torch.randn(4, 10))), (image(),)
+
+
+@toy
+def windows_of_channels() -> Toy:
+    f = lambda m, x: m.fc(m.stem(x).unfold(1, 4, 4).mean((1, 2, 3)))  # noqa: E731
+    return Fn(f, stem=cbr(3, 8), fc=nn.Linear(4, 4)), (image(),)
+
+
+@toy
+def windows_of_space() -> Toy:
+    f = lambda m, x: m.head(m.stem(x).unfold(2, 4, 4).mean(4))  # noqa: E731
+    return Fn(f, stem=cbr(3, 8), head=head(8)), (image(),)
+
+
+@toy
+def diagonal_of_channels() -> Toy:
+    f = lambda m, x: m.fc(m.stem(x).diagonal(0, 1, 2).mean(1))  # noqa: E731
+    return Fn(f, stem=cbr(3, 8), fc=nn.Linear(8, 4)), (image(),)
+
+
+@toy
+def diagonal_of_space() -> Toy:
+    f = lambda m, x: m.fc(m.stem(x).diagonal(dim1=2, dim2=-1).mean(2))  # noqa: E731
+    return Fn(f, stem=cbr(3, 8), fc=nn.Linear(8, 4)), (image(),)
+
+
+@toy
+def tied_transpose() -> Toy:
+    f = lambda m, x: m.fc(F.linear(torch.relu(m.a(x)), m.a.weight.t()))  # noqa: E731
+    return Fn(f, a=nn.Linear(12, 8), fc=nn.Linear(12, 4)), (torch.randn(2, 12),)
+
+
+@toy
+def tied_product() -> Toy:
+    f = lambda m, x: m.fc(torch.relu(m.a(x)) @ m.a.weight)  # noqa: E731
+    return Fn(f, a=nn.Linear(12, 8), fc=nn.Linear(12, 4)), (torch.randn(2, 12),)
 
 
 class C2f(nn.Module):

@@ -68,7 +68,7 @@ def index(state: State, call: Call) -> Layers:
 
 def chunk(state: State, call: Call) -> list[Layers]:
     """Equal parts of an axis: the parts are tied, so that all keep the same number of channels."""
-    return _chunk(state, call, call.args["self"], int(call.args["chunks"]), call.args["dim"])
+    return _chunk(state, call, call.args["self"], len(call.out), call.args["dim"])  # it may make fewer than it was asked for
 
 
 def _chunk(state: State, call: Call, x: Seen, n: int, dim: int) -> list[Layers]:

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from deploypipe.graph.labels import Vector, along, expand_along, varies
+from deploypipe.graph.labels import Labels, Vector, along, expand_along, varies
+from deploypipe.graph.reshape import follows
 from deploypipe.graph.tracer import Call, Layers, State
 
 
@@ -42,7 +43,8 @@ def layer_norm(state: State, call: Call) -> Layers:
             for key in ("weight", "bias"):
                 state.attach(call.args.get(key), position, vector, "carries", call.where)
             state.ledger.normalise(labels)
-            if not state.attribute(call, "normalized_shape", vector, index=position) and not call.sizes:
+            stated = state.attribute(call, "normalized_shape", vector, index=position)
+            if not stated and not _read_off(state, call, position, labels):
                 state.ledger.freeze(labels, f"{call.where}: normalised shape is written in forward")
             layers.append(expand_along(vector, axis, x.shape))
             continue
@@ -50,6 +52,11 @@ def layer_norm(state: State, call: Call) -> Layers:
             state.ledger.freeze(labels, f"{call.where}: channels lie along several normalised axes")
         layers.append(labels)
     return tuple(layers)
+
+
+def _read_off(state: State, call: Call, position: int, labels: Labels) -> bool:
+    """Say whether the normalised size was read off a tensor and follows its channels."""
+    return call.sizes is not None and len(call.sizes) > position and follows(state, call, call.sizes[position], labels)
 
 
 def group_norm(state: State, call: Call) -> Layers:

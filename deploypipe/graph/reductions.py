@@ -1,9 +1,19 @@
 """Rules of pooling, resizing, reductions, softmax and attention."""
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 
-from deploypipe.graph.labels import along, drop_axes, expand_along, varies
+from deploypipe.graph.labels import Labels, along, drop_axes, expand_along, varies
 from deploypipe.graph.tracer import Call, Layers, Rule, Seen, State, spread, tensors_in
+
+
+def _stretched(labels: Labels, axes: Iterable[int], shape: Sequence[int]) -> Labels:
+    """Return labels that do not change along `axes` for a result of another size there."""
+    spread = along(labels)
+    if spread is not None:
+        return expand_along(spread[1], spread[0], shape)
+    return drop_axes(labels, axes).expand(shape)
 
 
 def over_space(n: int) -> Rule:
@@ -15,15 +25,17 @@ def over_space(n: int) -> Rule:
         layers = []
         for labels in state.layers_of(x):
             space = [d for d in varies(labels) if d >= x.dim() - n]
-            spread = along(labels)
-            if spread is not None and not space:
-                layers.append(expand_along(spread[1], spread[0], out.shape))
-                continue
             calm = state.ledger.tie_all(labels, space, call.where) if space else labels
-            layers.append(drop_axes(calm, range(x.dim() - n, x.dim())).expand(out.shape))
+            layers.append(_stretched(calm, range(x.dim() - n, x.dim()), out.shape))
         return [tuple(layers) for _ in call.out] if isinstance(call.out, (tuple, list)) else tuple(layers)
 
     return rule
+
+
+def grid_sample(state: State, call: Call) -> Layers | list[Layers]:
+    """Sampling at computed places: like resizing; the coordinates, which lie along an axis of the grid, stay whole."""
+    state.freeze_all([call.args["grid"]], f"{call.where}: positions to read from")
+    return over_space(2)(state, call)
 
 
 def unfold(state: State, call: Call) -> Layers:
@@ -71,13 +83,14 @@ def reduce(state: State, call: Call) -> Layers | list[Layers]:
 
 
 def along_axis(state: State, call: Call) -> Layers | list[Layers]:
-    """Softmax, cumulative sums, sorting: channels along the axis stay whole, the shape is kept."""
+    """Softmax, cumulative sums, sorting: channels along the axis stay whole, the shape is kept but for its size there."""
     x = tensors_in(tuple(call.args.values()))[0]
-    on, off = state.split_on(x, _reduced_axes(call))
+    axes = _reduced_axes(call)
+    on, off = state.split_on(x, axes)
     for labels in on:
         state.ledger.freeze(labels, f"{call.where}: runs across the channels")
     if isinstance(call.out, (tuple, list)):
-        return [tuple(labels for labels in off if labels.shape == out.shape) for out in call.out]
+        return [tuple(_stretched(labels, axes, out.shape) for labels in off) for out in call.out]
     return tuple(off)
 
 

@@ -24,7 +24,7 @@ def reshape(state: State, call: Call) -> Layers:
     for before in state.layers_of(x):
         after = _reshaped(before, out.shape)
         axes = varies(after)
-        derived = [d for d in axes if sizes is None or _follows(state, call, sizes[d], before)]
+        derived = [d for d in axes if sizes is None or follows(state, call, sizes[d], before)]
         if not axes or (len(axes) == 1 and derived):
             layers.append(after)
         elif len(derived) == 1 or (len(axes) > 1 and derived and sizes is None):
@@ -94,7 +94,7 @@ def _written(call: Call, rank_in: int, rank_out: int) -> list[Any] | None:
     return list(call.sizes) if call.sizes is not None and len(call.sizes) == rank_out else None
 
 
-def _follows(state: State, call: Call, size: Any, labels: Labels) -> bool:
+def follows(state: State, call: Call, size: Any, labels: Labels) -> bool:
     """Say whether an axis of this written size shrinks with the channels `labels`."""
     if isinstance(size, Dim):
         if size.source is None:

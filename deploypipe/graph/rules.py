@@ -5,7 +5,7 @@ import torch
 from deploypipe.graph.movement import by_position, cat, chunk, expand, glu, index, move, pad_constant, slice_, split
 from deploypipe.graph.norms import group_norm, layer_norm, per_channel_norm
 from deploypipe.graph.pointwise import elementwise, overwrite, same
-from deploypipe.graph.reductions import along_axis, attention, over_space, reads_values, reduce, unfold
+from deploypipe.graph.reductions import along_axis, attention, grid_sample, over_space, reads_values, reduce, unfold
 from deploypipe.graph.reshape import channel_shuffle, pixel_shuffle, pixel_unshuffle, reshape
 from deploypipe.graph.tracer import Rule
 from deploypipe.graph.weighted import WEIGHTED
@@ -19,7 +19,8 @@ RULES: dict[str, Rule] = {
     **WEIGHTED,
     **_rows(
         elementwise,
-        "hardswish hardswish_ _prelu_kernel log_sigmoid rrelu hardsigmoid_ native_dropout fake_quantize_per_tensor_affine",
+        "hardswish hardswish_ _prelu_kernel log_sigmoid rrelu hardsigmoid_ native_dropout fake_quantize_per_tensor_affine "
+        "max.other min.other",
     ),
     **_rows(
         same,
@@ -35,7 +36,9 @@ RULES: dict[str, Rule] = {
         "permute transpose transpose_ t numpy_T matrix_H mT unsqueeze unsqueeze_ squeeze squeeze_ flip movedim moveaxis "
         "swapaxes swapdims repeat tile repeat_interleave atleast_2d atleast_3d rot90",
     ),
-    **_rows(by_position("dim"), "select unbind narrow split_with_sizes tensor_split index_select unfold gather diagonal"),
+    **_rows(by_position("dim"), "select unbind narrow split_with_sizes tensor_split index_select gather"),
+    "unfold": by_position("dimension"),
+    "diagonal": by_position("dim1", "dim2"),
     **_rows(by_position("dims"), "roll"),
     **_rows(split, "split"),
     "slice": slice_,
@@ -58,13 +61,14 @@ RULES: dict[str, Rule] = {
         over_space(2),
         "max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d "
         "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_nearest_exact2d _upsample_bilinear2d_aa "
-        "_upsample_bicubic2d_aa reflection_pad2d replication_pad2d grid_sampler grid_sampler_2d fractional_max_pool2d",
+        "_upsample_bicubic2d_aa reflection_pad2d replication_pad2d fractional_max_pool2d",
     ),
     **_rows(
         over_space(3),
         "max_pool3d max_pool3d_with_indices avg_pool3d adaptive_avg_pool3d adaptive_max_pool3d upsample_nearest3d "
         "upsample_trilinear3d reflection_pad3d replication_pad3d",
     ),
+    **_rows(grid_sample, "grid_sampler grid_sampler_2d"),
     "im2col": unfold,
     **_rows(
         reduce,
@@ -85,8 +89,9 @@ MOVES = frozenset(name for name, rule in RULES.items() if rule.__module__ == mov
 
 
 def rule_for(op: torch._ops.OpOverload) -> Rule | None:
-    """Return the rule of an aten operation: its row, or `elementwise` if torch tags it as pointwise."""
+    """Return the rule of an aten operation: the row of its overload or name, or `elementwise` if torch tags it as pointwise."""
     name = op._schema.name.rpartition("::")[2]
-    if name in RULES:
-        return RULES[name]
+    rule = RULES.get(f"{name}.{op._overloadname}") or RULES.get(name)
+    if rule is not None:
+        return rule
     return elementwise if torch.Tag.pointwise in op.tags else None

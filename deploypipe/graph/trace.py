@@ -218,8 +218,15 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results = tensors_in(call.out)
         if isinstance(layers, tuple):
             layers = [layers] * len(results)
+        weight = _only_weights(call)
         for tensor, found in zip(results, layers, strict=True):
-            tensor.labels = found
+            tensor.labels, tensor.weight = found, tensor.weight or weight
+
+
+def _only_weights(call: Call) -> bool:
+    """Say whether an operation sees no activation; most see one first, and the rest need not be looked at."""
+    first = next(iter(call.args.values()), None)
+    return isinstance(first, Seen) and first.weight and all(t.weight for t in tensors_in(tuple(call.args.values())))
 
 
 class _Sizes(TorchFunctionMode):

@@ -23,7 +23,7 @@ Layers = tuple[Labels, ...]
 class Seen:
     """What rules know of a tensor. A parameter or buffer has a name; an activation has labels once its rule was asked."""
 
-    __slots__ = ("dtype", "labels", "layer", "name", "shape", "strides")
+    __slots__ = ("dtype", "labels", "layer", "name", "shape", "strides", "weight")
 
     def __init__(self, tensor: Tensor, name: str = "", *, dense: bool = False) -> None:
         """Keep shape and, unless the tensor is known to be no broadcast (`dense`), strides."""
@@ -33,6 +33,7 @@ class Seen:
         self.name = name
         self.labels: Layers = ()
         self.layer = -1  # the layer call whose untouched output this is
+        self.weight = bool(name)  # whether parameters and buffers alone make it: one of them, a view, something computed
 
     def dim(self) -> int:
         """Return the number of axes."""
@@ -154,8 +155,11 @@ class State:
         return self.axes[key]
 
     def _set_role(self, key: tuple[str, int], role: Role) -> None:
-        if self.roles.get(key, "carries") == "carries":
+        known = self.roles.get(key, "carries")
+        if known == "carries":
             self.roles[key] = role
+        elif known == "produces" and role == "consumes":  # what reads could not be masked alone
+            self.ledger.frozen.append((self.axes[key], f"axis {key[1]} of {key[0]} makes these channels and reads them, too"))
 
     def set_role_by_labels(self, labels: Labels, role: Role) -> None:
         """Give the parameter axis on which these labels were born a role (matrix products with a view of a parameter)."""

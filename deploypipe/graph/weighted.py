@@ -60,23 +60,36 @@ def _convolution(state: State, call: Call, *, transposed: bool) -> tuple[Labels,
     state.attach(bias, 0, out_vec, "carries" if kind == "depthwise" else "produces", call.where)
     state.attribute(call, "in_channels", vec)
     state.attribute(call, "out_channels", out_vec)
+    kernel = tuple(weight.shape[2:])
+    stride, dilation = (_tuple(call.args[key], n_space) for key in ("stride", "dilation"))
     geometry = {
-        "kernel": tuple(weight.shape[2:]),
+        "kernel": kernel,
+        "stride": stride,
+        "padding": _padding(call.args["padding"], kernel, dilation),
+        "dilation": dilation,
         "in_size": tuple(x.shape[axis + 1 :]),
         "out_size": tuple(call.out.shape[axis + 1 :]),
         "batch": x.shape[0] if axis else 1,
         "positions": (x.shape[0] if axis else 1) * prod((x if transposed else call.out).shape[axis + 1 :]),
-        **{key: _tuple(call.args[key], n_space) for key in ("stride", "padding", "dilation")},
     }
     _record(state, call, kind, geometry, vec, out_vec, groups)
     return spread(out_vec, axis, call.out)
 
 
-def _tuple(value: Any, n: int) -> tuple[Any, ...]:
-    """Bring aten's ways to write a size (int, list of one, list of n, "same") into a tuple of n."""
-    if isinstance(value, (int, str)):
+def _tuple(value: Any, n: int) -> tuple[int, ...]:
+    """Bring aten's ways to write a size (int, list of one, list of n) into a tuple of n."""
+    if isinstance(value, int):
         return (value,) * n
     return tuple(value) if len(value) == n else tuple(value) * n
+
+
+def _padding(value: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[int, ...]:
+    """Return padding in numbers, "same" and "valid" too: one for each axis, or all in front and then all behind."""
+    if not isinstance(value, str):
+        return _tuple(value, len(kernel))
+    total = [gap * (size - 1) if value == "same" else 0 for size, gap in zip(kernel, dilation, strict=True)]
+    front, behind = tuple(n // 2 for n in total), tuple(n - n // 2 for n in total)
+    return front if front == behind else front + behind
 
 
 def _grouped(state: State, call: Call, vec: Vector, *, transposed: bool) -> Vector:
@@ -183,12 +196,15 @@ def _contract(state: State, call: Call, a: Seen, b: Seen, contracted: list[Label
         state.ledger.tie_flat(
             state.collapse(left, a.dim() - 1, call.where), state.collapse(right, b.dim() - 2, call.where), call.where
         )
-    for labels, other in ((left, right), (right, left)):
+    for tensor, labels, other in ((a, left, right), (b, right, left)):
         if labels is None:
             continue
         if other is None:
             state.ledger.freeze(labels, f"{call.where}: multiplied with a matrix of fixed size")
-        state.set_role_by_labels(labels, "consumes")
+        if tensor.weight:
+            state.set_role_by_labels(labels, "consumes")
+        elif not (a.weight or b.weight):  # with one of them masked nowhere, a dropped channel would stay in the sum
+            state.ledger.freeze(labels, f"{call.where}: product of two activations, no weight reads the channels")
 
 
 def _batch_axes(state: State, call: Call, pair: tuple[Seen, Seen], passing: list[tuple[int, Labels]]) -> None:

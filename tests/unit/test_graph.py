@@ -90,6 +90,14 @@ def test_option_a_keeps_the_channels_that_meet_padding() -> None:
         ("recurrent", "stem.0", "no rule for"),
         ("data_dependent", "mid.0", "reduces over the channels"),
         ("weight_norm", "0.0", "no parameter"),
+        ("warped", "flow", "positions to read from"),
+        ("norm_of_written_size", "stem.0", "written in forward"),
+        ("non_local", "q", "two activations"),
+        ("attention_over_positions", "q", "two activations"),
+        ("windows_of_channels", "stem.0", "picked by position"),
+        ("diagonal_of_channels", "stem.0", "picked by position"),
+        ("tied_transpose", "a", "makes these channels and reads them"),
+        ("tied_product", "a", "makes these channels and reads them"),
     ],
 )
 def test_what_cannot_be_pruned_says_why(toy: str, group: str, words: str) -> None:
@@ -111,6 +119,17 @@ def test_what_cannot_be_pruned_says_why(toy: str, group: str, words: str) -> Non
         ("stack_and_sum", {"a.0": 8}),
         ("max_out", {"a": 8}),
         ("class_token", {"stem.0": 8, "fc1": 12}),
+        ("padding_in_words", {"0": 8, "2": 6, "4": 8}),
+        ("fewer_chunks_than_asked", {"stem.0": 2, "out.0": 8}),
+        ("larger_of_two", {"a.0": 8}),
+        ("warped", {"stem.0": 8}),
+        ("top_values", {"stem": 8}),
+        ("norm_of_read_size", {"stem.0": 8}),
+        ("non_local", {"stem.0": 8, "v": 4}),
+        ("attention_over_positions", {"v.0": 8}),
+        ("matmul_computed", {"stem.0": 8}),
+        ("windows_of_space", {"stem.0": 8}),
+        ("diagonal_of_space", {"stem.0": 8}),
     ],
 )
 def test_what_can_be_pruned_is(toy: str, expected: dict[str, int]) -> None:
@@ -207,3 +226,14 @@ def test_layers_state_their_geometry_and_widths() -> None:
     assert (dw.n_in.at(kept), dw.n_out.at(kept), dw.n_groups.at(kept)) == (5, 5, 5)
     assert (pw.n_in.at(kept), pw.n_out.at(kept)) == (5, 7)
     assert first.n_in.at(kept) == 3
+
+
+def test_padding_in_words_is_stated_in_numbers() -> None:
+    assert [layer.padding for layer in graph_of("padding_in_words").layers[:3]] == [(2, 2), (2, 0), (0, 0)]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_padding_with_more_behind_is_stated_for_both_sides() -> None:
+    """All that is added in front, then all that is added behind: the order of ONNX."""
+    (layer,) = trace(nn.Conv2d(3, 4, (3, 4), padding="same"), torch.zeros(1, 3, 8, 8)).layers
+    assert layer.padding == (1, 1, 1, 2)
