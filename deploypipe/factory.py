@@ -5,7 +5,7 @@ import importlib.util
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
@@ -20,6 +20,7 @@ from deploypipe.errors import DeployPipeError, UsageError, nearest
 
 _STDLIB = Path(sysconfig.get_path("stdlib")).resolve()
 _HERE = Path(__file__).resolve().parent
+_OWN = 2  # rank of a file
 _LISTED = 20  # names of files in one message
 _ALIKE = 0.6  # of two names, from 0 to 1: below, one was not meant by the other
 
@@ -71,6 +72,35 @@ def source_file(spec: str, at: str = "") -> Path | None:
     return path
 
 
+def own_sources(spec: str, modules: Iterable[str] = ()) -> list[Path]:
+    """Return the user's own Python files that a factory, and the named modules, come from or refer to, ordered by path.
+
+    Neither installed packages nor the standard library: what these do changes with their version, not from run to run.
+
+    Args:
+        spec: Of the factory, as in `find_factory`, which has imported it.
+        modules: Names of other modules to begin with.
+    """
+    path = source_file(spec)
+    found: dict[Path, None] = {}
+    waiting, seen = [_name_of(path) if path else spec.rpartition(":")[0], *modules], set[str]()
+    while waiting:
+        name = waiting.pop()
+        module = sys.modules.get(name)
+        if name in seen or module is None:
+            continue
+        seen.add(name)
+        source = Path(getattr(module, "__file__", None) or "").resolve()
+        if source.suffix == ".py" and _rank(source) == _OWN:
+            found[source] = None
+            waiting += [_module_of(value) for value in vars(module).values()]
+    return sorted(found)
+
+
+def _module_of(value: Any) -> str:
+    return str(value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", ""))
+
+
 def near_path(path: Path, what: str, fits: Callable[[Path], bool]) -> str:
     """Return advice for a path that does not exist: the names in its folder that may be meant, or the part that is missing.
 
@@ -107,9 +137,13 @@ class _Uncached(SourceFileLoader):
         return self.source_to_code(self.get_data(self.path), self.path)
 
 
+def _name_of(path: Path) -> str:
+    """Return the module's name of a file. The content is part of it: an edited file is imported anew."""
+    return f"_deploypipe_{path.stem}_{hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:12]}"
+
+
 def _import_file(path: Path, at: str, error: type[DeployPipeError]) -> ModuleType:
-    # The content is part of the name: an edited file is imported anew, equal files share their classes.
-    name = f"_deploypipe_{path.stem}_{hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:12]}"
+    name = _name_of(path)
     if name in sys.modules:
         return sys.modules[name]
     found = importlib.util.spec_from_file_location(name, path, loader=_Uncached(name, str(path)))
@@ -198,9 +232,9 @@ def _users_frame(failure: BaseException) -> FrameSummary | None:
 
 
 def _rank(path: Path) -> int:
-    """Return how likely the reader is to know a file: 2 their own, 1 an installed package, 0 torch, Python or deploypipe."""
+    """Return how likely the reader is to know a file: `_OWN` their own, 1 of a package, 0 of torch, Python or deploypipe."""
     for folder in ("site-packages", "dist-packages"):
         if folder in path.parts:
             package = path.parts[path.parts.index(folder) + 1]
             return int(package not in ("torch", "deploypipe"))
-    return 0 if path.is_relative_to(_STDLIB) or path.is_relative_to(_HERE) else 2
+    return 0 if path.is_relative_to(_STDLIB) or path.is_relative_to(_HERE) else _OWN

@@ -18,10 +18,11 @@ _GRACE_S = 5.0  # how long to wait for a lock whose owner is dead but whose work
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_TEXTS = ("No space left on device", "os error 28", "Disk quota exceeded")  # libraries that hide the number
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_ELSEWHERE = "choose another --out folder"
 
 
-def make_folder(folder: Path) -> None:
-    """Make the folder and its parents.
+def make_folder(folder: Path, elsewhere: str = _ELSEWHERE) -> None:
+    """Make the folder and its parents; `elsewhere` says how the user names another.
 
     Raises:
         UsageError: A file is in the way, or the place takes no folders.
@@ -30,9 +31,9 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         blocking = next(path for path in (folder, *folder.parents) if path.exists())
-        raise UsageError(f"'{blocking}' is a file, not a folder", at=str(folder), fix="choose another --out folder") from error
+        raise UsageError(f"'{blocking}' is a file, not a folder", at=str(folder), fix=elsewhere) from error
     except FileNotFoundError as error:  # /proc and the like
-        raise UsageError("no folder can be made there", at=str(folder), fix="choose another --out folder") from error
+        raise UsageError("no folder can be made there", at=str(folder), fix=elsewhere) from error
 
 
 def claim(folder: Path, reporter: Reporter) -> int:
@@ -80,28 +81,34 @@ def release(descriptor: int, folder: Path, *, remove_if_empty: bool) -> None:
 
 
 @contextmanager
-def explained(folder: Path) -> Iterator[None]:
+def explained(folder: Path, elsewhere: str = _ELSEWHERE) -> Iterator[None]:
     """Turn a full or read-only disk into an error for people, whichever library met it first.
+
+    Args:
+        folder: Where is written.
+        elsewhere: How the user names another.
 
     Raises:
         UsageError: In place of the library's error, with the path and what to do.
     """
     try:
         yield
+    except UsageError:  # explained already, of a folder that is written to meanwhile
+        raise
     except Exception as error:
         code = error.errno if isinstance(error, OSError) else None
         path = Path(str(getattr(error, "filename", None) or folder))
         if code in _FULL or any(text in str(error) for text in _FULL_TEXTS):
-            raise _full(path if path.parent.is_dir() else folder, code) from error
+            raise _full(path if path.parent.is_dir() else folder, code, elsewhere) from error
         if code in _FORBIDDEN and (path.is_relative_to(folder) or folder.is_relative_to(path)):
-            fix = "choose another --out folder, or change the folder's permissions"
+            fix = f"{elsewhere}, or change the folder's permissions"
             raise UsageError(f"the folder cannot be written: {os.strerror(code or 0)}", at=str(path), fix=fix) from error
         raise
 
 
-def _full(path: Path, code: int | None) -> UsageError:
+def _full(path: Path, code: int | None, elsewhere: str) -> UsageError:
     left = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free / 1e6
-    fix = f"free space ({left:.0f} MB are left there) or choose another --out folder; the same command then resumes"
+    fix = f"free space ({left:.0f} MB are left there) or {elsewhere}; the same command then resumes"
     return UsageError(f"the disk is full: {os.strerror(code or errno.ENOSPC)}", at=str(path), fix=fix)
 
 

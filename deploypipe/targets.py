@@ -60,7 +60,9 @@ class BuildSpec:
 
 @dataclass(frozen=True)
 class MeasureSpec:
-    """How latency is measured: untimed runs, timed runs, threads and batch size of the runtime.
+    """How latency is measured: untimed runs, timed runs, threads of the runtime.
+
+    `batch` may be stated as 1 and is nothing to set: the model's example inputs decide how many images a run takes.
 
     A run of a model that is faster than `least_us` is as many as fit in, so that a short disturbance weighs no more than for a
     slow one.
@@ -73,10 +75,13 @@ class MeasureSpec:
     least_us: float = 1500.0
 
     def __post_init__(self) -> None:
-        for name, least in (("warmup", 0), ("runs", 1), ("threads", 1), ("batch", 1), ("least_us", 0)):
+        for name, least in (("warmup", 0), ("runs", 1), ("threads", 1), ("least_us", 0)):
             value = getattr(self, name)
             if value < least:
                 raise TargetError(f"{name} is {value}", at=f"measure.{name}", fix=f"use {least} or more")
+        if self.batch != 1:
+            fix = "leave it out: the batch size that is built and measured is that of the model's example inputs"
+            raise TargetError(f"batch is {self.batch}, and a target does not decide it", at="measure.batch", fix=fix)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
 """A data set and its batches: sliced from tensors where they lie in memory, with seeded order and augmentation."""
 
+import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,6 +58,21 @@ class CropFlip:
     def _positions(self, n: int, length: int, generator: torch.Generator) -> Tensor:
         """Return where in the padded image each of the `length` output positions is read, (n, length)."""
         return torch.arange(length) + torch.randint(0, 2 * self.padding + 1, (n, 1), generator=generator)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed every generator that dropout and the user's transforms may use, and put their states back afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def count(dataset: Samples) -> int:

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from deploypipe.data.batches import Augment, CropFlip, Data, Samples, count, labels_of, split, take
+from deploypipe.data.batches import Augment, CropFlip, Data, Samples, count, labels_of, seeded, split, take
 from deploypipe.data.images import (
     DIGITS_NORMALISE,
     DIGITS_SIZE,
@@ -34,6 +34,7 @@ from deploypipe.targets import cache_folder
 KINDS = ("demo", "imagefolder:DIR", "cifar10:DIR", "file.py:factory", "package.module:factory")
 __all__ = ["KINDS", "Data", "load_data"]
 _TEST_FOLDERS = ("test", "val", "valid", "validation")
+_SEED = 0  # of what the user's own code draws while data is made and described: not the run's, which decides splits only
 _SCANNED = 2000  # samples looked at to learn the classes of a Dataset that does not name them
 _CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -78,8 +79,16 @@ def load_data(
             return _cifar10(binary, wanted or (3, 32, 32), normalise or IMAGENET)
         return _image_folder(root, wanted, normalise, cache or cache_folder() / "images", reporter or Silent())
     if place:
-        return _from_datasets(find_factory(spec, option="--data", error=UsageError)(), seed, spec)
+        return _from_datasets(_made(spec), seed, spec)
     raise UsageError(f"unknown data '{spec}'", at=f"--data {spec}", fix=nearest(spec, KINDS))
+
+
+def _made(spec: str) -> Any:
+    """Return what the user's factory makes: the same at every start, though it may draw (a subset, synthetic images)."""
+    with seeded(_SEED):
+        factory = find_factory(spec, option="--data", error=UsageError)
+    with seeded(_SEED):  # again: a file that is imported already draws nothing above
+        return factory()
 
 
 def _as_size(size: tuple[int, ...] | None) -> Size | None:
@@ -229,9 +238,10 @@ def _from_datasets(given: Any, seed: int, name: str) -> Data:
             f"({', '.join(type(part).__name__ for part in given)})" if isinstance(given, tuple | list) else type(given).__name__
         )
         raise UsageError(f"the data is {what}", at=name, fix="give a (train, test) pair of torch Datasets, or one Dataset")
-    classes = _classes(given if isinstance(given, Dataset) else train, train)
-    shape = tuple(take(train, torch.tensor([0]))[0].shape[1:])
-    parts = [_fingerprint(part) for part in (train, test)]
+    with seeded(_SEED):  # random transforms would give the same data another key at every start, and nothing would resume
+        classes = _classes(given if isinstance(given, Dataset) else train, train)
+        shape = tuple(take(train, torch.tensor([0]))[0].shape[1:])
+        parts = [_fingerprint(part) for part in (train, test)]
     return Data(
         train, test, classes, _key("datasets", parts, classes), None, _described(name, train, test, len(classes), shape)
     )

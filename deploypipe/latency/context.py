@@ -23,7 +23,7 @@ class Price:
         weight_us: For each pair of an input and an output channel.
         crowded_us: At full widths, among layers that are full as well: the whole model then leaves the cache.
         crowd_power: With this power of the share of work `crowded_us` falls.
-        full: Work at full widths: their product.
+        full: Work at full widths: their product; 1 if unknown.
     """
 
     alone: float = 1.0
@@ -134,6 +134,15 @@ class Context:
                 f"{ADDITIVE[0]} to {ADDITIVE[1]}): measure again on a quiet machine, deploypipe profile --fresh"
             )
         return tuple(found)
+
+    def covers(self, work: Mapping[str, int]) -> bool:
+        """Say whether no layer is wider than in the form that this was learned from: prices end there.
+
+        Args:
+            work: By layer, the product of its widths.
+        """
+        full = {name: price.full for name, price in self.prices.items() if price.full > 1}
+        return all(work.get(name, 0) <= most for name, most in full.items())
 
     def us(self, layer: str, alone_us: float, n_in: int, n_out: int) -> float:
         """Return what a layer adds to the model at two widths at which its kernel takes `alone_us` alone."""

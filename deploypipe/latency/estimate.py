@@ -88,7 +88,7 @@ def macs(shape: Shape, n_in: int, n_out: int) -> int:
     """Return the multiply-adds of a kernel at two widths."""
     if shape.rows:
         return shape.rows * n_in * n_out
-    positions = prod(shape.in_size if shape.kind == "transposed" else shape.out_size)
+    positions = prod(shape.in_size if shape.transposed else shape.out_size)
     reads = shape.per_group[0] if shape.tied else n_in
     return shape.batch * positions * prod(shape.kernel) * reads * n_out
 

@@ -1,9 +1,12 @@
 """The files of a latency table: typed CSV columns for kernels, JSON for the device and for each profiled model."""
 
 import csv
+import fcntl
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -56,6 +59,16 @@ class Shape:
     def tied(self) -> bool:
         """Whether one width decides the other."""
         return self.per_group != (0, 0)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is a transposed convolution: of those with groups, only the sizes tell."""
+        if self.kind not in ("depthwise", "grouped"):
+            return self.kind == "transposed"
+        n = len(self.kernel)
+        both = self.padding if len(self.padding) == 2 * n else 2 * self.padding  # in front, then behind
+        axes = zip(self.in_size, both[:n], both[n:], self.dilation, self.kernel, self.stride, strict=True)
+        return self.out_size != tuple((size + a + b - gap * (taps - 1) - 1) // step + 1 for size, a, b, gap, taps, step in axes)
 
     @property
     def title(self) -> str:
@@ -112,7 +125,7 @@ def write_table(
 def write_device(folder: Path, facts: Mapping[str, Any], steps: AllSteps) -> None:
     """Write `device.json`."""
     learned = {kind: asdict(item) for kind, item in steps.items()}
-    _write(folder / "device.json", json.dumps({"schema": SCHEMA, "facts": dict(facts), "steps": learned}, indent=1) + "\n")
+    write_file(folder / "device.json", json.dumps({"schema": SCHEMA, "facts": dict(facts), "steps": learned}, indent=1) + "\n")
 
 
 def write_kernels(folder: Path, kernels: Iterable[Entry]) -> None:
@@ -121,7 +134,27 @@ def write_kernels(folder: Path, kernels: Iterable[Entry]) -> None:
     The column `sparsity` is there if any kernel was measured with 2:4 weights: a table of dense kernels has the same file, and
     the same `identity`, as before that column existed.
     """
-    _write(folder / "kernels.csv", "\n".join(_lines(kernels)) + "\n")
+    write_file(folder / "kernels.csv", "\n".join(_lines(kernels)) + "\n")
+
+
+def add_kernels(folder: Path, kernels: Iterable[Entry]) -> None:
+    """Add to `kernels.csv`, or replace there, while other processes may do the same.
+
+    Raises:
+        TargetError: A row that is there is malformed.
+    """
+    with _locked(folder):
+        stored = {entry.place: entry for entry in (*read_kernels(folder), *kernels)}
+        write_kernels(folder, stored.values())
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:  # stays: to remove it would let two processes hold two files of one name
+        with suppress(OSError):  # without locks, rows of another process may be lost: they are measured again
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def identity(facts: Mapping[str, Any], steps: AllSteps, kernels: Iterable[Entry], contexts: Iterable[Context]) -> str:
@@ -135,7 +168,7 @@ def identity(facts: Mapping[str, Any], steps: AllSteps, kernels: Iterable[Entry]
 def write_context(folder: Path, context: Context) -> None:
     """Write `models/<structure>.json`."""
     state = {"schema": SCHEMA, **_state(context)}
-    _write(folder / "models" / f"{context.structure}.json", json.dumps(state, indent=1) + "\n")
+    write_file(folder / "models" / f"{context.structure}.json", json.dumps(state, indent=1) + "\n")
 
 
 def read_table(folder: Path) -> tuple[dict[str, Any], dict[str, Steps], tuple[Entry, ...], tuple[Context, ...]]:
@@ -253,8 +286,9 @@ def _read(path: Path) -> dict[str, Any]:
     return state
 
 
-def _write(path: Path, text: str) -> None:
+def write_file(path: Path, text: str) -> None:
+    """Write a file that appears complete or not at all, whatever other processes write at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text)
     temporary.replace(path)

@@ -42,6 +42,7 @@ class LatencyTable:
         contexts: One for each profiled model.
         masks: Which weights of a plan are 2:4: none; all that may be (`masked`); or those that the plan names (`offering`).
         profiled: The steps that measured widths lie on, where `steps` are coarser (`aligned`).
+        multiple: What all channel counts to choose from are multiples of (`aligned`), but for the full ones.
     """
 
     facts: Mapping[str, Any]
@@ -51,6 +52,7 @@ class LatencyTable:
     unit: str = "us"
     masks: Masks = "never"
     profiled: AllSteps | None = None
+    multiple: int = 1
     _grids: Mapping[tuple[Shape, Sparsity], Grid] = field(init=False, repr=False)
     _terms: "WeakKeyDictionary[Graph, tuple[CostTerm, ...]]" = field(init=False, repr=False, default_factory=WeakKeyDictionary)
 
@@ -112,7 +114,7 @@ class LatencyTable:
         Each is within what was measured: of coarser steps more fit among the few that are offered, but none that is narrower.
         """
         least = {name: widths[0] for name, widths in legal_widths(graph, self.profiled or self.steps).items()}
-        legal = legal_widths(graph, self.steps)
+        legal = legal_widths(graph, self.steps, self.multiple)
         return {name: tuple(width for width in widths if width >= least[name]) for name, widths in legal.items()}
 
     def predict(self, graph: Graph, plan: KeepPlan | None = None) -> float:
@@ -138,11 +140,17 @@ class LatencyTable:
         Raises:
             TargetError: The model has not been profiled with this runtime.
         """
-        structure = structure_of(graph)
-        for context in self.contexts:
-            if context.structure == structure:
-                return context
-        raise self._unmeasured("the model has not been profiled as a whole")
+        found = self.known(graph)
+        if found is None:
+            raise self._unmeasured("the model has not been profiled as a whole, or only with fewer channels")
+        return found
+
+    def known(self, graph: Graph) -> Context | None:
+        """Return how the kernels add up in the model of `graph`, or in a wider form of it; None if it has not been profiled."""
+        structure, kept = structure_of(graph), graph.kept()
+        work = {name: layer.n_in.at(kept) * layer.n_out.at(kept) for name, layer in graph.calls}
+        fitting = (one for one in self.contexts if one.structure == structure and one.covers(work))
+        return next(fitting, None)
 
     def corrected(self, graph: Graph, factor: float) -> "LatencyTable":
         """Return the table with the prices of the model of `graph` multiplied by `factor`.
@@ -156,7 +164,7 @@ class LatencyTable:
     def aligned(self, multiple: int) -> "LatencyTable":
         """Return the table with only such channel counts to choose from as are multiples of `multiple`, too."""
         coarser = {kind: replace(one, step=lcm(one.step, multiple)) for kind, one in self.steps.items()}
-        return replace(self, steps=coarser, profiled=self.profiled or self.steps)
+        return replace(self, steps=coarser, profiled=self.profiled or self.steps, multiple=lcm(self.multiple, multiple))
 
     def with_context(self, context: Context) -> "LatencyTable":
         """Return the table with this context, in the place of the one that it had for the same model."""
@@ -202,7 +210,7 @@ class LatencyTable:
         return cls(*latency_file.read_table(Path(folder)))
 
     def _layer_term(self, call: str, layer: Layer, graph: Graph, context: Context) -> CostTerm:
-        """Price one call of a layer, also with 2:4 weights if it may be given these alone: widths allow it, no other layer shares them."""
+        """Price a call of a layer, also with 2:4 weights if it alone may have them: widths allow it, none shares its weight."""
 
         @cache
         def price(n_in: int, n_out: int) -> float:
@@ -241,7 +249,8 @@ class LatencyTable:
 
 def structure_of(graph: Graph) -> str:
     """Return a key of what a model computes, widths aside: a pruned model has the structure of the whole one."""
-    return latency_file.hashed([[layer.name, *vars(Shape.of(layer)).values()] for layer in graph.layers])
+    layers = [[layer.name, *vars(Shape.of(layer)).values()] for layer in graph.layers]
+    return latency_file.hashed([layers, sorted(graph.ops.items())])
 
 
 def widths_of(graph: Graph, layers: tuple[str, ...]) -> tuple[Width, ...]:

@@ -50,15 +50,20 @@ def steps_of(layer: Layer, steps: AllSteps) -> Steps:
     return own or steps.get("linear" if layer.kind == "matmul" else layer.kind, Steps())
 
 
-def legal_widths(graph: Graph, steps: AllSteps) -> dict[str, tuple[int, ...]]:
+def legal_widths(graph: Graph, steps: AllSteps, multiple: int = 1) -> dict[str, tuple[int, ...]]:
     """Return for every prunable group the channel counts that put all its layers on whole steps, ascending.
 
     The full count is always among them; at most 14 are evenly spread. Groups of a few steps also get the counts below one
     step with which some layer gains and none leaves its fast path. In a layer fed by several groups each group lands on whole
     steps by itself, and never below one: its tensor could not be joined with the others in the runtime's own layout, and all of
     them would have to be laid out anew.
+
+    Args:
+        graph: With the groups.
+        steps: Of each kind of kernel.
+        multiple: All counts but the full one are multiples of this in all layers, those below one step too.
     """
-    return {group.name: _legal(group, _uses(graph, group), steps) for group in graph.prunable}
+    return {group.name: _legal(group, _uses(graph, group), steps, multiple) for group in graph.prunable}
 
 
 def _uses(graph: Graph, group: Group) -> list[tuple[Layer, int, bool]]:
@@ -70,10 +75,10 @@ def _uses(graph: Graph, group: Group) -> list[tuple[Layer, int, bool]]:
     return found
 
 
-def _legal(group: Group, uses: list[tuple[Layer, int, bool]], steps: AllSteps) -> tuple[int, ...]:
+def _legal(group: Group, uses: list[tuple[Layer, int, bool]], steps: AllSteps, multiple: int) -> tuple[int, ...]:
     unit = 1
     for layer, slots, _ in uses:
-        step = steps_of(layer, steps).step
+        step = lcm(steps_of(layer, steps).step, multiple)
         unit = lcm(unit, step // gcd(step, slots))
     unit = min(unit, group.size)
     chosen = {*_spread(unit, group.size), group.size}
@@ -81,7 +86,7 @@ def _legal(group: Group, uses: list[tuple[Layer, int, bool]], steps: AllSteps) -
     if plain and group.size <= 4 * unit:
         kinds = [steps_of(layer, steps) for layer, _, _ in uses]
         gaining = {width for kind in kinds for width in kind.small if width < group.size}
-        chosen |= {width for width in gaining if all(width % kind.align == 0 for kind in kinds)}
+        chosen |= {width for width in gaining if all(width % lcm(kind.align, multiple) == 0 for kind in kinds)}
     return tuple(sorted(chosen))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deploypipe.data.images import IMAGENET, Normalise
 from deploypipe.errors import ModelError, UsageError, nearest
-from deploypipe.factory import find_factory, guarded, source_file
+from deploypipe.factory import find_factory, guarded, own_sources, source_file
 from deploypipe.models.demo import WEIGHTS, demo_net
 from deploypipe.models.weights import fit_weights, read_weights
 from deploypipe.training.checkpoint import state_digest
@@ -235,6 +235,9 @@ def _key(spec: str, built: _Built) -> str:
     digest = hashlib.sha256(name.encode())
     if path:
         digest.update(path.read_bytes())
+    for source in own_sources(spec, sorted({type(module).__module__ for module in built.model.modules()})):
+        if source != path:
+            digest.update(source.name.encode() + source.read_bytes())
     digest.update(state_digest(built.model).encode())
     digest.update(repr(([tuple(part.shape) for part in built.example], built.normalise)).encode())
     return digest.hexdigest()[:16]

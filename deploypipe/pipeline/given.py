@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from deploypipe.data.load import Data, load_data
+from deploypipe.errors import ModelError
+from deploypipe.factory import guarded
 from deploypipe.graph import trace
 from deploypipe.models.load import Loaded, load_model
 from deploypipe.pipeline.request import KEPT_BY_USER, Request
@@ -24,12 +27,28 @@ class Given:
 
 
 def given(request: Request, reporter: Reporter) -> Given:
-    """Open what the request names. Data of another shape than the model takes is found before anything slow.
+    """Open what the request names. A model that the data cannot be given to is found before anything slow.
 
     Raises:
         DeployPipeError: By class: see `errors`.
     """
     loaded = load_model(str(request.model), request.weights)
+    _check_inputs(loaded, request)
     data = load_data(request.data, normalise=loaded.normalise, size=loaded.input_shape, seed=request.seed, reporter=reporter)
     inputs = real_inputs(data, loaded.example)
     return Given(loaded, data, inputs, trace(loaded.model, loaded.example).keeping(request.keep, KEPT_BY_USER))
+
+
+def _check_inputs(loaded: Loaded, request: Request) -> None:
+    """Refuse a model that needs more than one input: samples are pairs of one input and a label."""
+    if len(loaded.example) == 1:
+        return
+    with torch.no_grad():
+        guarded(
+            lambda: loaded.model(loaded.example[0]),
+            f"the model takes {len(loaded.example)} inputs, and does not run with the first alone: --data gives no more",
+            f"--model {request.model}",
+            ModelError,
+            "wrap it in a module of one input that makes the others; without data it can be used as it is: deploypipe inspect "
+            "and profile, in Python deploypipe.prune(model, inputs, algo='l1', metric='macs') and deploypipe.compact",
+        )

@@ -77,7 +77,8 @@ class Run:
             )
             found.save(folder / "table")
 
-        key = [1, self.dense_key, asdict(self.target), self.device.facts, *([given.id] if given else [])]
+        key = [2, self.dense_key, asdict(self.target), self.device.facts, *([given.id] if given else [])]
+        key += [self.request.keep] if self.request.keep else []  # groups that stay whole are measured at no other width
         return self.store.keep("profile", key, measure, load)
 
     @cached_property

@@ -1,8 +1,8 @@
 """Measure a model's latency table on its target; whatever has been measured before is reused."""
 
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -15,10 +15,11 @@ from deploypipe.backends import load_backend
 from deploypipe.backends.base import Facts
 from deploypipe.device import at_home
 from deploypipe.errors import TargetError
+from deploypipe.folder import explained, make_folder
 from deploypipe.graph import trace
 from deploypipe.latency import files as latency_file
 from deploypipe.latency.context import MOST_ERROR
-from deploypipe.latency.table import Context, LatencyTable, Shape, structure_of
+from deploypipe.latency.table import Context, LatencyTable, Shape
 from deploypipe.latency.widths import AllSteps, legal_widths, reachable, steps_of, two_four_widths
 from deploypipe.profiler.bench import HEAVY_MACS, Bench, opened
 from deploypipe.profiler.context import in_context
@@ -36,6 +37,7 @@ from deploypipe.types import Graph, Layer
 
 _OUT, _IN = 14, 4  # most output and input widths measured per kernel shape: time is near linear in the inputs only
 ACCEPTED = "accepted_foreign_load"  # fact: the most that others took in a measurement that stands all the same
+_ANOTHER_CACHE = "set DEPLOYPIPE_CACHE to a folder that can be written"
 _PER_JOB = 48  # kernels timed in turns by one process
 
 
@@ -77,6 +79,7 @@ def profile(  # noqa: PLR0913 - the public surface, named arguments in practice
             measured predicts whole models badly.
         ModelError: The model cannot be traced or exported.
         BackendError: The runtime is missing or failed.
+        UsageError: The cache cannot be written.
     """
     chosen = at_home(load_target(target) if isinstance(target, str) else target)
     tell = reporter or Silent()
@@ -86,6 +89,7 @@ def profile(  # noqa: PLR0913 - the public surface, named arguments in practice
     noise = Noise() if allow_noise is None else Noise(allow_noise)
     root = Path(cache_dir) if cache_dir else cache_folder() / "profiles"
     with ExitStack() as stack:
+        stack.enter_context(_cache(root))
         runner = runner or stack.enter_context(closing(load_runner(chosen)))
         bench = stack.enter_context(opened(backend, runner, chosen, noise, export))
         if backend.pricing == "models":
@@ -99,11 +103,27 @@ def profile(  # noqa: PLR0913 - the public surface, named arguments in practice
             table = store.measure(missing)
         else:
             tell.reused("profile kernels")
-        structure = structure_of(graph)
-        if any(context.structure == structure and (noise.accepted or not context.far_off) for context in table.contexts):
+        if _is_profiled(table, graph, noise):
             tell.reused("profile model")
             return table
         return store.keep(_trusted(in_context(store.bench, model, example, graph, table, tell), noise, store.folder))
+
+
+@contextmanager
+def _cache(root: Path) -> Iterator[None]:
+    """Make the folder of all profiles, and explain why something cannot be written there."""
+    with explained(root, _ANOTHER_CACHE):
+        make_folder(root, _ANOTHER_CACHE)
+        yield
+
+
+def _is_profiled(table: LatencyTable, graph: Graph, noise: Noise) -> bool:
+    """Say whether the table knows the model as a whole, well enough; that it could not be narrowed once may have changed."""
+    found = table.known(graph)
+    if found is None or (found.far_off and not noise.accepted):
+        return False
+    only_dense = found.prices and not found.errors
+    return not (only_dense and table.candidates(graph))
 
 
 def _trusted(context: Context, noise: Noise, folder: Path) -> Context:
@@ -185,10 +205,7 @@ class _Store:
         done = 0
         for part in _parts(probes):
             measured = self.bench.kernels(part)
-            # Read again: another process may have added its own meanwhile.
-            stored = {entry.place: entry for entry in latency_file.read_kernels(self.folder)}
-            stored |= {entry.place: entry for entry in measured.values()}
-            latency_file.write_kernels(self.folder, stored.values())
+            latency_file.add_kernels(self.folder, measured.values())
             done += len(part)
             self.reporter.advance(done, part[-1].shape.title)
         return self._reread()

@@ -133,7 +133,7 @@ def _conv(probe: Probe, count: int) -> bytes:
         "kernel_shape": list(shape.kernel), "strides": list(shape.stride), "dilations": list(shape.dilation), "group": groups,
         "pads": list(shape.padding) * (2 if len(shape.padding) == len(shape.kernel) else 1),
     }  # fmt: skip
-    if shape.kind == "transposed":
+    if shape.transposed:
         weight, op = [probe.n_in, probe.n_out // groups, *shape.kernel], "ConvTranspose"
         attributes["output_padding"] = _output_padding(shape)
     else:

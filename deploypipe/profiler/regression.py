@@ -103,7 +103,7 @@ def unknowns_of(graph: Graph) -> tuple[Unknown, ...]:
     for shape, (n_in, n_out) in references.items():
         reads, writes = (shape.rows or shape.batch * prod(size) for size in (shape.in_size, shape.out_size))
         per_output = shape.per_group[0] if shape.tied else n_in
-        places = reads if shape.kind == "transposed" else writes
+        places = reads if shape.transposed else writes
         amounts = {"work": places * prod(shape.kernel) * per_output * n_out, "in": reads * n_in, "out": writes * n_out}
         parts = ("work", "out") if shape.tied else ("work", "in", "out")
         found += [Unknown(shape, part, (n_in, n_out), amounts[part]) for part in parts]

@@ -20,7 +20,7 @@ from deploypipe.backends.base import Facts
 from deploypipe.compact import compact
 from deploypipe.errors import TargetError
 from deploypipe.latency.context import MOST_ERROR, Context, Overhead
-from deploypipe.latency.files import hashed
+from deploypipe.latency.files import hashed, write_file
 from deploypipe.latency.table import LatencyTable, structure_of
 from deploypipe.latency.widths import Steps
 from deploypipe.plan import KeepPlan
@@ -55,7 +55,8 @@ def fitted_table(
         BackendError: The runtime failed.
         TargetError: The fit is off by more than a tenth on plans that it did not see.
     """
-    folder = root / structure_of(graph)
+    fitted = [group.name for group in graph.prunable]  # nothing is learned of widths that were not to change
+    folder = root / hashed([structure_of(graph), sorted(graph.kept().items()), fitted])
     if fresh and folder.exists():
         shutil.rmtree(folder)
     if (folder / "device.json").is_file():
@@ -156,6 +157,4 @@ def _known(file: Path) -> dict[str, float]:
 
 def _keep(file: Path, shares: dict[str, float]) -> None:
     lines = ["plan,share", *(f"{key},{share:.6f}" for key, share in shares.items())]
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text("\n".join(lines) + "\n")
-    temporary.replace(file)
+    write_file(file, "\n".join(lines) + "\n")

@@ -2,20 +2,18 @@
 
 import copy
 import logging
-import random
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from deploypipe.data.batches import Data, batches, count, n_batches, take
+from deploypipe.data.batches import Data, batches, count, n_batches, seeded, take
 from deploypipe.errors import DeployPipeError, ModelError, UsageError
 from deploypipe.progress import Reporter, Silent
 from deploypipe.training.checkpoint import Checkpoint, finished_epochs, run_key
@@ -24,7 +22,7 @@ from deploypipe.training.hints import Hint, Listener, listening
 from deploypipe.training.layout import laid_out, lay_out
 from deploypipe.training.settings import PRECISIONS, TrainHook, TrainSettings
 
-__all__ = ["Accuracy", "TrainHook", "TrainSettings", "evaluate", "finetune", "recalibrate"]
+__all__ = ["Accuracy", "TrainHook", "TrainSettings", "evaluate", "finetune", "recalibrate", "seeded"]
 
 
 def finetune(  # noqa: PLR0913 - named arguments in practice
@@ -228,21 +226,6 @@ def _optimizer(model: nn.Module, settings: TrainSettings) -> SGD:
     ]
     groups = [group for group in groups if group["params"]]
     return SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=True)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed every generator that dropout and the user's transforms may use, and put their states back afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 def _clock(seconds: float) -> str:

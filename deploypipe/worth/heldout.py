@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from deploypipe.compact import compact
-from deploypipe.data.batches import Samples, count, split, take
+from deploypipe.data.batches import Samples, count, seeded, split, take
 from deploypipe.data.load import Data
 from deploypipe.errors import ModelError
 from deploypipe.folder import explained
@@ -201,7 +201,11 @@ def _key(graph: Graph, plan: KeepPlan) -> str:
 
 
 def _loaded(dataset: Samples, n_images: int, seed: int) -> TensorDataset:
-    """Return random samples in memory: hundreds of measurements read them."""
+    """Return random samples in memory: hundreds of measurements read them, of several processes.
+
+    The user's random transforms are seeded, so that all processes measure on the same images: they share one file of answers.
+    """
     order = torch.randperm(count(dataset), generator=torch.Generator().manual_seed(seed))
-    size = prod(take(dataset, order[:1])[0].shape)
-    return TensorDataset(*take(dataset, order[: min(n_images, max(1, MOST_VALUES // size))]))
+    with seeded(seed):
+        size = prod(take(dataset, order[:1])[0].shape)
+        return TensorDataset(*take(dataset, order[: min(n_images, max(1, MOST_VALUES // size))]))

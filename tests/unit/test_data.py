@@ -1,3 +1,4 @@
+import random
 import time
 from pathlib import Path
 
@@ -226,6 +227,49 @@ def test_data_factory(tmp_path):
     assert "ValueError: no disk" in error_of(f"{path}:fails").message
     assert "'demo'" in error_of("dem").fix
     assert "'make'" in error_of(f"{path}:mak").fix
+
+
+def drawn() -> tuple[object, ...]:
+    """What the three global generators would give next."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    values = random.random(), float(np.random.rand()), float(torch.rand(()))
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    return values
+
+
+DRAWS = {
+    "random": "random.random()",
+    "numpy": "np.random.rand()",
+    "torch": "float(torch.rand(()))",
+}
+
+
+@pytest.mark.parametrize("place", ["at import", "in the factory", "in a transform"])
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_the_key_of_data_that_draws_is_the_same_at_every_start(tmp_path, draw, place):
+    values = ["0.0", "0.0", "0.0"]
+    values[["at import", "in the factory", "in a transform"].index(place)] = draw
+    keys, after = [], []
+    for start in range(2):  # each file is a module of its own: what one start of the program imports
+        path = tmp_path / f"start{start}.py"
+        path.write_text(
+            "import random\nimport numpy as np\nimport torch\nfrom torch.utils.data import Dataset\n"
+            f"OFFSET = {values[0]}\n"
+            "class Drawing(Dataset):\n"
+            f"    def __init__(self): self.offset = {values[1]}\n"
+            "    def __len__(self): return 40\n"
+            "    def __getitem__(self, i):\n"
+            f"        return torch.full((1, 4, 4), i + OFFSET + self.offset + {values[2]}), i % 4\n"
+            "def make(): return Drawing(), Drawing()\n"
+        )
+        before = drawn()
+        keys.append(load_data(f"{path}:make", seed=start).key)
+        after.append(drawn() == before)
+        random.random(), np.random.rand(), torch.rand(())  # the next start finds other states
+    assert keys[0] == keys[1]
+    assert all(after), "the states of the generators are put back"
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,21 @@ def replace_widths(net, a, b):
     return Graph(net.layers, (Group("a", a, ()), Group("b", b, ()), net.groups[2]), (), {}, {}, ())
 
 
+def test_a_wider_model_is_another_one(net, kernels):
+    """Beyond the widths that a price was learned at, it says nothing: what full layers pay would grow with their power."""
+    table = LatencyTable({}, STEPS, kernels, (context(net, a=Price(crowded_us=1.0, full=3 * 16)),))
+    assert table.known(replace_widths(net, a=16, b=16))
+    assert table.known(net) is None
+    with pytest.raises(TargetError, match="not been profiled as a whole, or only with fewer channels"):
+        table.predict(net)
+
+
+def test_structure_tells_operations_apart(net):
+    called = [replace(net, ops=ops) for ops in ({"relu": 2}, {"relu": 1, "hardswish": 1}, {"hardswish": 1, "relu": 1})]
+    first, other, same = map(structure_of, called)
+    assert first != other == same
+
+
 def test_structure_tells_input_sizes_apart(net):
     larger = graph(A, conv("b", one("a"), one("b"), in_size=(16, 16)), WISE, HEAD)
     assert structure_of(larger) != structure_of(net)

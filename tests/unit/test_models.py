@@ -100,6 +100,31 @@ def test_untrained_weights_and_key_are_the_same_in_every_call(net):
     assert first.key == second.key
 
 
+@pytest.mark.parametrize("spec", ["{folder}/net_of_parts.py:make", "net_of_parts:make"])
+@pytest.mark.parametrize("edited", ["net_of_parts", "parts_of_net", "acts_of_parts"])
+def test_key_follows_all_of_the_users_own_files(tmp_path, monkeypatch, spec, edited):
+    """Also those that the factory's file imports, and that these import: a forward that was edited is another model."""
+    files = {
+        "net_of_parts": "import parts_of_net\ndef make(): return parts_of_net.Net()\n",
+        "parts_of_net": "from torch import nn\nfrom acts_of_parts import act\nclass Net(nn.Conv2d):\n"
+        "    def __init__(self): super().__init__(3, 4, 3)\n    def forward(self, x): return act(super().forward(x))\n",
+        "acts_of_parts": "from torch.nn.functional import relu\ndef act(x): return relu(x)\n",
+    }
+    for name, text in files.items():
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    spec = spec.format(folder=tmp_path)
+    key = load_model(spec).key
+    assert load_model(spec).key == key
+    (tmp_path / "unused.py").write_text("x = 1\n")
+    assert load_model(spec).key == key
+    (tmp_path / f"{edited}.py").write_text(files[edited] + "# changed\n")
+    assert load_model(spec).key != key
+    for name in files:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
 def test_key_follows_file_factory_weights_and_not_the_folder(net, tmp_path):
     key = load_model(f"{net}:plain").key
     moved = tmp_path / "elsewhere"

@@ -4,6 +4,7 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
+from deploypipe.latency.estimate import macs
 from deploypipe.latency.files import Shape
 from deploypipe.precision import typed
 from deploypipe.profiler.probe import IDLE_OPS, Probe, chain
@@ -17,6 +18,10 @@ SHAPES = {
     "depthwise": Shape("depthwise", THREE, ONE, ONE, ONE, (1, 1), (8, 8), (8, 8), 1, 0),
     "grouped": Shape("grouped", THREE, ONE, ONE, ONE, (4, 4), (8, 8), (8, 8), 1, 0),
     "transposed": Shape("transposed", (4, 4), (2, 2), ONE, ONE, (0, 0), (8, 8), (16, 16), 1, 0),
+    "transposed, depthwise": Shape("depthwise", (4, 4), (2, 2), ONE, ONE, (1, 1), (8, 8), (16, 16), 1, 0),
+    "transposed, grouped": Shape("grouped", (4, 4), (2, 2), ONE, ONE, (4, 4), (8, 8), (16, 16), 1, 0),
+    "transposed, from one place": Shape("depthwise", (4, 4), (2, 2), (0, 0), ONE, (1, 1), ONE, (4, 4), 1, 0),
+    "padded to the same size": Shape("conv", (4, 4), ONE, (1, 1, 2, 2), ONE, (0, 0), (8, 8), (8, 8), 1, 0),
     "one axis": Shape("conv", (3,), (1,), (1,), (1,), (0, 0), (20,), (20,), 1, 0),
     "linear": Shape("linear", (), (), (), (), (0, 0), (), (), 0, 7),
 }
@@ -49,9 +54,17 @@ def test_a_longer_probe_only_holds_more_copies_of_the_kernel(name, tmp_path):
     more = {op: long[op] - short.get(op, 0) for op in long if long[op] != short.get(op, 0)}
     kernel = [op for op in more if "Conv" in op or "Gemm" in op]
     assert sum(more[op] for op in kernel) == probe.repeats
-    assert set(more) - set(kernel) <= ({"Add", "Relu"} if name in ("transposed", "one axis") else set()), (
+    transposed = name.startswith("transposed")
+    assert shape.transposed == transposed == ("ConvTranspose" in kernel)
+    assert set(more) - set(kernel) <= ({"Add", "Relu"} if transposed or name == "one axis" else set()), (
         "the sum is fused into it"
     )
+
+
+def test_a_transposed_convolution_works_at_the_places_of_its_input():
+    assert macs(SHAPES["transposed"], 16, 16) == 8 * 8 * 16 * 16 * 16
+    assert macs(SHAPES["transposed, depthwise"], 16, 16) == 8 * 8 * 16 * 16
+    assert macs(SHAPES["transposed, grouped"], 16, 16) == 8 * 8 * 16 * 4 * 16
 
 
 @pytest.mark.parametrize("name", ["conv", "stride", "one axis", "linear"])

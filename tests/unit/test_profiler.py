@@ -11,7 +11,7 @@ from deploypipe.backends.onnxruntime import OnnxRuntime
 from deploypipe.compact import compact
 from deploypipe.errors import BackendError
 from deploypipe.graph import trace
-from deploypipe.latency.context import Context
+from deploypipe.latency.context import Context, Price
 from deploypipe.latency.files import Entry, write_device
 from deploypipe.latency.table import structure_of
 from deploypipe.latency.widths import Steps
@@ -38,12 +38,12 @@ N_PLANS = 3  # random forms: each is exported, which takes most of the time of t
 class Net(nn.Module):
     """A stem, a residual block, a pool, a head."""
 
-    def __init__(self):
+    def __init__(self, width=32):
         super().__init__()
-        self.stem = nn.Conv2d(3, 32, 3, padding=1)
-        self.a = nn.Conv2d(32, 32, 3, padding=1)
-        self.b = nn.Conv2d(32, 32, 3, padding=1)
-        self.head = nn.Linear(32, 5)
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.a = nn.Conv2d(width, width, 3, padding=1)
+        self.b = nn.Conv2d(width, width, 3, padding=1)
+        self.head = nn.Linear(width, 5)
 
     def forward(self, x):
         x = torch.relu(self.stem(x))
@@ -163,6 +163,17 @@ def test_a_build_is_profiled_over_the_connection_that_it_has(tmp_path, monkeypat
     assert used == [build.device.runner]
 
 
+def test_a_run_that_keeps_groups_whole_has_a_table_of_its_own(tmp_path, monkeypatch):
+    """Their other widths were not measured: a run without --keep in the same folder must not find that table."""
+    keys = []
+    for keep in ((), ("stem.0",)):
+        with Store(tmp_path, Recorder()) as store:
+            monkeypatch.setattr(store, "keep", lambda stage, key, *_: keys.append(key) if stage == "profile" else None)
+            _ = Run(Request(algo="l1", keep=keep), store, Recorder()).table
+    assert len(keys) == 2
+    assert keys[0] != keys[1]
+
+
 def test_a_second_profile_measures_nothing(net, graph, measured, export, tmp_path, monkeypatch, counting):
     target = prepared(tmp_path, monkeypatch)
     monkeypatch.setattr(context, "_SITTINGS", 3)
@@ -180,6 +191,36 @@ def test_a_second_profile_measures_nothing(net, graph, measured, export, tmp_pat
     counting.jobs.clear()
     profile(small, EXAMPLE, target, cache_dir=tmp_path, export=export)
     assert counting.jobs.count("profile") == 0
+
+
+@pytest.mark.parametrize(("errors", "n_times"), [((), 2), ((0.01,), 1)])
+def test_a_model_that_could_not_be_narrowed_is_tried_again(graph, measured, tmp_path, monkeypatch, errors, n_times):
+    """Its forward may have been mended, or what cannot be narrowed is kept whole now."""
+    target, times = prepared(tmp_path, monkeypatch), []
+
+    def found(*_):
+        times.append(1)
+        return Context(structure_of(graph), {"stem": Price(full=3 * 32)}, (), 100.0, 1.0, 1.0, 0.0, 30, errors)
+
+    monkeypatch.setattr(profiler, "in_context", found)
+    for _ in range(2):
+        measured(target=target, cache_dir=tmp_path)
+    assert len(times) == n_times
+
+
+def test_a_wider_model_of_the_same_layers_is_profiled_as_a_whole(measured, tmp_path, monkeypatch):
+    target, profiled = prepared(tmp_path, monkeypatch), []
+
+    def found(bench, model, example, graph, table, tell):
+        profiled.append(graph.kept())
+        full = {name: layer.n_in.at(graph.kept()) * layer.n_out.at(graph.kept()) for name, layer in graph.calls}
+        prices = {name: Price(full=work) for name, work in full.items()}
+        return Context(structure_of(graph), prices, (), 100.0, 1.0, 1.0, 0.0, 30, (0.01,))
+
+    monkeypatch.setattr(profiler, "in_context", found)
+    for width in (16, 32, 16):
+        profile(Net(width).eval(), EXAMPLE, target, cache_dir=tmp_path)
+    assert [kept["stem"] for kept in profiled] == [16, 32]
 
 
 class Sparse(OnnxRuntime):

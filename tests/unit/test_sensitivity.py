@@ -1,6 +1,7 @@
 """Measured values: what a curve says, what it was measured on, and the search that mends what curves cannot say."""
 
 import itertools
+import random
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +87,22 @@ def task(model: nn.Module, *, train: Dataset[Any] | None = None, memo: Path | No
 
 def by_group(curves: tuple[Curve, ...]) -> dict[str, Curve]:
     return {curve.group: curve for curve in curves}
+
+
+class Shaken(Watched):
+    """Examples whose transform draws from the generators of Python, numpy and torch."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        x, label = super().__getitem__(index)
+        shake = random.random() + np.random.rand() + float(torch.rand(()))
+        return x + 0.3 * shake, label
+
+
+def test_every_process_measures_on_the_same_images_though_transforms_draw() -> None:
+    model, plan = Copies(), KeepPlan({})
+    meters = [task(model, train=Shaken(*examples())).meter for _ in range(2)]
+    first, second = (meter.measure(plan) for meter in meters)  # the generators have moved on in between
+    assert first == second
 
 
 # --- curves ----------------------------------------------------------------------------------------------------------

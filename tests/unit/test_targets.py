@@ -37,6 +37,8 @@ def test_replace_changes_facts_wherever_they_stand():
     assert changed.measure.runs == target.measure.runs
     with pytest.raises(TargetError, match="did you mean 'threads'"):
         target.replace(thread=4)
+    with pytest.raises(TargetError, match="batch is 8"):
+        target.replace(batch=8)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,7 @@ def test_a_target_that_is_like_itself_is_refused(tmp_path):
         (GOOD + "treads = 3\n", r"unknown key 'measure.treads'[\s\S]*box.toml: measure.treads[\s\S]*did you mean 'threads'"),
         (GOOD + "runs = true\n", r"'measure.runs' is True[\s\S]*type int"),
         (GOOD + "runs = 0\n", r"runs is 0[\s\S]*box.toml: measure.runs[\s\S]*use 1 or more"),
+        (GOOD + "batch = 8\n", r"batch is 8[\s\S]*box.toml: measure.batch[\s\S]*of the model's example inputs"),
         ('name = "box"\n', r"key 'build' is missing"),
         ('name = "box"\nbuild = 3\n', r"'build' must be a table"),
         ('name = "box"\n[build]\nopset = 20\n', r"key 'build.backend' is missing"),

@@ -96,6 +96,19 @@ def test_whoever_accepts_noise_gets_it_with_its_doubts_and_nobody_else_does_late
     assert _summary(Device(load_target("cpu")), better, graph)["out_of_range"] == []
 
 
+@pytest.mark.parametrize("layer", [nn.Conv2d, nn.ConvTranspose2d])  # for the latter no steps were learned
+@pytest.mark.parametrize("width", [16, 32, 40, 216])
+def test_an_aligned_table_offers_multiples_and_the_full_width(layer, width):
+    graph = trace(nn.Sequential(layer(3, width, 3), nn.ReLU(), layer(width, 8, 3)), EXAMPLE)
+    table = LatencyTable({}, {"conv": Steps(8, small=(4,))}, ())
+    (before,), (found,) = table.candidates(graph).values(), table.aligned(16).candidates(graph).values()
+    assert [w % 16 for w in found[:-1]] == [0] * (len(found) - 1)
+    assert found[-1] == width
+    assert len(found) > 1 or width == 16
+    assert found[0] >= before[0], "nothing narrower than what was measured"
+    assert table.aligned(8).aligned(16).candidates(graph) == table.aligned(16).candidates(graph)
+
+
 @pytest.mark.parametrize("multiple", [1, 16])
 @pytest.mark.parametrize("width", [16, 24, 216])  # of the last, more multiples of 16 than of 8 fit into what is offered: 16 too
 @pytest.mark.parametrize("name", ["a", "shortcut", "both"])

@@ -1,0 +1,51 @@
+"""What is refused when model and data are opened, before anything slow."""
+
+from pathlib import Path
+
+import pytest
+
+from deploypipe.errors import ModelError
+from deploypipe.pipeline.given import given
+from deploypipe.pipeline.request import Request
+from deploypipe.progress import Silent
+
+MODEL = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 8, 3), nn.Linear(8, 10)
+
+    def forward(self, x, scale{default}):
+        {first}
+        return self.b(self.a(x).mean((2, 3)) * scale)
+
+def make():
+    return Net(), (torch.zeros(1, 1, 16, 16), torch.ones(1, 8))
+"""
+
+
+def opened(folder: Path, default: str = "", first: str = "pass"):
+    path = folder / "net.py"
+    path.write_text(MODEL.format(default=default, first=first))
+    return given(Request(model=f"{path}:make"), Silent())
+
+
+@pytest.mark.parametrize(
+    ("default", "reason"),
+    [("", "missing 1 required positional argument: 'scale'"), ("=None", "unsupported operand type")],
+)
+def test_a_model_that_needs_several_inputs_is_refused(tmp_path: Path, default: str, reason: str) -> None:
+    with pytest.raises(ModelError, match="the model takes 2 inputs") as caught:
+        opened(tmp_path, default)
+    assert reason in caught.value.message
+    assert "net.py" in caught.value.at
+    for way_out in ("one input", "deploypipe inspect and profile", "metric='macs'"):
+        assert way_out in caught.value.fix
+
+
+def test_a_model_that_can_do_without_the_other_inputs_is_taken(tmp_path: Path) -> None:
+    found = opened(tmp_path, "=None", "scale = 1 if scale is None else scale")
+    assert [len(inputs) for inputs in found.inputs] == [2] * len(found.inputs)
