@@ -71,7 +71,6 @@ def verdict(report: Report) -> tuple[Row, ...]:
 
 def next_step(report: Report) -> str:
     """Say in one sentence what the user should try next."""
-    lost = points_lost(report.dense, report.pruned)
     if not all(check.passed for check in report.checks):
         return "do not ship this model: a numeric check failed, see report.md"
     if report.pruned.latency is None and report.table:
@@ -80,13 +79,13 @@ def next_step(report: Report) -> str:
         return (
             f"the budget was missed; ask for a little less than --budget {report.budget.asked}, or profile on an idle machine"
         )
-    if lost is None:
+    if (lost := points_lost(report.dense, report.pruned)) is None:
         return "give --data with a test set to learn the accuracy"
     if lost > max(0.01, 2 * standard_error(report.pruned.accuracy, report.n_test)):
         longer = f"--epochs {max(10, 3 * report.epochs)}"
         return f"{100 * lost:.1f} points were lost: fine-tune longer ({longer}) or allow a larger --budget"
-    kept = "the loss is small" if lost > 0 else "nothing was lost"
-    return f"{kept}: try a smaller --budget, or `deploypipe compare` with another --algo"
+    loss = "the loss is small" if lost > 0 else "nothing was lost"
+    return f"{loss}: try a smaller --budget, or `deploypipe compare` with another --algo"
 
 
 def markdown(report: Report) -> str:
