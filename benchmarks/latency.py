@@ -245,11 +245,12 @@ def judged(rows: Sequence[Row]) -> dict[str, float]:
 def show(rows: Sequence[Row]) -> None:
     """Print one line for one model and number of threads."""
     dense, found = rows[0], judged(rows)
+    noise = "" if np.isnan(found["scatter"]) else f", repeats within {found['scatter']:.1%}"
     own = f"{float(dense['table_error']):.1%}" if dense["table_error"] not in ("", None) else "-"
     print(
         f"{dense['model']:<20}{dense['threads']}t dense {found['dense_us']:>7.0f} us, down to {found['fastest']:>4.0%}  "
         f"MAPE {found['mape']:.1%} after one factor (worst {found['worst']:.1%}; relative to dense {found['relative']:.1%}, "
-        f"in us {found['in_us']:.1%}, table says {own}, repeats within {found['scatter']:.1%})  "
+        f"in us {found['in_us']:.1%}, table says {own}{noise})  "
         f"rank {found['rank']:.3f}  additivity {found['additivity']:.3f}  load {float(dense['foreign_load'] or 0):.0%}  "
         f"profiled in {float(dense['profile_s']):.0f} s ({dense['kernels_new']} of {dense['kernels']} kernels)",
         flush=True,

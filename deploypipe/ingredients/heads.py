@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from deploypipe.data.batches import seeded
 from deploypipe.errors import NotApplicable
 from deploypipe.ingredients.statistics import evaluating, generator
 from deploypipe.training.evaluate import main_output
-from deploypipe.training.finetune import seeded
 from deploypipe.training.settings import TrainHook
 from deploypipe.types import Graph
 

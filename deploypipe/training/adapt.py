@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from deploypipe.data.batches import Samples, batches
+from deploypipe.data.batches import Samples, batches, seeded
 from deploypipe.errors import UsageError
 from deploypipe.training.evaluate import logits
-from deploypipe.training.finetune import seeded
 
 Slots = Sequence[tuple[str, int, Tensor]]  # (parameter, axis, indices)
 MOMENTUM = 0.9

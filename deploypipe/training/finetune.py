@@ -22,7 +22,7 @@ from deploypipe.training.hints import Hint, Listener, listening
 from deploypipe.training.layout import laid_out, lay_out
 from deploypipe.training.settings import PRECISIONS, TrainHook, TrainSettings
 
-__all__ = ["Accuracy", "TrainHook", "TrainSettings", "evaluate", "finetune", "recalibrate", "seeded"]
+__all__ = ["Accuracy", "TrainHook", "TrainSettings", "evaluate", "finetune", "recalibrate"]
 
 
 def finetune(  # noqa: PLR0913 - named arguments in practice

@@ -6,7 +6,7 @@ from zlib import crc32
 import torch
 from torch import nn
 
-from deploypipe.training.finetune import seeded
+from deploypipe.data.batches import seeded
 
 
 def fresh(model: nn.Module, seed: int) -> nn.Module:
