@@ -140,6 +140,7 @@ class Run:
         request, key = self.request, [*self.asked, self.trained]
         if self.meter:
             key += [request.value_rounds, request.value_finalists, self.meter.effort]
+            key += [replace(request.training, epochs=1)] if request.value_finalists > 1 else []
         planner = Planner(request, self.store, self.device, self.basis, key, lambda: self.artifact("dense"), self.meter)
         timed = request.metric == "latency" and self.device.present
         return planner.measured(self.table.value) if timed else planner.once()

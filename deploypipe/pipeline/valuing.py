@@ -39,7 +39,7 @@ def held_out(request: Request, model: nn.Module, key: str, graph: Graph, data: D
     """Return what measures plans of this model; what it finds is kept in the user's cache, for every run with this seed.
 
     Args:
-        request: Its seed decides what is held out.
+        request: Its seed decides what is held out, its settings of training how finalists are trained.
         model: Whose plans are measured.
         key: Of its weights.
         graph: Of the model.
@@ -48,7 +48,8 @@ def held_out(request: Request, model: nn.Module, key: str, graph: Graph, data: D
     effort = Effort()
     memo = cache_folder() / "sensitivity" / memo_name(key, graph.fingerprint, data.key, request.seed, effort)
     hint = partial(find_hint, model, graph)
-    return HeldOut(model, graph, data, memo, seed=request.seed, effort=effort, find_hint=hint)
+    training = request.training
+    return HeldOut(model, graph, data, memo, seed=request.seed, effort=effort, find_hint=hint, training=training)
 
 
 def held_back(request: Request, data: Data) -> Data:

@@ -79,6 +79,7 @@ class HeldOut:
         seed: Of the split, of the images that are used, and of training.
         effort: How many images a measurement takes.
         find_hint: Says where plans that are trained learn inner activations, as fine-tuning will; by default nowhere.
+        training: How plans are trained; how long and the seed are decided here.
     """
 
     def __init__(
@@ -91,9 +92,11 @@ class HeldOut:
         seed: int = 0,
         effort: Effort | None = None,
         find_hint: Callable[[KeepPlan], Hint | None] = lambda _plan: None,
+        training: TrainSettings | None = None,
     ) -> None:
         self._model, self._graph, self._seed, self._data, self._augment = model, graph, seed, data, data.augment
         self.effort, self._find_hint = effort or Effort(), find_hint
+        self._training = replace(training or TrainSettings(), epochs=1, seed=seed)
         self.fit, self.part = split(data.train, HELD_OUT, seed)
         self._path = memo
 
@@ -139,18 +142,21 @@ class HeldOut:
         return self._memo.found[key]
 
     def trained(self, plan: KeepPlan, reporter: Reporter) -> Accuracy:
-        """Return loss and accuracy on the whole held-out part after one epoch on the rest, taught by the dense model.
+        """Return loss and accuracy on the whole held-out part after one epoch on the rest.
+
+        The dense model teaches if the settings distill.
 
         Raises:
             ModelError: The smaller model cannot be trained on this data.
             UsageError: The loss is no longer finite.
         """
-        key = _key(self._graph, plan)
+        key = _key(self._graph, plan, self._training)
         if key not in self._trials.found:
             small = compact(self._model, self._graph, plan, check=False)
             start = recalibrate(small, self.fit, self.effort.calibration, self._seed, augment=self._augment, batch_size=BATCH)
-            data, settings = replace(self._data, train=self.fit), TrainSettings(epochs=1, seed=self._seed)
-            tuned = finetune(start, data, settings, teacher=self._model, reporter=reporter, hint=self._find_hint(plan))
+            data, teacher = replace(self._data, train=self.fit), self._model if self._training.distill else None
+            hint = self._find_hint(plan) if teacher else None
+            tuned = finetune(start, data, self._training, teacher=teacher, reporter=reporter, hint=hint)
             self._trials.add(key, evaluate(tuned, self.part))
         return self._trials.found[key]
 
@@ -194,10 +200,10 @@ def memo_name(*parts: object) -> str:
     return hashlib.sha256(repr((SCHEMA, torch.__version__, *parts)).encode()).hexdigest()[:16] + ".csv"
 
 
-def _key(graph: Graph, plan: KeepPlan) -> str:
-    """Return a key of the model that the plan leaves: groups that stay whole make no difference."""
+def _key(graph: Graph, plan: KeepPlan, *more: object) -> str:
+    """Return a key of the model that the plan leaves, and of what else counts: groups that stay whole make no difference."""
     cut = sorted((name, kept) for name, kept in plan.keep.items() if len(kept) < graph.group(name).size)
-    return hashlib.sha256(repr(cut).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((cut, *more) if more else cut).encode()).hexdigest()[:16]
 
 
 def _loaded(dataset: Samples, n_images: int, seed: int) -> TensorDataset:

@@ -264,3 +264,20 @@ def test_a_finalists_epoch_is_the_one_that_fine_tuning_would_begin_with():
     tuned = finetune(start, replace(data, train=taught.fit), settings, teacher=model, hint=hint)
     assert taught.trained(plan, Silent()) == evaluate(tuned, taught.part)
     assert taught.trained(plan, Silent()) != plain.trained(plan, Silent())
+
+
+def test_a_finalists_epoch_obeys_the_settings_of_the_run(tmp_path):
+    """What was trained otherwise is not read from the file of answers; without distillation nothing is taught."""
+    data, model = digits(), make_net().eval()
+    graph = trace(model, data.test.take(torch.arange(2))[:1])
+    plan, hint, memo = KeepPlan({"conv": (0, 2, 3, 5)}), Hint("norm", (0, 2, 3, 5)), tmp_path / "memo.csv"
+    alone = TrainSettings(epochs=9, distill=0.0, lr=0.01, batch_size=32, seed=8)
+    found = [
+        HeldOut(model, graph, data, memo, seed=3, find_hint=lambda _: hint, training=told).trained(plan, Silent())
+        for told in (None, alone, None)
+    ]
+    held = HeldOut(model, graph, data, None, seed=3)
+    start = recalibrate(compact(model, graph, plan), held.fit, held.effort.calibration, 3, augment=data.augment)
+    tuned = finetune(start, replace(data, train=held.fit), replace(alone, epochs=1, seed=3))
+    assert found[1] == evaluate(tuned, held.part)
+    assert found[0] == found[2] != found[1]
