@@ -16,7 +16,7 @@ from deploypipe.runners import load_runner
 from deploypipe.targets import load_target
 from deploypipe.testing.backends import BACKEND_CONTRACTS, BackendCase
 
-CONVERTERS = {"coreml", "executorch"}  # they take seconds for the smallest model
+CONVERTERS = {"coreml", "executorch", "ort-mobile"}  # they take seconds for the smallest model
 ROWS = [pytest.param(name, marks=[pytest.mark.slow] if name in CONVERTERS else []) for name in sorted(BACKENDS)]
 
 
