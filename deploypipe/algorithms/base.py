@@ -237,6 +237,15 @@ def log_share(scores: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.concatenate([[-np.inf], np.log(np.cumsum(shifted) / shifted.sum())])
 
 
+def relative(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return scores over the mean of those that are not zero, so that one threshold can cut several groups.
+
+    >>> relative(np.array([3.0, 1.0, 0.0])).tolist()
+    [1.5, 0.5, 0.0]
+    """
+    return scores / scores[scores > 0].mean() if (scores > 0).any() else scores
+
+
 def producers(group: Group, weights: Mapping[str, Tensor]) -> list[Member]:
     """Return the members whose parameter makes the group's channels: weights, not biases; of those in `weights`.
 

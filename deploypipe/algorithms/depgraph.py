@@ -5,8 +5,8 @@ Fang et al., DepGraph: Towards Any Structural Pruning, CVPR 2023, arXiv:2301.129
 Deviations: the groups are those of our own channel graph. A channel's score is the mean of its squared norms over the layers
 that make, carry or read it: weights and scales of norms, no biases. Training goes on from the user's model. Channels go in
 `steps` rounds, the cost falling by equal amounts, and every round scores anew without what earlier rounds have cut; one
-threshold over all groups, on scores divided by their group's mean, leaves each its narrowest legal width; what it leaves of the
-budget is filled with the channels that come next.
+threshold over all groups, on scores divided by the mean of what their group has left, leaves each its narrowest legal width;
+what it leaves of the budget is filled with the channels that come next.
 """
 
 from collections.abc import Mapping
@@ -16,9 +16,10 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from deploypipe.algorithms.base import SHARED_OUT, Problem, by_values, judged, rows, shared_out
+from deploypipe.algorithms.base import SHARED_OUT, Problem, by_values, judged, relative, rows, shared_out
 from deploypipe.algorithms.options import option
 from deploypipe.allocation.allocate import cheapest_widths
 from deploypipe.compact import kept_slots
@@ -58,14 +59,23 @@ class DepGraph:
         dense, plan = table.predict(graph), KeepPlan({})
         cheapest_widths(graph, [group.name for group in graph.prunable], table, problem.budget)  # else fail now
         for step in range(1, self.steps + 1):
-            view = left(trained_weights(problem.model), graph, plan)
-            squares, skipped = judged(graph, partial(group_squares, weights=view))
-            scores = {name: (found / found.mean().clamp_min(TINY)).cpu().numpy() for name, found in squares.items()}
+            scores, skipped = scores_after(plan, trained_weights(problem.model), graph)
             last = step == self.steps
             budget = problem.budget if last else dense + (problem.budget - dense) * step / self.steps
             goal = replace(problem, budget=budget, allocator=problem.allocator if last else by_values)
             plan = shared_out(self, goal, scores, skipped, self.widths)
         return plan
+
+
+def scores_after(
+    plan: KeepPlan, weights: Mapping[str, Tensor], graph: Graph
+) -> tuple[dict[str, NDArray[np.float64]], dict[str, str]]:
+    """Return (C,) scores by group, higher = keep, without what a plan has cut, and why groups have none.
+
+    They are divided by the mean of what the group has left: that it lost channels says nothing about the others.
+    """
+    squares, skipped = judged(graph, partial(group_squares, weights=left(weights, graph, plan)))
+    return {name: relative(found.cpu().numpy()) for name, found in squares.items()}, skipped
 
 
 class GroupDecay(TrainHook):

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from deploypipe.algorithms.base import SHARED_OUT, Problem, judged, shared_out
+from deploypipe.algorithms.base import SHARED_OUT, Problem, judged, relative, shared_out
 from deploypipe.algorithms.options import option
 from deploypipe.algorithms.scores import filters_of, summed_distances
 from deploypipe.allocation.allocate import ranking
@@ -92,11 +92,6 @@ class SoftZero(TrainHook):
                     named[member.param].index_fill_(member.axis, torch.from_numpy(slots).to(view[member.param].device), 0.0)
 
 
-def relative(scores: Scores) -> Scores:
-    """Return scores over the mean of those that are not zero, so that one threshold can cut several groups."""
-    return scores / scores[scores > 0].mean() if (scores > 0).any() else scores
-
-
 def scores_of(filters: Sequence[Tensor], n_keep: int, norm_share: float = 0.0) -> Scores:
     """Return (C,) scores, higher = keep: the summed distance to the other filters.
 
@@ -110,8 +105,8 @@ def scores_of(filters: Sequence[Tensor], n_keep: int, norm_share: float = 0.0) -
     n_cut = max(round(norm_share * (len(norms) - n_keep)), int((norms == 0).sum()))
     n_cut = min(n_cut, len(norms) - 1)
     cut, left = by_norm[:n_cut], by_norm[n_cut:].sort().values
-    scores = torch.zeros_like(norms)
-    scores[left] = torch.stack([summed_distances(layer[left]) for layer in filters]).sum(0)
+    scores, distances = torch.zeros_like(norms), torch.stack([summed_distances(layer[left]) for layer in filters]).sum(0)
+    scores[left] = distances if distances.any() else norms[left]  # of equal ones, or of a single one, distances say nothing
     # Those cut by norm come below, in the order of their norms.
     scores[cut] = scores[left].min() * norms[cut] / norms[left].max().clamp_min(torch.finfo(norms.dtype).tiny) / 2
     found: Scores = scores.cpu().numpy()

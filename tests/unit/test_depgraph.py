@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from deploypipe.algorithms import make
-from deploypipe.algorithms.depgraph import GroupDecay, decay, group_squares, left
+from deploypipe.algorithms.depgraph import GroupDecay, decay, group_squares, left, scores_after
 from deploypipe.compact import compact
 from deploypipe.graph import trace
 from deploypipe.ingredients.statistics import weights
@@ -86,6 +86,16 @@ def test_rounds_matter_and_the_last_one_meets_the_budget() -> None:
     assert once.keep != often.keep
     for plan in (once, often):
         assert problem.table.predict(problem.graph, plan) <= problem.budget
+
+
+def test_a_group_that_was_cut_is_not_worth_more_for_it() -> None:
+    model, example = TOYS["plain"]()
+    graph = trace(model, example)
+    alike = {name: torch.full_like(tensor, 0.1) for name, tensor in weights(model).items()}
+    size = graph.group("1.0").size
+    scores, _ = scores_after(KeepPlan({"1.0": tuple(range(0, size, 2))}), alike, graph)
+    np.testing.assert_allclose(scores["1.0"], np.arange(size) % 2 == 0)
+    np.testing.assert_allclose(scores["0.0"], 1.0)
 
 
 def test_planted_weak_channels_of_coupled_layers_go_first() -> None:

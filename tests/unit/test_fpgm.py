@@ -84,6 +84,19 @@ def test_zero_filters_go_first_and_are_not_compared_with() -> None:
     assert summed_distances(points)[8] < summed_distances(points)[9:].min()
 
 
+@pytest.mark.parametrize("alive", [[5], [2, 5]])
+def test_live_filters_stay_before_zeros_also_where_distances_say_nothing(alive: list[int]) -> None:
+    """A single filter is at a distance of 0 from itself; equal ones are, too."""
+    points = torch.zeros(8, 6, dtype=torch.float64)
+    points[alive] = filters(1, 6, 1)
+    assert np.argsort(-scores_of([points], len(alive)), kind="stable")[: len(alive)].tolist() == alive
+
+
+def test_by_norm_alone_the_largest_stays() -> None:
+    points = filters(12, 6, 2)
+    assert int(np.argmax(scores_of([points], 1, norm_share=1.0))) == int(points.norm(dim=1).argmax())
+
+
 def test_filters_are_zeroed_softly_and_those_zeroed_last_are_cut() -> None:
     problem, seen = problem_of(net(), 0.5), []
     on_epoch_end = SoftZero.on_epoch_end
