@@ -97,8 +97,8 @@ class Dcff:
     def _values(self, problem: Problem, name: str, score: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the (C + 1,) values of widths, for scores from best to worst; dead channels have a score of -1."""
         alive = int((score >= 0).sum())
-        value = log_share(np.maximum(score, 0.0)) if alive else np.zeros(len(score) + 1)
-        value[alive + 1 :] -= DEAD * np.arange(1, len(value) - alive)
+        value = log_share(score[:alive]) if alive else np.zeros(1)
+        value = np.concatenate([value, -DEAD * np.arange(1, len(score) - alive + 1)])
         return n_readers(problem.graph.group(name)) * value
 
 

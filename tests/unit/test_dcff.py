@@ -228,6 +228,16 @@ def test_more_budget_than_fused_channels_brings_no_dead_ones_back() -> None:
     assert set(plan.keep) == {"0.0", "1.0", "2.0"}
 
 
+def test_what_was_fused_into_one_filter_stays_that_filter() -> None:
+    """A single filter is unlike no other, and must not be taken for a group whose channels are all alike."""
+    task = problem_of(trained_net(widths=EVEN), 0.4)
+    model = copy.deepcopy(task.model)
+    with torch.no_grad():
+        model[1][0].weight[[i for i in range(len(model[1][0].weight)) if i != 6]] = 0
+    plan = make("dcff").plan(replace(task, model=model))
+    assert plan.keep["1.0"] == (6,)
+
+
 def test_groups_that_several_layers_make_stay_whole_with_the_reason() -> None:
     model, example = TOYS["residual"]()
     graph, table = trace(model, example), MacTable(multiple=1)
