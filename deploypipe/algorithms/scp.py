@@ -28,7 +28,7 @@ from deploypipe.algorithms.base import SHARED_OUT, Problem, judged, shared_out
 from deploypipe.algorithms.options import option
 from deploypipe.errors import NotApplicable
 from deploypipe.ingredients.gates import Norm, fold_gates, gate_forward, last_norms, norms_of, penalty_weight
-from deploypipe.ingredients.statistics import evaluating
+from deploypipe.ingredients.statistics import evaluating, first, layer_of
 from deploypipe.plan import KeepPlan
 from deploypipe.training.settings import TrainHook
 from deploypipe.training.trainer import Trainer
@@ -37,6 +37,9 @@ from deploypipe.types import Graph, Group
 RAMP, ANNEALED_FROM = 0.15, 2 / 3  # shares of the training
 WARM, COLD = 1.0, 0.1  # temperatures
 SURE = 1e-6  # probabilities stay this far from 0 and 1
+FLAT = (
+    1e-12  # smaller scales count as this: gradients have its square below them. Folding makes scales small, and q must not rise
+)
 
 
 @dataclass(frozen=True)
@@ -94,26 +97,25 @@ class Mask:
         Raises:
             NotApplicable: Something else than a batch norm and a ReLU decides what the readers see.
         """
-        norms, seen = norms_of(model, group), last_norms(model, graph, group)
+        norms, last = norms_of(model, group), last_norms(model, graph, group)
         met = readings(model, graph, group)
         if not met or any(bool((x < 0).any()) for x in met):
             raise NotApplicable("its batch norm is not followed by a ReLU")
-        off = gate_forward(model, norms, {norm.name: torch.zeros(group.size) for norm in norms})
-        try:
-            silent = not any(bool(x.any()) for x in readings(model, graph, group))
-        finally:
-            for handle in off:
-                handle.remove()
-        if not silent:
+        if heard(model, graph, group, norms):
             raise NotApplicable("its readers see more than what passes a batch norm")
-        return cls(norms, seen)
+        if not heard(model, graph, group, last):
+            return cls(norms, last)
+        # Something passes the depthwise layer by, as around it in a residual block.
+        names = {norm.name for norm in last}
+        alone = {norm.name: [other for other in norms if other is not norm] for norm in norms}
+        return cls(norms, [norm for norm in norms if norm.name in names or heard(model, graph, group, alone[norm.name])])
 
     def keep_probability(self, model: nn.Module) -> Tensor:
         """Return the (C,) probabilities q that the ReLU passes anything: of a normal variable, `1 - Phi(-beta / |gamma|)`."""
         modules = [(norm, norm.module(model)) for norm in self.seen]
         beta = torch.stack([norm.per_channel(module.bias) for norm, module in modules]).sum(0)
         square = torch.stack([norm.per_channel(module.weight.square()) for norm, module in modules]).sum(0)
-        return keep_probability(beta, square.clamp_min(torch.finfo(square.dtype).tiny).sqrt())
+        return keep_probability(beta, square.clamp_min(FLAT**2).sqrt())
 
 
 class SoftMasks(TrainHook):
@@ -121,14 +123,15 @@ class SoftMasks(TrainHook):
 
     def __init__(self, masks: Mapping[str, Mask], weight: float, n_steps: int) -> None:
         self._masks, self._weight, self._n_steps = masks, weight, n_steps
-        self._step, self._sampled, self._handles = 0, dict[str, Tensor](), list[RemovableHandle]()
+        self._step, self._handles = 0, list[RemovableHandle]()
+        self._sampled = {name: dict[str, Tensor]() for name in masks}  # a norm behind a concat has slots of several groups
         self.key = f"masks {weight!r} {','.join(masks)}"
 
     def on_train_begin(self, model: nn.Module) -> None:
         """Put the masks in: new samples before every pass."""
         self._handles = [model.register_forward_pre_hook(lambda m, args: self._sample(m))]
-        for mask in self._masks.values():
-            self._handles += gate_forward(model, mask.norms, self._sampled)
+        for name, mask in self._masks.items():
+            self._handles += gate_forward(model, mask.norms, self._sampled[name])
 
     def on_loss(self, model: nn.Module, loss: Tensor, labels: Tensor) -> Tensor:
         """Add the penalty: the expected number of channels, of all groups."""
@@ -144,9 +147,9 @@ class SoftMasks(TrainHook):
         """Take the masks out and multiply the batch norms by their expectation."""
         for handle in self._handles:
             handle.remove()
-        folded = {norm.name: mask.keep_probability(model).detach() for mask in self._masks.values() for norm in mask.norms}
-        for mask in self._masks.values():
-            fold_gates(model, mask.norms, folded)
+        stays = {name: mask.keep_probability(model).detach() for name, mask in self._masks.items()}
+        for name, mask in self._masks.items():
+            fold_gates(model, mask.norms, {norm.name: stays[name] for norm in mask.norms})
 
     def state(self) -> Mapping[str, Tensor]:
         """Return the number of steps."""
@@ -157,15 +160,15 @@ class SoftMasks(TrainHook):
         self._step = int(state["step"])
 
     def _sample(self, model: nn.Module) -> None:
-        for mask in self._masks.values():
+        for name, mask in self._masks.items():
             q = mask.keep_probability(model)
             sampled = soft_mask(q, temperature(self._step / max(1, self._n_steps))) if model.training else q
-            self._sampled.update({norm.name: sampled for norm in mask.norms})
+            self._sampled[name].update({norm.name: sampled for norm in mask.norms})
 
 
 def keep_probability(beta: Tensor, gamma: Tensor) -> Tensor:
     """Return `Phi(beta / |gamma|)`, the probability that a normal variable N(beta, gamma^2) is positive."""
-    return (0.5 * (1 + torch.erf(beta / (sqrt(2) * gamma.abs().clamp_min(SURE))))).clamp(SURE, 1 - SURE)
+    return (0.5 * (1 + torch.erf(beta / (sqrt(2) * gamma.abs().clamp_min(FLAT))))).clamp(SURE, 1 - SURE)
 
 
 def soft_mask(q: Tensor, tau: float, noise: Tensor | None = None) -> Tensor:
@@ -185,21 +188,38 @@ def temperature(share: float) -> float:
     return float(WARM * (COLD / WARM) ** min(1.0, late))
 
 
+def heard(model: nn.Module, graph: Graph, group: Group, off: Sequence[Norm]) -> bool:
+    """Say whether the layers that read the channels see anything but zeros when these batch norms give zeros."""
+    handles = gate_forward(model, off, {norm.name: torch.zeros(group.size) for norm in off})
+    try:
+        return any(bool(x.any()) for x in readings(model, graph, group))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def readings(model: nn.Module, graph: Graph, group: Group) -> list[Tensor]:
-    """Return what the layers that read the channels meet of them, on random inputs."""
-    owners = {m.param.rpartition(".")[0]: torch.from_numpy(m.owner >= 0) for m in group.members if m.role == "consumes"}
+    """Return what the layers that read the channels meet of them, on random inputs.
+
+    Raises:
+        NotApplicable: One of them is no convolution and no linear layer, so that no hook sees what it reads.
+    """
+    owners = {m.param: torch.from_numpy(m.owner >= 0) for m in group.members if m.role == "consumes"}
     met: list[Tensor] = []
 
     def look(module: nn.Module, owned: Tensor, x: Tensor) -> None:
         met.append(x.movedim(-1 if isinstance(module, nn.Linear) else 1, 0)[owned])
 
-    modules = [(module, owners[name]) for name, module in model.named_modules() if name in owners]
-    handles = [m.register_forward_pre_hook(lambda m, args, owned=owned: look(m, owned, args[0])) for m, owned in modules]
+    modules = [(layer_of(model, weight), owned) for weight, owned in owners.items()]
+    handles = [
+        m.register_forward_pre_hook(lambda m, args, kwargs, owned=owned: look(m, owned, first(args, kwargs)), with_kwargs=True)
+        for m, owned in modules
+    ]
     rng = torch.Generator().manual_seed(0)
     try:
         with evaluating(model), torch.no_grad():
-            first, *rest = graph.example
-            model(torch.randn(first.shape, generator=rng).to(first), *rest)
+            example, *rest = graph.example
+            model(torch.randn(example.shape, generator=rng).to(example), *rest)
     finally:
         for handle in handles:
             handle.remove()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from deploypipe.algorithms.base import Problem, labelled
-from deploypipe.data.batches import count, take
+from deploypipe.data.batches import count, seeded, take
 from deploypipe.ingredients.heads import AuxiliaryLoss, Head, Listening, evenly, fitted, n_classes
 from deploypipe.ingredients.selection import JointLoss
 from deploypipe.ingredients.statistics import batch_size, evaluating, generator
@@ -48,7 +48,8 @@ class Stages:
         largest = max(prod(layer.out_size) * layer.n_out.at(kept) for layer in problem.graph.layers)
         n_images = max(2, min(n_images, MOST_VALUES // largest))
         chosen = torch.randperm(count(data), generator=generator(problem.seed, "selection"))[:n_images]
-        self._inputs, self._labels = (part.to(device) for part in take(data, chosen))
+        with seeded(problem.seed):  # the user's transforms may draw
+            self._inputs, self._labels = (part.to(device) for part in take(data, chosen))
         self._batch = min(BATCH, batch_size(problem.graph.example))
         self._calls = [layer.weight for layer in problem.graph.layers]
         with evaluating(problem.model), torch.no_grad():

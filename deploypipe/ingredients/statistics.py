@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 
-from deploypipe.data.batches import count, take
+from deploypipe.data.batches import count, seeded, take
 from deploypipe.errors import NotApplicable, UsageError
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -71,6 +71,9 @@ def batch_size(example: Sequence[Any]) -> int:
 def images(data: Dataset[Any] | None, n_images: int, seed: int, batch: int = BATCH) -> Iterator[Tensor]:
     """Yield the inputs (B, ...) of up to `n_images` random examples of the selection data, each at most once.
 
+    Equal arguments give equal inputs, also where the user's transforms draw: what one model says about them is compared with
+    what another one does.
+
     Raises:
         UsageError: There is no data, or its examples cannot be put into a batch.
     """
@@ -80,7 +83,9 @@ def images(data: Dataset[Any] | None, n_images: int, seed: int, batch: int = BAT
         )
     chosen = torch.randperm(count(data), generator=generator(seed, "images"))[:n_images]
     for start in range(0, len(chosen), batch):
-        yield take(data, chosen[start : start + batch])[0]
+        with seeded(seed + start):
+            inputs = take(data, chosen[start : start + batch])[0]
+        yield inputs
 
 
 def rebase_norms(model: nn.Module, data: Iterator[Tensor]) -> None:
@@ -126,18 +131,34 @@ def _rebase(norm: Any, mean: Tensor, var: Tensor) -> None:
     norm.running_var.copy_(var)
 
 
-def readable(model: nn.Module, weight: str) -> nn.Module:
-    """Return the module that owns `weight`.
+def layer_of(model: nn.Module, weight: str) -> nn.Module:
+    """Return the convolution or linear layer that owns `weight`: what its hooks see is what the weight reads.
 
     Raises:
-        NotApplicable: It is no plain convolution or linear layer, so that no hook sees its inputs.
+        NotApplicable: Something else owns it.
     """
     owner, _, attribute = weight.rpartition(".")
     module: Any = dict(model.named_modules()).get(owner)
-    known = isinstance(module, (*Convolution.__args__, *Transposed.__args__, nn.Linear))
-    if not known or attribute != "weight" or getattr(module, "groups", 1) != 1:
+    if not isinstance(module, (*Convolution.__args__, *Transposed.__args__, nn.Linear)) or attribute != "weight":
         raise NotApplicable(f"{weight} is read by no plain convolution or linear layer")
     return cast("nn.Module", module)
+
+
+def readable(model: nn.Module, weight: str) -> nn.Module:
+    """Return the layer that owns `weight`, if all its outputs read all its inputs.
+
+    Raises:
+        NotApplicable: It is no plain convolution or linear layer.
+    """
+    module = layer_of(model, weight)
+    if getattr(module, "groups", 1) != 1:
+        raise NotApplicable(f"{weight} is read by no plain convolution or linear layer")
+    return module
+
+
+def first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return what a layer reads, given by position or by name."""
+    return cast("Tensor", args[0] if args else next(iter(kwargs.values())))
 
 
 class FeatureTap:
@@ -190,7 +211,9 @@ class FeatureTap:
                 raise _Enough
 
         handles = [
-            layer.register_forward_hook(lambda module, args, out, name=name: hook(name, module, args[0], out))
+            layer.register_forward_hook(
+                lambda module, args, kwargs, out, name=name: hook(name, module, first(args, kwargs), out), with_kwargs=True
+            )
             for name, layer in self._layers.items()
         ]
         try:

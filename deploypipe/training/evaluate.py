@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Subset
 
-from deploypipe.data.batches import Augment, Samples, batches, count
+from deploypipe.data.batches import Augment, Samples, batches, count, seeded
 from deploypipe.errors import ModelError
 from deploypipe.factory import guarded
 from deploypipe.progress import Reporter, Silent
@@ -37,6 +37,8 @@ class Accuracy:
 def evaluate(model: nn.Module, dataset: Samples, *, batch_size: int = 256, reporter: Reporter | None = None) -> Accuracy:
     """Return the accuracy of `model`, in eval mode and on its own device; its mode is put back.
 
+    All models meet the same images, also where the user's transforms draw.
+
     Raises:
         ModelError: The model cannot be run on this data.
     """
@@ -44,7 +46,7 @@ def evaluate(model: nn.Module, dataset: Samples, *, batch_size: int = 256, repor
     n = count(dataset)
     reporter.stage("evaluate", n)
     right, loss, done = 0, 0.0, 0
-    with in_mode(model, training=False), torch.inference_mode():
+    with in_mode(model, training=False), torch.inference_mode(), seeded(0):
         for inputs, labels in _placed(model, batches(dataset, batch_size)):
             out = logits(model, inputs, labels)
             right += int((out.argmax(1) == labels).sum())
@@ -71,7 +73,7 @@ def recalibrate(
         model: Stays as it is.
         dataset: The training set.
         n_images: How many images are looked at; all if there are fewer.
-        seed: Decides which.
+        seed: Decides which, and what the user's transforms draw.
         augment: The augmentation that the model was trained with (`Data.augment`): the statistics depend on it.
         batch_size: Images per batch; every batch counts alike.
 
@@ -89,7 +91,7 @@ def recalibrate(
         norm.train()
     order = torch.randperm(count(dataset), generator=torch.Generator().manual_seed(seed))[:n_images]
     part = Subset(dataset, order.tolist())
-    with torch.inference_mode():
+    with torch.inference_mode(), seeded(seed):
         for inputs, labels in _placed(fresh, batches(part, batch_size, shuffle_seed=seed, augment=augment, drop_last=True)):
             logits(fresh, inputs, labels)
     for norm, momentum in zip(norms, momenta, strict=True):

@@ -190,3 +190,100 @@ def test_layers_that_are_rarely_active_are_not_emptied_for_it() -> None:
     kept = {how: len(make("scp", {"widths": how}).plan(problem).keep["2.0"]) for how in ("shares", "threshold")}
     assert 2 * kept["threshold"] < kept["shares"]
     assert make("scp").plan(problem).keep == make("scp", {"widths": "shares"}).plan(problem).keep
+
+
+class Concat(nn.Module):
+    """A batch norm behind a concat, as in DenseNet: its slots belong to two groups."""
+
+    def __init__(self, wide: int, narrow: int) -> None:
+        super().__init__()
+        self.stem, self.first, self.inner = nn.Conv2d(3, wide, 3, padding=1), nn.BatchNorm2d(wide), nn.Conv2d(wide, narrow, 1)
+        self.norm, self.out = nn.BatchNorm2d(wide + narrow), cbr(wide + narrow, 8)
+        self.head = head(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = torch.cat([x, self.inner(self.first(x).relu())], 1)
+        return self.head(self.out(self.norm(x).relu()))
+
+
+@pytest.mark.parametrize("narrow", [8, 6])
+def test_in_a_norm_behind_a_concat_every_group_has_its_own_mask(narrow: int) -> None:
+    torch.manual_seed(0)
+    model = Concat(8, narrow).eval()
+    with torch.no_grad():
+        model.norm.bias.uniform_(-1, 1)
+    problem = problem_of(model)
+    masks, _ = judged(problem.graph, lambda group: Mask.of(model, problem.graph, group))
+    stays = {name: mask.keep_probability(model).detach() for name, mask in masks.items()}
+    hook, gated = SoftMasks(masks, 0.0, 10), copy.deepcopy(model)
+    hook.on_train_begin(gated)
+    masked = gated.eval()(images())
+    hook.on_train_end(gated)
+    factors = (gated.norm.weight / model.norm.weight).detach()
+    torch.testing.assert_close(factors, torch.cat([stays["stem"], stays["inner"]]))
+    torch.testing.assert_close(gated(images()), masked)
+
+
+def test_what_is_off_stays_off_when_the_masks_are_folded() -> None:
+    """Folding makes the scale of a channel that is off very small; only its ratio to the shift says how probable it is."""
+    model = copy.deepcopy(trained_net())
+    with torch.no_grad():
+        model[1][1].weight[3], model[1][1].bias[3] = 0.05, -0.5
+    problem = problem_of(model)
+    masks, _ = judged(problem.graph, lambda group: Mask.of(model, problem.graph, group))
+    before = masks["1.0"].keep_probability(model).detach()
+    hook = SoftMasks(masks, 0.0, 10)
+    hook.on_train_begin(model)
+    hook.on_train_end(model)
+    torch.testing.assert_close(masks["1.0"].keep_probability(model).detach(), before)
+
+
+def test_what_passes_a_depthwise_layer_by_counts_as_well() -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+            self.deep, self.behind = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8)
+            self.out, self.head = cbr(8, 8), head(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.norm(self.conv(x))
+            return self.head(self.out((x + self.behind(self.deep(x))).relu()))
+
+    model = Around().eval()
+    with torch.no_grad():
+        model.norm.bias.fill_(4.0)
+        model.behind.bias.fill_(-3.0)
+    graph = problem_of(model).graph
+    mask = Mask.of(model, graph, graph.group("conv"))
+    assert [norm.name for norm in mask.seen] == ["norm", "behind"]
+    expected = keep_probability(torch.tensor(1.0), torch.tensor(2.0).sqrt())
+    torch.testing.assert_close(mask.keep_probability(model).detach(), expected.expand(8))
+
+
+def test_a_reader_may_be_called_by_name_and_one_without_a_layer_is_told() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.conv, self.head = cbr(3, 8), nn.Conv2d(8, 8, 3, padding=1), head(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.conv(input=self.first(x)).relu())
+
+    named = Named().eval()
+    graph = problem_of(named).graph
+    assert Mask.of(named, graph, graph.group("first.0")).seen
+
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.weight, self.head = cbr(3, 8), nn.Parameter(torch.randn(8, 8, 3, 3)), head(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(nn.functional.conv2d(self.first(x), self.weight, padding=1).relu())
+
+    bare = Bare().eval()
+    graph = problem_of(bare).graph
+    with pytest.raises(NotApplicable, match="no plain convolution"):
+        Mask.of(bare, graph, graph.group("first.0"))
