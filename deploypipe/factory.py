@@ -1,5 +1,6 @@
 """Call the user's own code: `file.py:factory` and `package.module:factory`, with errors that point into their file."""
 
+import ast
 import hashlib
 import importlib.util
 import sys
@@ -94,7 +95,21 @@ def own_sources(spec: str, modules: Iterable[str] = ()) -> list[Path]:
         if source.suffix == ".py" and _rank(source) == _OWN:
             found[source] = None
             waiting += [_module_of(value) for value in vars(module).values()]
+            waiting += _imported(source, getattr(module, "__package__", None) or "")
     return sorted(found)
+
+
+def _imported(source: Path, package: str) -> list[str]:
+    """Return the names of modules that a file may import, anywhere in it: a number says not which module it was taken from."""
+    found = []
+    for node in ast.walk(ast.parse(source.read_bytes())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and (package or not node.level):
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            found += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    parts = [name.split(".") for name in found]
+    return [".".join(part[:n]) for part in parts for n in range(1, len(part) + 1)]
 
 
 def _module_of(value: Any) -> str:

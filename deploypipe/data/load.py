@@ -1,7 +1,7 @@
 """Turn `--data` into a training and a test set: `demo`, `imagefolder:DIR`, `cifar10:DIR`, `file.py:factory`, or Datasets."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from deploypipe.data.batches import Augment, CropFlip, Data, Samples, count, labels_of, seeded, split, take
 from deploypipe.data.images import (
@@ -27,7 +27,7 @@ from deploypipe.data.images import (
     resized,
 )
 from deploypipe.errors import UsageError, nearest
-from deploypipe.factory import find_factory, near_path
+from deploypipe.factory import find_factory, near_path, own_sources
 from deploypipe.progress import Reporter, Silent
 from deploypipe.targets import cache_folder
 
@@ -79,7 +79,8 @@ def load_data(
             return _cifar10(binary, wanted or (3, 32, 32), normalise or IMAGENET)
         return _image_folder(root, wanted, normalise, cache or cache_folder() / "images", reporter or Silent())
     if place:
-        return _from_datasets(_made(spec), seed, spec)
+        made = _made(spec)
+        return _from_datasets(made, seed, spec, [source.read_bytes() for source in own_sources(spec)])
     raise UsageError(f"unknown data '{spec}'", at=f"--data {spec}", fix=nearest(spec, KINDS))
 
 
@@ -228,7 +229,7 @@ def _cifar_records(folder: Path, names: list[str]) -> tuple[Tensor, Tensor]:
     return records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[:, 0].long()
 
 
-def _from_datasets(given: Any, seed: int, name: str) -> Data:
+def _from_datasets(given: Any, seed: int, name: str, sources: Sequence[bytes] = ()) -> Data:
     if isinstance(given, Dataset):
         train, test = split(given, 0.2, seed)
     elif isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(part, Dataset) for part in given):
@@ -242,9 +243,8 @@ def _from_datasets(given: Any, seed: int, name: str) -> Data:
         classes = _classes(given if isinstance(given, Dataset) else train, train)
         shape = tuple(take(train, torch.tensor([0]))[0].shape[1:])
         parts = [_fingerprint(part) for part in (train, test)]
-    return Data(
-        train, test, classes, _key("datasets", parts, classes), None, _described(name, train, test, len(classes), shape)
-    )
+    key, said = _key("datasets", parts, classes, sources), _described(name, train, test, len(classes), shape)
+    return Data(train, test, classes, key, None, said)
 
 
 def _classes(named: Samples, train: Samples) -> tuple[str, ...]:
@@ -264,7 +264,20 @@ def _spread(dataset: Samples, n: int) -> Tensor:
 
 
 def _fingerprint(dataset: Samples) -> Mapping[str, object]:
-    """Describe a Dataset by its length and a few of its samples: reading all could take hours."""
+    """Describe a Dataset by its length, all labels that need no reading of inputs, and its inputs.
+
+    Of inputs that are not in memory a few stand for all: reading them could take hours.
+    """
     inputs, labels = take(dataset, _spread(dataset, 16))
-    digest = hashlib.sha256(inputs.contiguous().numpy().tobytes()).hexdigest()
-    return {"length": count(dataset), "labels": labels.tolist(), "inputs": digest, "shape": tuple(inputs.shape)}
+    found = {"length": count(dataset), "labels": _digest(labels), "inputs": _digest(inputs), "shape": tuple(inputs.shape)}
+    known, held = labels_of(dataset), dataset
+    found |= {} if known is None else {"all labels": _digest(known)}
+    indices = []
+    while isinstance(held, Subset):
+        indices.append(_digest(torch.as_tensor(held.indices)))
+        held = held.dataset
+    return found | ({"all": [*map(_digest, held.tensors), *indices]} if isinstance(held, TensorDataset) else {})
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()

@@ -272,6 +272,34 @@ def test_the_key_of_data_that_draws_is_the_same_at_every_start(tmp_path, draw, p
     assert all(after), "the states of the generators are put back"
 
 
+@pytest.mark.parametrize("part", ["inputs", "labels"])
+def test_the_key_of_data_in_memory_follows_all_of_it(part):
+    """One sample of four hundred, whichever: none of those that stand for the others where they are not in memory."""
+    keys = set()
+    for changed in (None, 7, 202):
+        inputs, labels = torch.arange(400 * 3.0).view(400, 3), torch.arange(400) % 4
+        if changed is not None:
+            {"inputs": inputs, "labels": labels}[part][changed] = 1
+        data = TensorDataset(inputs, labels)
+        assert load_data(data).key == load_data(data).key
+        keys |= {load_data(data).key, load_data((Subset(data, range(300)), Subset(data, range(300, 400)))).key}
+    assert len(keys) == 6
+
+
+def test_the_key_of_a_factorys_data_follows_its_file(tmp_path):
+    text = (
+        "import torch\nfrom torch.utils.data import Dataset\n"
+        "class Doubled(Dataset):\n    def __len__(self): return 400\n"
+        "    def __getitem__(self, i): return torch.full((2,), 2.0 * (i == 7)), 0\n"
+        "def make(): return Doubled(), Doubled()\n"
+    )
+    keys = []
+    for factor in ("2.0", "3.0"):
+        (tmp_path / "doubled.py").write_text(text.replace("2.0", factor))
+        keys.append(load_data(f"{tmp_path / 'doubled.py'}:make").key)
+    assert keys[0] != keys[1]
+
+
 @pytest.mark.parametrize(
     ("sample", "text"),
     [

@@ -101,14 +101,21 @@ def test_untrained_weights_and_key_are_the_same_in_every_call(net):
 
 
 @pytest.mark.parametrize("spec", ["{folder}/net_of_parts.py:make", "net_of_parts:make"])
-@pytest.mark.parametrize("edited", ["net_of_parts", "parts_of_net", "acts_of_parts"])
+@pytest.mark.parametrize("edited", ["net_of_parts", "parts_of_net", "acts_of_parts", "numbers_of_net", "late_for_net"])
 def test_key_follows_all_of_the_users_own_files(tmp_path, monkeypatch, spec, edited):
-    """Also those that the factory's file imports, and that these import: a forward that was edited is another model."""
+    """Also those that the factory's file imports, and that these import: a forward that was edited is another model.
+
+    A number says not where it was imported from, nor does anything that a function imports.
+    """
     files = {
-        "net_of_parts": "import parts_of_net\ndef make(): return parts_of_net.Net()\n",
+        "net_of_parts": "import parts_of_net\ndef make():\n    from late_for_net import WIDTH\n"
+        "    return parts_of_net.Net(WIDTH)\n",
         "parts_of_net": "from torch import nn\nfrom acts_of_parts import act\nclass Net(nn.Conv2d):\n"
-        "    def __init__(self): super().__init__(3, 4, 3)\n    def forward(self, x): return act(super().forward(x))\n",
-        "acts_of_parts": "from torch.nn.functional import relu\ndef act(x): return relu(x)\n",
+        "    def __init__(self, width): super().__init__(3, width, 3)\n    def forward(self, x): return act(super().forward(x))\n",
+        "acts_of_parts": "from torch.nn.functional import leaky_relu\nfrom numbers_of_net import SLOPE\n"
+        "def act(x): return leaky_relu(x, SLOPE)\n",
+        "numbers_of_net": "SLOPE = 0.1\n",
+        "late_for_net": "WIDTH = 4\n",
     }
     for name, text in files.items():
         (tmp_path / f"{name}.py").write_text(text)
