@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from deploypipe.errors import BackendError
+from deploypipe.graph.outputs import copied, output_tensors
 from deploypipe.reports.report import Check
 
 Arrays = Mapping[str, NDArray[np.generic]]
@@ -54,5 +54,5 @@ def outputs_of(model: nn.Module, inputs: Sequence[Sequence[torch.Tensor]]) -> li
     """Run a torch model on several inputs (each a tuple of arguments); return its flattened outputs, stacked over them."""
     model.eval()
     with torch.inference_mode():
-        rows = [[leaf.numpy() for leaf in tree_leaves(model(*args)) if isinstance(leaf, torch.Tensor)] for args in inputs]
+        rows = [[leaf.numpy() for leaf in output_tensors(model(*copied(args)))] for args in inputs]
     return [np.stack(column) for column in zip(*rows, strict=True)]

@@ -5,6 +5,7 @@ the others have a normalisation across channels.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -811,6 +812,100 @@ def tied_transpose() -> Toy:
 def tied_product() -> Toy:
     f = lambda m, x: m.fc(torch.relu(m.a(x)) @ m.a.weight)  # noqa: E731
     return Fn(f, a=nn.Linear(12, 8), fc=nn.Linear(12, 4)), (torch.randn(2, 12),)
+
+
+@toy
+def views_in_place() -> Toy:
+    """A view in place of a result, and one that another result was tied to before."""
+
+    def f(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        a, b = m.a(x), m.b(x)
+        return m.head((a + b) * a.unsqueeze_(1).squeeze_(1))
+
+    return Fn(f, stem=cbr(3, 8), a=conv(8, 6), b=conv(8, 6), head=head(6)), (image(),)
+
+
+@toy
+def activations_in_place() -> Toy:
+    def f(m: Any, x: Tensor) -> Tensor:
+        x = m.a(x)
+        return m.head(m.mish(m.b(x.masked_fill_(x < 0, 0.1))))
+
+    return Fn(f, a=conv(3, 8), b=conv(8, 6), mish=nn.Mish(inplace=True), head=head(6)), (image(),)
+
+
+@toy
+def selective_kernels() -> Toy:
+    """Attention over two branches of the same channels: the softmax runs across the branches."""
+
+    def f(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        branches = torch.stack([m.a(x), m.b(x)], 1)
+        scores = m.fc(branches.sum(1).mean((2, 3), keepdim=True))
+        scores = scores.view(len(x), 2, -1, 1, 1).softmax(1)
+        return m.head((branches * scores).sum(1))
+
+    return Fn(f, stem=cbr(3, 8), a=cbr(8, 6), b=cbr(8, 6), fc=conv(6, 12, 1), head=head(6)), (image(),)
+
+
+@toy
+def keeps_its_size() -> Toy:
+    def f(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        m.seen = x.shape[2:]
+        return m.head(F.interpolate(m.out(x), size=tuple(m.seen)))
+
+    return Fn(f, stem=cbr(3, 8), out=cbr(8, 6), head=head(6)), (image(),)
+
+
+class ReadsWidth(nn.Module):
+    """A convolution whose integers are read off its weight."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n_out, n_in, 3, 3))
+        self.norm = nn.BatchNorm2d(n_out)
+
+    @property
+    def out_channels(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_channels(self) -> int:
+        return self.weight.shape[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(F.conv2d(x, self.weight, padding=1))
+
+
+@toy
+def widths_are_read() -> Toy:
+    f = lambda m, x: m.head(m.b(m.a(x).relu()).relu())  # noqa: E731
+    return Fn(f, a=ReadsWidth(3, 8), b=ReadsWidth(8, 6), head=head(6)), (image(),)
+
+
+@toy
+def writes_into_its_input() -> Toy:
+    f = lambda m, x: m.head(m.stem(x.sub_(0.5).div_(0.2)))  # noqa: E731
+    return Fn(f, stem=cbr(3, 8), head=head(8)), (image(),)
+
+
+@dataclass
+class Found:
+    """What a model of its own kind returns: no container to torch."""
+
+    logits: Tensor
+    more: dict[str, Tensor]
+
+
+@toy
+def returns_an_object() -> Toy:
+    def f(m: Any, x: Tensor) -> Found:
+        x = m.stem(x)
+        return Found(m.head(x), {"features": m.out(x)})
+
+    return Fn(f, stem=cbr(3, 8), out=conv(8, 6), head=head(8)), (image(),)
 
 
 class C2f(nn.Module):

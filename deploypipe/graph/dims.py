@@ -28,6 +28,10 @@ class Dim(int):
         self.source, self.escape = source, escape
         return self
 
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        """Copy as a plain integer: a module that keeps a size can be copied, and the copy is not being traced."""
+        return int, (int(int.__index__(self)),)
+
     def _product(self, other: Any, value: Any) -> Any:
         if not isinstance(value, int):
             return value

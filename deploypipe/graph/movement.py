@@ -17,7 +17,8 @@ def _axis(call: Call, key: str = "dim") -> int:
 def move(state: State, call: Call) -> Layers | list[Layers]:
     """An operation that only moves elements: apply it to the labels."""
     x = call.args["self"]
-    moved = [call.on(labels) for labels in state.layers_of(x)]
+    in_place = call.name.endswith("_")  # the operation would change the shape of the labels that others know
+    moved = [call.on(labels.detach() if in_place else labels) for labels in state.layers_of(x)]
     if isinstance(call.out, (tuple, list)):
         return [tuple(tighten(results[i]) for results in moved) for i in range(len(call.out))]
     return tuple(tighten(labels) for labels in moved)

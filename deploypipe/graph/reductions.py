@@ -88,7 +88,10 @@ def along_axis(state: State, call: Call) -> Layers | list[Layers]:
     axes = _reduced_axes(call)
     on, off = state.split_on(x, axes)
     for labels in on:
-        state.ledger.freeze(labels, f"{call.where}: runs across the channels")
+        if set(varies(labels)) <= axes:
+            state.ledger.freeze(labels, f"{call.where}: runs across the channels")
+        else:  # across branches of the same channels, as in attention over them: those that meet are tied
+            off.append(state.ledger.tie_all(labels, axes & set(varies(labels)), call.where))
     if isinstance(call.out, (tuple, list)):
         return [tuple(_stretched(labels, axes, out.shape) for labels in off) for out in call.out]
     return tuple(off)

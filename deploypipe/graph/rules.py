@@ -89,9 +89,15 @@ MOVES = frozenset(name for name, rule in RULES.items() if rule.__module__ == mov
 
 
 def rule_for(op: torch._ops.OpOverload) -> Rule | None:
-    """Return the rule of an aten operation: the row of its overload or name, or `elementwise` if torch tags it as pointwise."""
+    """Return the rule of an aten operation: the row of its overload or name, or `elementwise` if torch tags it as pointwise.
+
+    What has neither and works in place goes by what it is called otherwise: torch tags few of these.
+    """
     name = op._schema.name.rpartition("::")[2]
     rule = RULES.get(f"{name}.{op._overloadname}") or RULES.get(name)
     if rule is not None:
         return rule
-    return elementwise if torch.Tag.pointwise in op.tags else None
+    if torch.Tag.pointwise in op.tags:
+        return elementwise
+    other = getattr(getattr(torch.ops.aten, name.removesuffix("_"), None), op._overloadname, None)
+    return rule_for(other) if name.endswith("_") and isinstance(other, torch._ops.OpOverload) else None

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -24,11 +25,12 @@ from deploypipe.graph.dims import Dim, dims_in
 from deploypipe.graph.frames import failed_in, innermost
 from deploypipe.graph.groups import build_graph
 from deploypipe.graph.labels import Labels, varies
+from deploypipe.graph.outputs import copied, output_tensors
 from deploypipe.graph.rules import MOVES, rule_for
 from deploypipe.graph.tracer import Call, Rule, Seen, State, tensors_in
 from deploypipe.types import Graph
 
-_SEEN = "_deploypipe_seen"  # attribute on activations; parameters are looked up by identity
+_TRACES = count()
 _LOOKED_AT = (Tensor, tuple, list)
 _SHAPE_GETTERS = {torch.Tensor.shape.__get__, torch.Tensor.size}  # type: ignore[attr-defined]
 _SIZED = {  # functions whose written sizes a rule looks at -> position of the first size among the arguments
@@ -87,7 +89,7 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Graph:
             model.eval()
         torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel hides the layers inside
         with torch.inference_mode(), _Sizes(tracer), tracer:
-            outputs = model(*example)
+            outputs = model(*copied(example))
     except ModelError:
         raise
     except Exception as error:
@@ -101,7 +103,11 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Graph:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         for module in training:
             module.training = True
-    tracer.ask().freeze_all(tensors_in(tracer.look(tree_leaves(outputs))), "output of the model")
+    tensors = output_tensors(outputs)
+    if not tensors:
+        fix = "return tensors, in containers or objects if you like"
+        raise ModelError(f"the model returns no tensors but a {type(outputs).__name__}", at="forward", fix=fix)
+    tracer.ask().freeze_all(tensors_in(tracer.look(tensors)), "output of the model")
     return build_graph(state, tracer.ops, example)
 
 
@@ -131,6 +137,8 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, state: State) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.state = state
+        # The attribute on activations; parameters are looked up by identity. Modules may keep activations of earlier traces.
+        self.mark = f"_deploypipe_seen_{next(_TRACES)}"
         self.ops: Counter[str] = Counter()
         self.sizes: Sequence[Any] | None = None
         self.paths = {id(module): path for path, module in state.modules.items()}
@@ -159,7 +167,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         stored, seen = self.state.stored, []
         for value in args:  # `look`, written out for the usual arguments: it runs with cold caches
             if isinstance(value, Tensor):
-                found = stored.get(id(value)) or getattr(value, _SEEN, None)
+                found = stored.get(id(value)) or getattr(value, self.mark, None)
                 self._touched = self._touched or found is not None
                 seen.append(found or Seen(value))
             else:
@@ -180,7 +188,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _look(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            found = self.state.stored.get(id(value)) or getattr(value, _SEEN, None)
+            found = self.state.stored.get(id(value)) or getattr(value, self.mark, None)
             if found is None:
                 return Seen(value)
             self._touched = True
@@ -193,7 +201,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if id(out) in self.state.stored:
                 return self.state.stored[id(out)]
             seen = Seen(out, dense=dense)
-            setattr(out, _SEEN, seen)
+            setattr(out, self.mark, seen)
             return seen
         return [self._result(part, dense) for part in out] if isinstance(out, (tuple, list)) else out
 
@@ -266,7 +274,7 @@ class _Sizes(TorchFunctionMode):
                 self._escape(size.source, f"used as an argument of {getattr(func, '__name__', func)}")
 
     def _sized(self, tensor: Tensor, shape: Any, dim: tuple[Any, ...]) -> Any:
-        layers = self._layers(tensor) if hasattr(tensor, _SEEN) else ()
+        layers = self._layers(tensor) if hasattr(tensor, self.tracer.mark) else ()
 
         def measure(value: int, axis: int) -> Dim:
             source: Labels | None = next((labels for labels in layers if axis in varies(labels)), None)

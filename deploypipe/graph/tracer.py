@@ -225,6 +225,9 @@ class State:
             value = value[index] if isinstance(value, (tuple, list)) and len(value) > index else None
         if not isinstance(value, int) or value * divisor != len(labels):
             return False
+        stated = getattr(type(self.modules[call.module]), name, None)
+        if isinstance(stated, property) and stated.fset is None:  # it reads the width somewhere, and will follow
+            return True
         self.attributes.append(AttributeUse(call.module, name, divisor, index, labels))
         return True
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from deploypipe.backends import load_backend
 from deploypipe.backends.base import Arrays, Facts, Profile, Timing
-from deploypipe.compact import mask
+from deploypipe.compact import across_norms, mask
 from deploypipe.cost import CostTable
 from deploypipe.data.batches import count, take
 from deploypipe.data.load import Data
@@ -188,7 +188,7 @@ def check_compaction(
     Raises:
         BackendError: They differ.
     """
-    if any(graph.group(name).normalised for name in plan.keep):
+    if across_norms(graph, plan):
         return []
     masked = outputs_of(mask(model, graph, plan), inputs)
     result = check("compacted", "masked dense model", masked, outputs_of(small, inputs), COMPACT_TOLERANCE)

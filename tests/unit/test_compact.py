@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from toys import TOYS, Fn, cbr, head, image
 
 from deploypipe.compact import compact, mask
-from deploypipe.errors import ModelError
+from deploypipe.errors import BackendError, ModelError
 from deploypipe.graph import trace
+from deploypipe.pipeline.stages import check_compaction
 from deploypipe.plan import KeepPlan
 
 
@@ -143,3 +144,33 @@ def test_a_model_in_training_mode_stays_there() -> None:
     small = compact(model, trace(model, example), KeepPlan({"stem.0": (0, 1)}))
     assert all(module.training for module in small.modules())
     assert all(module.training for module in model.modules())
+
+
+class Literal(nn.Module):
+    """A shortcut that is only taken where widths happen to agree, before a norm across the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(n, m, 3, padding=1) for n, m in ((3, 8), (8, 12), (12, 6)))
+        self.norm, self.fc = nn.LayerNorm(6), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x).relu()
+        y = self.b(x).relu()
+        y = y + x if list(y.shape) == list(x.shape) else y
+        return self.fc(self.norm(self.c(y).mean((2, 3))))
+
+
+@pytest.mark.parametrize("named", [{}, {"c": range(6)}, {"c": range(4)}], ids=["without", "whole", "cut"])
+def test_a_norm_across_channels_does_not_switch_the_proof_off_for_the_rest(named: dict[str, range]) -> None:
+    torch.manual_seed(0)
+    model = Literal().eval()
+    graph = trace(model, torch.randn(2, 3, 8, 8))
+    plan = KeepPlan({name: tuple(kept) for name, kept in {"a": range(8), "b": range(8), **named}.items()})
+    with pytest.raises(ModelError, match="computes something else"):
+        compact(model, graph, plan)
+    inputs = [(torch.randn(2, 3, 8, 8),)]
+    if named != {"c": range(4)}:
+        with pytest.raises(BackendError):
+            check_compaction(model, compact(model, graph, plan, check=False), graph, plan, inputs)
+    assert compact(model, graph, KeepPlan({"a": (0, 2), "b": (1, 3, 5), "c": (0, 1, 5)})).fc.in_features == 3

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from toys import TOYS
+from toys import TOYS, Fn
 
 from deploypipe.errors import ModelError
 from deploypipe.graph import trace
@@ -129,6 +129,13 @@ def test_what_cannot_be_pruned_says_why(toy: str, group: str, words: str) -> Non
         ("attention_over_positions", {"v.0": 8}),
         ("matmul_computed", {"stem.0": 8}),
         ("windows_of_space", {"stem.0": 8}),
+        ("views_in_place", {"stem.0": 8, "a": 6}),
+        ("activations_in_place", {"a": 8, "b": 6}),
+        ("selective_kernels", {"stem.0": 8, "a.0": 6}),
+        ("keeps_its_size", {"stem.0": 8, "out.0": 6}),
+        ("widths_are_read", {"a": 8, "b": 6}),
+        ("writes_into_its_input", {"stem.0": 8}),
+        ("returns_an_object", {"stem.0": 8}),
         ("diagonal_of_space", {"stem.0": 8}),
     ],
 )
@@ -237,3 +244,25 @@ def test_padding_with_more_behind_is_stated_for_both_sides() -> None:
     """All that is added in front, then all that is added behind: the order of ONNX."""
     (layer,) = trace(nn.Conv2d(3, 4, (3, 4), padding="same"), torch.zeros(1, 3, 8, 8)).layers
     assert layer.padding == (1, 1, 1, 2)
+
+
+def test_what_a_module_keeps_of_one_trace_means_nothing_in_the_next() -> None:
+    class Lazy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.scale = nn.Parameter(torch.randn(8, 3, 3, 3)), nn.Parameter(torch.ones(8, 1, 1, 1))
+            self.head, self.fused = nn.Conv2d(8, 4, 1), None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.fused is None:
+                self.fused = self.weight * self.scale
+            return self.head(nn.functional.conv2d(x, self.fused))
+
+    model, example = Lazy().eval(), torch.randn(1, 3, 8, 8)
+    assert [group.name for group in trace(model, example).prunable] == ["weight"]
+    assert not trace(model, example).prunable, "the second time no parameter is seen to make the channels"
+
+
+def test_a_model_without_outputs_is_told() -> None:
+    with pytest.raises(ModelError, match="returns no tensors but a NoneType"):
+        trace(Fn(lambda m, x: print(m.conv(x).sum() > 1e9, end=""), conv=nn.Conv2d(3, 4, 1)), torch.zeros(1, 3, 4, 4))

@@ -111,7 +111,8 @@ def test_key_follows_all_of_the_users_own_files(tmp_path, monkeypatch, spec, edi
         "net_of_parts": "import parts_of_net\ndef make():\n    from late_for_net import WIDTH\n"
         "    return parts_of_net.Net(WIDTH)\n",
         "parts_of_net": "from torch import nn\nfrom acts_of_parts import act\nclass Net(nn.Conv2d):\n"
-        "    def __init__(self, width): super().__init__(3, width, 3)\n    def forward(self, x): return act(super().forward(x))\n",
+        "    def __init__(self, width): super().__init__(3, width, 3)\n"
+        "    def forward(self, x): return act(super().forward(x))\n",
         "acts_of_parts": "from torch.nn.functional import leaky_relu\nfrom numbers_of_net import SLOPE\n"
         "def act(x): return leaky_relu(x, SLOPE)\n",
         "numbers_of_net": "SLOPE = 0.1\n",
