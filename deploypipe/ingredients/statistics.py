@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, cast
 from zlib import crc32
@@ -71,8 +72,7 @@ def batch_size(example: Sequence[Any]) -> int:
 def images(data: Dataset[Any] | None, n_images: int, seed: int, batch: int = BATCH) -> Iterator[Tensor]:
     """Yield the inputs (B, ...) of up to `n_images` random examples of the selection data, each at most once.
 
-    Equal arguments give equal inputs, also where the user's transforms draw: what one model says about them is compared with
-    what another one does.
+    Equal arguments give equal inputs, also where the user's transforms draw: what models say about them is compared.
 
     Raises:
         UsageError: There is no data, or its examples cannot be put into a batch.
@@ -150,8 +150,7 @@ def readable(model: nn.Module, weight: str) -> nn.Module:
     Raises:
         NotApplicable: It is no plain convolution or linear layer.
     """
-    module = layer_of(model, weight)
-    if getattr(module, "groups", 1) != 1:
+    if getattr(module := layer_of(model, weight), "groups", 1) != 1:
         raise NotApplicable(f"{weight} is read by no plain convolution or linear layer")
     return module
 
@@ -203,19 +202,15 @@ class FeatureTap:
             yield self._read
 
     def _forward(self, inputs: Tensor, batch: int, stop_after: int) -> None:
-        def hook(name: str, layer: nn.Module, x: Tensor, out: Tensor) -> None:
+        def hook(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor) -> None:
             met = self._read.setdefault(name, [])
             rng = generator(self._seed, name, batch, len(met))
-            met.append(sample(layer, x, out, self._n_locations, rng, self._filters.get(name)))
+            met.append(sample(layer, first(args, kwargs), out, self._n_locations, rng, self._filters.get(name)))
             if sum(map(len, self._read.values())) == stop_after:
                 raise _Enough
 
-        handles = [
-            layer.register_forward_hook(
-                lambda module, args, kwargs, out, name=name: hook(name, module, first(args, kwargs), out), with_kwargs=True
-            )
-            for name, layer in self._layers.items()
-        ]
+        hooks = {name: partial(hook, name) for name in self._layers}
+        handles = [layer.register_forward_hook(hooks[name], with_kwargs=True) for name, layer in self._layers.items()]
         try:
             with evaluating(self._model), torch.inference_mode():
                 self._model(inputs)
