@@ -94,7 +94,7 @@ class Listening:
         self.outputs = {}
 
         def hook(weight: str, out: Tensor) -> None:
-            self.outputs.setdefault(weight, []).append(out)
+            self.outputs.setdefault(weight, []).append(out.clone())  # what follows may overwrite it: ReLU(inplace=True)
             if weight == self._stop_after:
                 raise _Enough
 
@@ -133,7 +133,8 @@ class AuxiliaryLoss(TrainHook):
         """Put the head's parameters into the model, so that they are trained, and listen to the layer."""
         for name, parameter in self._parameters():
             model.register_parameter(name, parameter)  # a module more would be run by containers such as Sequential
-        self._listener = layer_of(model, self._weight).register_forward_hook(lambda _, __, out: self._met.append(out))
+        layer = layer_of(model, self._weight)
+        self._listener = layer.register_forward_hook(lambda _, __, out: self._met.append(out.clone()))  # as in Listening
 
     def on_loss(self, model: nn.Module, loss: Tensor, labels: Tensor) -> Tensor:
         """Add the head's cross entropy."""

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from deploypipe.algorithms import make
 from deploypipe.algorithms.stages import Stages
@@ -14,6 +15,7 @@ from deploypipe.compact import compact, difference, run
 from deploypipe.count import MacTable, ParamTable
 from deploypipe.errors import BudgetError, UsageError
 from deploypipe.ingredients.density import prices
+from deploypipe.ingredients.heads import AuxiliaryLoss, Listening
 from deploypipe.ingredients.projections import project
 from deploypipe.ingredients.sparsity import NONZERO
 from deploypipe.plan import KeepPlan
@@ -84,6 +86,25 @@ def test_each_layer_is_judged_by_the_next_classifier() -> None:
     inputs, labels = stages._inputs, stages._labels
     expected = torch.nn.functional.cross_entropy(task.model(inputs), labels)
     assert value == pytest.approx(float(expected.detach()), rel=1e-3, abs=1e-6)  # nothing cut: no error of outputs
+
+
+def test_a_layer_is_heard_before_a_relu_in_place_overwrites_its_output() -> None:
+    """Without a norm between them: the error of outputs, its gradient and the classifiers are those of the layer itself."""
+    x, labels, heard = torch.randn(8, 3, 6, 6), torch.arange(8) % 2, []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(inplace), nn.Conv2d(5, 4, 3), nn.ReLU(inplace), nn.Flatten())
+        listening, hook = Listening(model, ["0.weight", "2.weight"]), AuxiliaryLoss("2.weight", 4, 2, 0)
+        with listening():
+            listening.run(x)
+        hook.on_train_begin(model)
+        loss = hook.on_loss(model, model(x).square().mean(), labels)
+        loss.backward()
+        hook.on_train_end(model)
+        heard.append([listening.outputs["0.weight"][0], listening.outputs["2.weight"][0], loss, model[0].weight.grad])
+    assert (heard[1][0] < 0).any()
+    for plain, overwritten in zip(*heard, strict=True):
+        torch.testing.assert_close(overwritten, plain, rtol=0, atol=0)
 
 
 def test_stages_train_the_model_in_parts_of_the_epochs() -> None:
