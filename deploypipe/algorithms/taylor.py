@@ -24,6 +24,7 @@ from deploypipe.algorithms.base import SHARED_OUT, Problem, by_values, judged, l
 from deploypipe.algorithms.options import option
 from deploypipe.allocation.allocate import cheapest_widths
 from deploypipe.compact import masked_slots
+from deploypipe.data.batches import seeded
 from deploypipe.errors import NotApplicable
 from deploypipe.ingredients.curvature import Unit, curvature
 from deploypipe.ingredients.gates import Scaled, gated_parameters
@@ -134,7 +135,9 @@ class Terms:
             def loss(call: Callable[..., object]) -> Tensor:
                 return F.cross_entropy(logits(call, inputs, labels), labels)
 
-            for name, found in curvature(model, self._units, loss, self._options.probes, self._rng).items():
+            with seeded((self._rng.initial_seed() + self.n) % 2**31):  # dropout draws in these passes, too
+                seconds = curvature(model, self._units, loss, self._options.probes, self._rng)
+            for name, found in seconds.items():
                 self._seconds[name] = self._seconds.get(name, torch.zeros_like(found)) + found
 
     def scores(self) -> dict[str, Tensor]:

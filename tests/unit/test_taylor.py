@@ -306,3 +306,17 @@ def test_a_group_of_which_one_layer_has_no_gradient_is_judged_by_the_others(on: 
 def test_criteria_leave_out_a_group_that_the_loss_does_not_depend_on() -> None:
     found = all_scores(problem_with(TwoHeads(), (torch.randn(2, 3, 8, 8),), 1.0), 16)
     assert [set(found[f"taylor-{on}"]) for on in ("gate", "weight")] == [{"stem.0", "body.0"}] * 2
+
+
+@pytest.mark.parametrize("on", ["gate", "weight"])
+def test_dropout_in_the_second_order_follows_the_seed_and_leaves_the_global_state_alone(on: str) -> None:
+    plans = []
+    for state in (0, 1):
+        torch.manual_seed(5)
+        model = nn.Sequential(cbr(3, 8), cbr(8, 8), nn.Dropout(0.5), head(8))
+        problem = problem_with(model, (torch.randn(2, 3, 8, 8),), 0.6)
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        plans.append(make("taylor", {"on": on, "order": "second", "steps": 2, "interval": 2}).plan(problem))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert plans[0].keep == plans[1].keep
