@@ -223,14 +223,18 @@ def run(model: nn.Module, example: tuple[Any, ...]) -> list[Tensor]:
 
 
 def difference(reference: list[Tensor], other: list[Tensor]) -> float:
-    """Return the largest absolute difference, relative to the largest reference output; inf if shapes differ."""
+    """Return the largest absolute difference, relative to the largest finite reference output.
+
+    It is inf if shapes differ, and where NaN says nothing of the difference; equal infinities do not differ.
+    """
     if [t.shape for t in reference] != [t.shape for t in other]:
         return float("inf")
     worst = 0.0
     for a, b in zip(reference, other, strict=True):
         if a.numel():
-            scale = max(float(a.abs().max()), 1e-12)
-            worst = max(worst, float((a.double() - b.double()).abs().max()) / scale)
+            scale = max(float(a.abs().masked_fill(a.isinf(), 0).max()), 1e-12)
+            off = float((a.double() - b.double()).abs().masked_fill(a == b, 0.0).max()) / scale
+            worst = max(worst, off if off < float("inf") else float("inf"))  # NaN is less than nothing
     return worst
 
 

@@ -24,6 +24,8 @@ from deploypipe.algorithms.base import SHARED_OUT, Problem, by_values, judged, l
 from deploypipe.algorithms.options import option
 from deploypipe.allocation.allocate import cheapest_widths
 from deploypipe.compact import masked_slots
+from deploypipe.data.batches import seeded
+from deploypipe.errors import NotApplicable
 from deploypipe.ingredients.curvature import Unit, curvature
 from deploypipe.ingredients.gates import Scaled, gated_parameters
 from deploypipe.ingredients.statistics import batch_size, generator, trained_weights
@@ -75,9 +77,10 @@ class Taylor:
                 last = step == self.steps
                 budget = problem.budget if last else dense + (problem.budget - dense) * step / self.steps
                 goal = replace(problem, budget=budget, allocator=problem.allocator if last else by_values)
+                without = skipped | {name: reason for name, reason in met.skipped.items() if name not in smooth}
                 shared = {name: len(producers(graph.group(name), trained_weights(run.model))) for name in smooth}
                 scores = {name: (score / shared[name]).cpu().numpy() for name, score in smooth.items()}
-                plan = shared_out(self, goal, scores, skipped, self.widths)
+                plan = shared_out(self, goal, scores, without, self.widths)
                 run.hold(masked_slots(graph, plan))
         return plan
 
@@ -97,6 +100,9 @@ class Taylor:
 class Terms:
     """Gathers the Taylor terms of mini-batches.
 
+    Attributes:
+        skipped: Group -> why it has no terms.
+
     Args:
         options: Of the method.
         units: What each group scales.
@@ -105,6 +111,7 @@ class Terms:
 
     def __init__(self, options: Taylor, units: Mapping[str, Unit], rng: torch.Generator) -> None:
         self._options, self._units, self._rng, self.n = options, units, rng, 0
+        self.skipped = dict[str, str]()
         self._means = dict[str, Tensor]()  # of first derivatives, so far: (C,) for gates, (C, K) for weights
         self._spreads = dict[str, Tensor]()  # (C,) summed squared deviations from these means
         self._seconds = dict[str, Tensor]()
@@ -114,7 +121,11 @@ class Terms:
         self.n += 1
         named, (inputs, labels) = dict(model.named_parameters()), batch
         for name, unit in self._units.items():
-            first = unit.first(named)
+            try:
+                first = unit.first(named)
+            except NotApplicable as reason:
+                self.skipped[name] = str(reason)
+                continue
             before = self._means.get(name, torch.zeros_like(first))
             mean = before + (first - before) / self.n
             spread = _summed((first - before) * (first - mean))  # Welford's update: batches need not be kept
@@ -124,7 +135,9 @@ class Terms:
             def loss(call: Callable[..., object]) -> Tensor:
                 return F.cross_entropy(logits(call, inputs, labels), labels)
 
-            for name, found in curvature(model, self._units, loss, self._options.probes, self._rng).items():
+            with seeded((self._rng.initial_seed() + self.n) % 2**31):  # dropout draws in these passes, too
+                seconds = curvature(model, self._units, loss, self._options.probes, self._rng)
+            for name, found in seconds.items():
                 self._seconds[name] = self._seconds.get(name, torch.zeros_like(found)) + found
 
     def scores(self) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from deploypipe.errors import NotApplicable
 from deploypipe.ingredients.gates import Scaled
 
 Loss = Callable[[Callable[..., object]], Tensor]  # of a model, or what stands for it
@@ -28,13 +29,19 @@ class Unit:
     each: bool = False
 
     def first(self, named: Mapping[str, nn.Parameter]) -> Tensor:
-        """Return the derivatives of the loss by the factors, from the gradients that `backward` left: (C,), or (C, K)."""
-        products = [named[s.param].detach() * grad for s in self.scaled if (grad := named[s.param].grad) is not None]
-        return self.gathered(products)
+        """Return the derivatives of the loss by the factors, from the gradients that `backward` left: (C,), or (C, K).
+
+        Raises:
+            NotApplicable: No parameter has a gradient: the loss does not depend on them.
+        """
+        parameters = [named[s.param] for s in self.scaled]
+        if all(p.grad is None for p in parameters):
+            raise NotApplicable("no norm and no weight that makes its channels has a gradient")
+        return self.gathered([torch.zeros_like(p) if p.grad is None else p.detach() * p.grad for p in parameters])
 
     def gathered(self, products: Sequence[Tensor]) -> Tensor:
         """Return tensors of the parameters' shapes by channel: their sums (C,), or side by side (C, K)."""
-        pairs = list(zip(self.scaled, products, strict=False))
+        pairs = list(zip(self.scaled, products, strict=True))
         if not self.each:
             return torch.stack([s.per_channel(product.double(), self.size) for s, product in pairs]).sum(0)
         return torch.cat([_rows(s, product.double()) for s, product in pairs], dim=1)
@@ -54,7 +61,8 @@ class Unit:
 def curvature(model: nn.Module, units: Mapping[str, Unit], loss: Loss, probes: int, rng: torch.Generator) -> dict[str, Tensor]:
     """Return the diagonal of the Hessian of the loss by the factors, (C,) or (C, K) for each group.
 
-    With random signs v the mean of `v * (H v)` is the diagonal (Hutchinson's estimator).
+    With random signs v the mean of `v * (H v)` is the diagonal (Hutchinson's estimator). It is zero where the loss does not
+    depend on a factor.
 
     Args:
         model: Its parameters are left as they are.
@@ -68,7 +76,8 @@ def curvature(model: nn.Module, units: Mapping[str, Unit], loss: Loss, probes: i
     for name, unit in units.items():
         unit.apply(values, factors[name])
     flat = [factor for group in factors.values() for factor in group]
-    slopes = torch.autograd.grad(loss(partial(functional_call, model, values)), flat, create_graph=True)
+    value = loss(partial(functional_call, model, values))
+    slopes = torch.autograd.grad(value, flat, create_graph=True, materialize_grads=True)
     total = [torch.zeros_like(factor) for factor in flat]
     for probe in _random(flat, probes, rng) if probes else _units(flat):
         products = torch.autograd.grad(slopes, flat, probe, retain_graph=True, materialize_grads=True)

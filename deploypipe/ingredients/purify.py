@@ -34,11 +34,14 @@ def dead(model: nn.Module, graph: Graph) -> dict[str, tuple[int, ...]]:
     """Return group -> channels that can be cut without a change of the outputs, ascending; at least one is left in each group.
 
     That nobody reads a channel is enough. One that nobody makes is cut only if the model's output on the traced example stays,
-    because an activation may turn zero into something else.
+    because an activation may turn zero into something else. Where a norm runs across the channels, none is dead: it counts in
+    the mean.
     """
     found: dict[str, tuple[int, ...]] = {}
     reference = run(model, graph.example)
     for group in graph.prunable:
+        if group.normalised:
+            continue
         certain = unread(model, group)
         chosen = _listed(certain | unmade(model, graph, group))
         if len(chosen) > int(certain.sum()) and not _same(model, graph, group, chosen, reference):
@@ -56,7 +59,7 @@ def silenced(model: nn.Module, graph: Graph) -> nn.Module:
         for group in reversed(graph.prunable):  # a silenced filter no longer reads what lies before it
             gone = unread(new, group)
             makes = [m for m in group.members if m.role != "consumes" and m.param in named and named[m.param].dim() > 1]
-            if gone.any() and makes:
+            if gone.any() and makes and not group.normalised:  # where a norm runs across the channels all of them count
                 stack = Stack(group.name, tuple(makes))
                 stack.add(named, -stack.read(named) * gone[:, None])
     return new

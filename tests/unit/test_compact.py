@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from toys import TOYS, Fn, cbr, head, image
 
-from deploypipe.compact import compact, mask
+from deploypipe.compact import compact, difference, mask
 from deploypipe.errors import BackendError, ModelError
 from deploypipe.graph import trace
 from deploypipe.pipeline.stages import check_compaction
@@ -174,3 +174,20 @@ def test_a_norm_across_channels_does_not_switch_the_proof_off_for_the_rest(named
         with pytest.raises(BackendError):
             check_compaction(model, compact(model, graph, plan, check=False), graph, plan, inputs)
     assert compact(model, graph, KeepPlan({"a": (0, 2), "b": (1, 3, 5), "c": (0, 1, 5)})).fc.in_features == 3
+
+
+def test_what_is_not_a_number_is_a_difference() -> None:
+    one, nan, inf = torch.ones(2), torch.tensor([1.0, float("nan")]), torch.tensor([1.0, -float("inf")])
+    assert difference([one], [nan]) == difference([nan], [one]) == difference([nan], [nan]) == float("inf")
+    assert difference([one, one], [nan, one]) == float("inf")
+    assert difference([one], [inf]) == difference([inf], [one]) == float("inf")
+    assert difference([inf], [inf]) == 0, "as padding of masked places, for one"
+    assert difference([inf], [torch.tensor([1.5, -float("inf")])]) == 0.5
+
+
+def test_a_compacted_model_that_computes_no_numbers_is_noticed() -> None:
+    """A literal 8 in `forward`: the root of a negative number as soon as a channel is missing."""
+    model = Fn(lambda m, x: m.head(m.a(x)) + torch.tensor(m.a.weight.shape[0] - 8.0).sqrt(), a=nn.Conv2d(3, 8, 3), head=head(8))
+    graph = trace(model.eval(), (image(),))
+    with pytest.raises(ModelError, match="something else"):
+        compact(model, graph, KeepPlan({"a": (0, 1, 2)}))

@@ -1,5 +1,6 @@
 """DCP and DKP (Zhuang et al., NeurIPS 2018; Liu et al., TPAMI 2021): orders, allocation, kernels, repair."""
 
+import copy
 import sys
 from dataclasses import replace
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from deploypipe.algorithms import make
 from deploypipe.algorithms.stages import Stages
@@ -14,12 +17,16 @@ from deploypipe.compact import compact, difference, run
 from deploypipe.count import MacTable, ParamTable
 from deploypipe.errors import BudgetError, UsageError
 from deploypipe.ingredients.density import prices
+from deploypipe.ingredients.heads import AuxiliaryLoss, Listening
 from deploypipe.ingredients.projections import project
 from deploypipe.ingredients.sparsity import NONZERO
 from deploypipe.plan import KeepPlan
+from deploypipe.testing.problems import AlgorithmCase
+from deploypipe.testing.problems import problem_of as problem_with
 from deploypipe.training.evaluate import recalibrate
 from deploypipe.training.masked import MaskedWeights
 from tests.toy_task import EVEN, accuracy, problem_of, trained_net, trainer
+from tests.toys import Fn, conv, head
 
 QUICK: dict[str, Any] = {"train_epochs": 0, "images": 128, "heads": 1, "parts": 4}
 
@@ -86,6 +93,25 @@ def test_each_layer_is_judged_by_the_next_classifier() -> None:
     assert value == pytest.approx(float(expected.detach()), rel=1e-3, abs=1e-6)  # nothing cut: no error of outputs
 
 
+def test_a_layer_is_heard_before_a_relu_in_place_overwrites_its_output() -> None:
+    """Without a norm between them: the error of outputs, its gradient and the classifiers are those of the layer itself."""
+    x, labels, heard = torch.randn(8, 3, 6, 6), torch.arange(8) % 2, []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(inplace), nn.Conv2d(5, 4, 3), nn.ReLU(inplace), nn.Flatten())
+        listening, hook = Listening(model, ["0.weight", "2.weight"]), AuxiliaryLoss("2.weight", 4, 2, 0)
+        with listening():
+            listening.run(x)
+        hook.on_train_begin(model)
+        loss = hook.on_loss(model, model(x).square().mean(), labels)
+        loss.backward()
+        hook.on_train_end(model)
+        heard.append([listening.outputs["0.weight"][0], listening.outputs["2.weight"][0], loss, model[0].weight.grad])
+    assert (heard[1][0] < 0).any()
+    for plain, overwritten in zip(*heard, strict=True):
+        torch.testing.assert_close(overwritten, plain, rtol=0, atol=0)
+
+
 def test_stages_train_the_model_in_parts_of_the_epochs() -> None:
     task, own = problem_of(trained_net(widths=EVEN)), trainer()
     model = make("dcp", {**QUICK, "train_epochs": 3, "heads": 2}).train(task, own)
@@ -107,6 +133,23 @@ def test_repair_lowers_the_error_of_the_outputs() -> None:
     with torch.no_grad():
         wanted, before, after = task.model(x), small(x), mended(x)
     assert (after - wanted).square().mean() < 0.7 * (before - wanted).square().mean()
+
+
+def test_weights_without_a_module_get_no_classifier_and_stay_whole() -> None:
+    torch.manual_seed(0)
+    used = Fn(
+        lambda m, x: m.head(F.relu(m.b(F.relu(F.conv2d(F.relu(m.a(x)), m.w))))),
+        a=conv(3, 8), w=nn.Parameter(torch.randn(8, 8, 3, 3)), b=conv(8, 6), head=head(6),
+    )  # fmt: skip
+    task = problem_with(used, (torch.randn(2, 3, 8, 8),), 0.6)
+    options = {"train_epochs": 1, "images": 32, "heads": 2, "parts": 2}
+    plan = make("dcp", options).plan(AlgorithmCase(make("dcp", options)).learned(task))
+    assert len(plan.keep["w"]) < 8
+    assert plan.skipped == {"a": "w is read by no plain convolution or linear layer"}
+    model = AlgorithmCase(make("dkp", options)).learned(task).model
+    stays = (model.w != 0).flatten(1)
+    assert (stays.all(1) | ~stays.any(1)).all(), "but for filters that nobody reads any more"
+    assert (model.b.weight == 0).any()
 
 
 def test_needs_data_and_a_budget_that_can_be_reached() -> None:
@@ -172,3 +215,10 @@ def test_the_model_of_the_user_is_left_alone() -> None:
     make("dcp", QUICK).plan(task)
     assert difference(before, run(task.model, task.graph.example)) == 0
     assert all(p.requires_grad and p.grad is None for p in task.model.parameters())
+
+
+def test_parameters_that_the_user_froze_stay_frozen() -> None:
+    task = problem_of(copy.deepcopy(trained_net(widths=EVEN)), 0.4)
+    task.model.get_parameter("0.0.weight").requires_grad_(False)
+    model = make("dkp", QUICK).train(task, trainer())
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["0.0.weight"]

@@ -111,3 +111,17 @@ def test_purification_never_adds_parameters() -> None:
     assert difference(run(thin, example), run(small, example)) < 1e-6
     assert isinstance(small, nn.Module)
     assert isinstance(example[0], Tensor)
+
+
+def test_a_channel_that_a_layer_norm_counts_is_neither_dead_nor_silenced() -> None:
+    """Nobody reads it behind the norm, but the norm's mean and variance are also those of this channel."""
+    model: Any = Fn(
+        lambda m, x: m.head(torch.relu(m.b(m.norm(m.a(x).permute(0, 2, 3, 1)))).mean((1, 2))),
+        a=conv(3, 8), norm=nn.LayerNorm(8), b=nn.Linear(8, 12), head=nn.Linear(12, 4),
+    ).eval()  # fmt: skip
+    graph = trace(model, (torch.randn(2, 3, 8, 8),))
+    with torch.no_grad():
+        model.b.weight[:, 3] = 0
+    assert unread(model, graph.group("a")).nonzero().flatten().tolist() == [3]
+    assert dead(model, graph) == {}
+    assert difference(run(model, graph.example), run(silenced(model, graph), graph.example)) == 0

@@ -23,9 +23,12 @@ from deploypipe.data.batches import batches
 from deploypipe.data.load import Data
 from deploypipe.graph import trace
 from deploypipe.ingredients.curvature import Unit, curvature
-from deploypipe.ingredients.gates import gated_parameters, norms_of
+from deploypipe.ingredients.gates import Scaled, gated_parameters, norms_of
 from deploypipe.ingredients.statistics import generator
+from deploypipe.pipeline.criteria import all_scores
 from deploypipe.plan import KeepPlan
+from deploypipe.testing.problems import problem_of as problem_with
+from deploypipe.testing.toys import cbr, conv, head
 from deploypipe.training.evaluate import evaluate
 from deploypipe.training.finetune import finetune
 from deploypipe.training.settings import TrainSettings
@@ -261,3 +264,59 @@ def test_every_step_keeps_a_part_of_what_the_step_before_kept(widths: str, monke
     for before, after in itertools.pairwise(plans[1:]):
         assert all(set(kept) <= set(before.keep[name]) for name, kept in after.keep.items())
     assert all(problem.table.predict(problem.graph, plan) <= problem.budget for plan in (once, last))
+
+
+class TwoHeads(nn.Module):
+    """A classifier with an auxiliary one that the loss does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.side = cbr(3, 8), cbr(8, 8), nn.Sequential(conv(8, 6, bias=True), nn.ReLU())
+        self.head, self.aux = head(8), head(6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.stem(x)
+        return self.head(self.body(x)), self.aux(self.side(x))
+
+
+@pytest.mark.parametrize("on", ["gate", "weight"])
+@pytest.mark.parametrize("order", ["first", "second"])
+def test_a_group_that_the_loss_does_not_depend_on_is_not_judged(on: str, order: str) -> None:
+    problem = problem_with(TwoHeads(), (torch.randn(2, 3, 8, 8),), 0.8)
+    plan = make("taylor", {"steps": 2, "interval": 2, "on": on, "order": order}).plan(problem)
+    assert plan.skipped == {"side.0": "no norm and no weight that makes its channels has a gradient"}
+    assert set(plan.keep) == {"stem.0", "body.0"}
+
+
+@pytest.mark.parametrize("on", ["gate", "weight"])
+def test_a_group_of_which_one_layer_has_no_gradient_is_judged_by_the_others(on: str) -> None:
+    model = copy.deepcopy(net(0))
+    problem = problem_of(model)
+    F.cross_entropy(model(pictures(20).tensors[0]), pictures(20).tensors[1]).backward()
+    unit, named = make("taylor", {"on": on}).units(model, problem.graph)[0]["1.0"], dict(model.named_parameters())
+    two = Unit(unit.size, [*unit.scaled, *unit.scaled], unit.each)
+    gone = {f"{s.param}.gone": s for s in unit.scaled}
+    other = Unit(unit.size, [Scaled(name, s.axis, s.owner) for name, s in gone.items()] + list(unit.scaled), unit.each)
+    found = other.first(named | {name: nn.Parameter(named[s.param].detach()) for name, s in gone.items()})
+    own = unit.first(named)
+    torch.testing.assert_close(found, torch.cat([torch.zeros_like(own), own], dim=1) if on == "weight" else own)
+    assert found.shape == two.first(named).shape
+
+
+def test_criteria_leave_out_a_group_that_the_loss_does_not_depend_on() -> None:
+    found = all_scores(problem_with(TwoHeads(), (torch.randn(2, 3, 8, 8),), 1.0), 16)
+    assert [set(found[f"taylor-{on}"]) for on in ("gate", "weight")] == [{"stem.0", "body.0"}] * 2
+
+
+@pytest.mark.parametrize("on", ["gate", "weight"])
+def test_dropout_in_the_second_order_follows_the_seed_and_leaves_the_global_state_alone(on: str) -> None:
+    plans = []
+    for state in (0, 1):
+        torch.manual_seed(5)
+        model = nn.Sequential(cbr(3, 8), cbr(8, 8), nn.Dropout(0.5), head(8))
+        problem = problem_with(model, (torch.randn(2, 3, 8, 8),), 0.6)
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        plans.append(make("taylor", {"on": on, "order": "second", "steps": 2, "interval": 2}).plan(problem))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert plans[0].keep == plans[1].keep
