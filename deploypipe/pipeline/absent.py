@@ -6,7 +6,7 @@ the owner of a device has measured with the run's bundle (see `bundle`) counts a
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +18,7 @@ from deploypipe.backends import load_backend
 from deploypipe.backends.base import Arrays, Facts
 from deploypipe.cost import CostTable
 from deploypipe.device import at_home
-from deploypipe.errors import TargetError
+from deploypipe.errors import TargetError, UsageError
 from deploypipe.latency.estimate import CALIBRATED, ESTIMATED, estimated, launches_us
 from deploypipe.latency.table import LatencyTable
 from deploypipe.pipeline.request import BY_CHOICE
@@ -32,7 +32,7 @@ from deploypipe.types import Graph
 RETURNED = "returned.json"  # in the run folder: what came back from the owner of a device
 
 
-def device_of(target: Target, run: Path | None = None, sparsity: str = "") -> Device:
+def device_of(target: Target, run: Path | None = None, sparsity: str = "", asked: Sequence[str] = ()) -> Device:
     """Return the device of `target`, or a stand-in if there is none at hand and the target file allows an estimate.
 
     At hand is this machine if the runtime is installed, also for a target elsewhere if this machine is such a device and no
@@ -43,11 +43,12 @@ def device_of(target: Target, run: Path | None = None, sparsity: str = "") -> De
         target: With the host that was asked for.
         run: The run folder, in which measurements by the owner may lie.
         sparsity: As in a request: with any, an estimate prices 2:4 weights too; with "auto" a stored profile must do so.
+        asked: Of a request: if the run was built for the same before its owner measured it, its own table is kept.
     """
     found = at_home(target)
     at_hand = load_backend(found).available()[0] if load_runner(found).here else bool(found.reach.host)
     if not at_hand and found.rates.known:
-        return Absent(found, run, sparsity)
+        return Absent(found, run, sparsity, asked)
     device = Device(found)
     if found is not target:
         what = f"this machine has the processor ({target.device.arch}) and the runtime ({target.build.backend})"
@@ -60,10 +61,11 @@ class Absent(Device):
 
     present: ClassVar[bool] = False
 
-    def __init__(self, target: Target, run: Path | None = None, sparsity: str = "") -> None:
+    def __init__(self, target: Target, run: Path | None = None, sparsity: str = "", asked: Sequence[str] = ()) -> None:
         super().__init__(target)
         self.sparsity = sparsity
         self._returned = read_returned(run)
+        self._own = run / "table" if run and self._returned and self._returned.get("asked") == list(asked) else None
 
     @property
     def suffix(self) -> str:
@@ -73,13 +75,13 @@ class Absent(Device):
     @cached_property
     def facts(self) -> Facts:
         """What is known: those of the owner's device once it has been measured."""
-        known = {
-            "runtime": self.backend.name,
-            "version": "",
-            "device": "none at hand",
-            "precision": self.target.build.precision,
-        }
-        return known | (self._returned["facts"] if self._returned else {})
+        return self.planned_with | (self._returned["facts"] if self._returned else {})
+
+    @property
+    def planned_with(self) -> Facts:
+        """What was known before anything came back: a plan that has been measured stays the plan."""
+        precision = self.target.build.precision
+        return {"runtime": self.backend.name, "version": "", "device": "none at hand", "precision": precision}
 
     def build(self, model: Path, artifact: Path) -> tuple[str, ...]:
         """Write the model as the runtime will be given it."""
@@ -111,11 +113,15 @@ class Absent(Device):
     def known_table(self, graph: Graph, given: str | Path | None) -> LatencyTable | None:
         """Return the table in the folder `given`, or a stored profile of such a device, or an estimate.
 
+        Of a run that its owner has measured, the table that it was planned with: the profile that came of it would change the
+        plan, and throw away what was measured. It is for other runs, and for this one when it asks for something else.
+
         Raises:
             TargetError: The given one cannot be used, or the target states no rates of its precision.
         """
         return (
             super().known_table(graph, given)
+            or (LatencyTable.load(self._own) if self._own and self._own.is_dir() else None)
             or stored_table(self.target, graph, two_four=self.sparsity == BY_CHOICE)
             or estimated(graph, self.target, sparse=bool(self.sparsity))
         )
@@ -181,9 +187,17 @@ def stored(table: LatencyTable) -> str:
 
 
 def read_returned(run: Path | None) -> dict[str, Any] | None:
-    """Return what an import left in the run folder."""
+    """Return what an import left in the run folder.
+
+    Raises:
+        UsageError: The file is damaged.
+    """
     path = run / RETURNED if run else None
     if path is None or not path.is_file():
         return None
-    state: dict[str, Any] = json.loads(path.read_text())
+    try:
+        state: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        fix = "import the owner's results again (profile --import), or delete the file"
+        raise UsageError("what was imported from the device's owner is damaged", at=str(path), fix=fix) from error
     return state

@@ -72,7 +72,7 @@ def _manifest(
     return {
         "schema": SCHEMA,
         "run": str(run),
-        "target": device.target.name if device.target.name in list_targets() else device.target.path,
+        "target": device.target.name if device.target.name in list_targets() else str(Path(device.target.path).resolve()),
         "precision": device.target.build.precision,
         "sha256": {side: hashlib.sha256(kept.value.read_bytes()).hexdigest() for side, kept in files.items()},
         "predicted_us": predicted,

@@ -94,9 +94,14 @@ class Request:
     def folder(self) -> Path:
         """Where the run is kept."""
         if self.out is not None:
-            return Path(self.out)
+            return Path(self.out).expanduser()
         parts = (Path(self.model).name, Path(self.target).stem, self.host or "", self.algo, self.budget)
         return Path("runs") / re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(filter(None, parts))).strip("-")
+
+    @property
+    def asked(self) -> tuple[str, str, str]:
+        """What decides a plan, next to the latencies: algorithm, budget and metric."""
+        return self.algo, self.budget, self.metric
 
     @property
     def budget_is_share(self) -> bool:

@@ -1,5 +1,6 @@
 """Take in what the owner of a device measured with a run's bundle: the report's figures, a row in the ledger, a profile."""
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
@@ -17,11 +18,12 @@ from deploypipe.errors import UsageError
 from deploypipe.graph import trace
 from deploypipe.job import JobResult
 from deploypipe.latency.estimate import CALIBRATED
+from deploypipe.latency.files import write_file
 from deploypipe.latency.table import LatencyTable
 from deploypipe.measurement import Latency
 from deploypipe.models.load import load_model
 from deploypipe.pipeline.absent import RETURNED
-from deploypipe.pipeline.bundle import ANSWER, MANIFEST, SCHEMA
+from deploypipe.pipeline.bundle import ANSWER, BUNDLE, MANIFEST, SCHEMA
 from deploypipe.pipeline.sparsify import two_four_layers
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler.fit import DENSE, Form, learned
@@ -46,7 +48,7 @@ def import_results(path: str | Path) -> dict[str, Any]:
         path: The bundle's folder with `results.json` in it, or that file.
 
     Raises:
-        UsageError: There is no bundle or no result, or the result is of other files than the bundle's.
+        UsageError: There is no bundle or no result, or the result is of other files than the bundle's or the run's.
         TargetError: The device that answered has another processor than the target states.
         ModelError: The run's model cannot be made again.
     """
@@ -59,17 +61,33 @@ def import_results(path: str | Path) -> dict[str, Any]:
             fix="run the bundle's own command on the device, and copy its results.json back into the same bundle",
         )
     run = Path(manifest["run"]) if (Path(manifest["run"]) / saved.PLAN).is_file() else folder.parent
+    _require_same(run, manifest["sha256"])
     target = load_target(manifest["target"])
     require_arch(target, str(answer["facts"]["arch"]), "run the bundle's command on such a device")
     whole, profiles = _parsed(target, answer, {side: folder / f"{side}.onnx" for side in manifest["sha256"]})
     latencies = {side: _latency(timing) for side, timing in whole.items()}
-    state = {"facts": answer["facts"], "sha256": answer["sha256"], "latencies": {s: asdict(v) for s, v in latencies.items()}}
-    (run / RETURNED).write_text(json.dumps(state, indent=1) + "\n")
+    before = Report.load(run)
+    asked = [before.algorithm, before.budget.asked, before.budget.metric]
+    state = {"facts": answer["facts"], "sha256": answer["sha256"], "asked": asked}
+    state["latencies"] = {side: asdict(latency) for side, latency in latencies.items()}
+    write_file(run / RETURNED, json.dumps(state, indent=1) + "\n")
     report = _reported(run, target, latencies, answer)
     kept = _calibrated(run, target, answer["facts"], whole, profiles) if (run / "table").is_dir() else None
     row = _ledger_row(report, run, manifest, latencies, answer["facts"])
     note = ledger.append(row) if row else ""
     return _summary(manifest, latencies, report, kept, profiles, note)
+
+
+def _require_same(run: Path, sha256: Mapping[str, str]) -> None:
+    """Refuse a bundle whose run has been built anew since: the latencies would be those of other models."""
+    for side, carried in sha256.items():
+        file = run / f"{side}-built.onnx"
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != carried:
+            raise UsageError(
+                f"the run's {side} model is not the one in this bundle: it was built again since",
+                at=str(file),
+                fix=f"measure the bundle that lies in '{run / BUNDLE}' now, or build into another folder",
+            )
 
 
 def _parsed(
@@ -188,5 +206,6 @@ def _read(path: Path, what: str) -> dict[str, Any]:
         why = error.strerror if isinstance(error, OSError) else "damaged"
         fix = f"give the folder of a run's bundle, with the {ANSWER} that its measuring script wrote on the device"
         raise UsageError(f"cannot read the {what}: {why}", at=str(path), fix=fix) from error
-    assert isinstance(state, dict)
+    if not isinstance(state, dict):
+        raise UsageError(f"the {what} is damaged: a {type(state).__name__}, not an object", at=str(path), fix="copy it again")
     return state

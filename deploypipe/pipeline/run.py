@@ -52,8 +52,8 @@ class Run:
     """One run: its inputs, and its stages in order."""
 
     def __init__(self, request: Request, store: Store, reporter: Reporter) -> None:
-        self.request, self.store, self.reporter = request, store, reporter
-        self.device, self.elsewhere = device_of(request.resolved_target(), request.folder, request.sparsity), Elsewhere(request)
+        self.request, self.store, self.reporter, self.elsewhere = request, store, reporter, Elsewhere(request)
+        self.device = device_of(request.resolved_target(), request.folder, request.sparsity, request.asked)
         self.target = self.device.target
         self.algorithm = make(request.algo, request.options)
         found = given(request, reporter)
@@ -77,7 +77,7 @@ class Run:
             )
             found.save(folder / "table")
 
-        key = [2, self.dense_key, asdict(self.target), self.device.facts, *([given.id] if given else [])]
+        key = [2, self.dense_key, asdict(self.target), self.device.planned_with, *([given.id] if given else [])]
         key += [self.request.keep] if self.request.keep else []  # groups that stay whole are measured at no other width
         return self.store.keep("profile", key, measure, load)
 
@@ -155,7 +155,7 @@ class Run:
             proof = stages.check_compaction(model, small, self.graph, plan, self.inputs)
             if hasattr(algorithm, "repair"):
                 small = algorithm.repair(small, self.basis, plan)
-            saved.save_origin(folder, saved.Origin(str(self.request.model), self.graph.fingerprint))
+            saved.save_origin(folder, saved.Origin(self.loaded.spec, self.graph.fingerprint))
             saved.save_weights(small, folder / "compact.safetensors")
             (folder / "compact.json").write_text(json.dumps([asdict(c) for c in proof], indent=1) + "\n")
 

@@ -125,6 +125,11 @@ class Device:
         """Return by how much the outputs of a stage's file may differ, as a share of the largest one."""
         return self.backend.tolerance
 
+    @property
+    def planned_with(self) -> Facts:
+        """What of the facts the latency table depends on."""
+        return self.facts
+
     def known_table(self, graph: Graph, given: str | Path | None) -> LatencyTable | None:
         """Return the latency table in the folder `given`; None if there is none, since the device can be measured."""
         return given_table(Path(given), graph, self) if given else None

@@ -95,6 +95,37 @@ def test_what_comes_back_becomes_the_report_a_ledger_row_and_a_profile(run: Path
     assert (run / "report.md").read_text().count("by its owner") == 1
 
 
+def test_the_same_command_keeps_what_was_measured(run: Path, owner: Path, start: Start) -> None:
+    """The profile that came of it would make another plan, of which nothing is measured."""
+    assert start("profile", "--import", str(run / "bundle")).wait().code == 0
+    files = {name: (run / name).read_bytes() for name in ("plan.json", "pruned-built.onnx", "compact.safetensors")}
+    done = start(*arguments(run, target="jetson", algo="thinet", budget="80%", epochs=0)).wait()
+    assert done.code == 0, done.err
+    assert {name: (run / name).read_bytes() for name in files} == files
+    report = Report.load(run)
+    assert report.latency_source == "measured"
+    assert report.pruned.latency.median_us == json.loads((owner / "results.json").read_text())["bench"]["models"]["pruned"][0]
+
+
+def test_a_bundle_of_a_run_that_was_built_again_is_refused(run: Path, owner: Path, start: Start, tmp_path: Path) -> None:
+    for file in run.rglob("*"):
+        if file.is_file() and file.parent != run / "bundle":
+            (tmp_path / file.relative_to(run)).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file.relative_to(run)).write_bytes(file.read_bytes())
+    carried = tmp_path / "carried"
+    carried.mkdir()
+    for name in ("bundle.json", "results.json", "dense.onnx", "pruned.onnx"):
+        (carried / name).write_bytes((owner / name).read_bytes())
+    state = json.loads((carried / "bundle.json").read_text())
+    (carried / "bundle.json").write_text(json.dumps(state | {"run": str(tmp_path)}))
+    (tmp_path / "pruned-built.onnx").write_bytes((tmp_path / "dense-built.onnx").read_bytes())
+    before = (tmp_path / "report.json").read_bytes()
+    done = start("profile", "--import", str(carried)).wait()
+    assert done.code == 2
+    assert "the run's pruned model is not the one in this bundle" in done.err
+    assert (tmp_path / "report.json").read_bytes() == before
+
+
 def test_later_builds_find_the_calibrated_profile(run: Path, owner: Path, start: Start) -> None:
     assert start("profile", "--import", str(run / "bundle")).wait().code == 0
     summary = json.loads(start("profile", "--model", f"{FACTORY}:net", "--target", "jetson", "--json").wait().out)
