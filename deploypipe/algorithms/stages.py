@@ -21,7 +21,7 @@ FIT_STEPS = 100  # of a classifier on fixed features: a convex problem of a few 
 
 def staged(problem: Problem, trainer: Trainer, n_heads: int, epochs: int) -> nn.Module:
     """Return the model after training with the classifiers, one after the other, each for its part of the epochs."""
-    model, places = problem.model, evenly(problem.graph, n_heads)
+    model, places = problem.model, evenly(problem.model, problem.graph, n_heads)
     if not places:
         return trainer.fit(model, epochs)
     for number, weight in enumerate(places):
@@ -53,7 +53,8 @@ class Stages:
         self._calls = [layer.weight for layer in problem.graph.layers]
         with evaluating(problem.model), torch.no_grad():
             logits(problem.model, self._inputs[: self._batch], self._labels[: self._batch])  # data of another kind: an error
-            self._heads = {} if weight == 0 else {place: self._fitted(place) for place in evenly(problem.graph, n_heads)}
+            places = evenly(problem.model, problem.graph, n_heads) if weight else []
+            self._heads = {place: self._fitted(place) for place in places}
 
     def loss(self, baseline: nn.Module, layers: Sequence[str]) -> JointLoss:
         """Return the loss of some layers' weights.

@@ -15,7 +15,7 @@ from torch.optim import SGD
 
 from deploypipe.data.batches import seeded
 from deploypipe.errors import NotApplicable
-from deploypipe.ingredients.statistics import evaluating, generator
+from deploypipe.ingredients.statistics import Convolution, Transposed, evaluating, generator
 from deploypipe.training.evaluate import main_output
 from deploypipe.training.settings import TrainHook
 from deploypipe.types import Graph
@@ -45,13 +45,15 @@ class Head(nn.Module):
         return out
 
 
-def evenly(graph: Graph, n_heads: int) -> list[str]:
+def evenly(model: nn.Module, graph: Graph, n_heads: int) -> list[str]:
     """Return the weights of up to `n_heads` convolutions that divide the forward pass into `n_heads + 1` stretches.
 
-    Layers that are called more than once, and those whose output is no image, carry no head.
+    Layers that are called more than once, those whose output is no image, and weights that no convolution owns (they are used
+    by a function, or are made of others) carry no head.
     """
-    calls = [layer.weight for layer in graph.layers]
-    usable = [layer.weight for layer in graph.layers if layer.out_size and calls.count(layer.weight) == 1]
+    calls, modules = [layer.weight for layer in graph.layers], dict(model.named_modules())
+    owned = {f"{name}.weight" for name, module in modules.items() if isinstance(module, Convolution | Transposed)}
+    usable = [weight for weight in calls if weight in owned and calls.count(weight) == 1]
     if not usable:
         return []
     places = [round((p + 1) * len(usable) / (n_heads + 1)) - 1 for p in range(n_heads)]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from deploypipe.algorithms import make
@@ -19,9 +20,12 @@ from deploypipe.ingredients.heads import AuxiliaryLoss, Listening
 from deploypipe.ingredients.projections import project
 from deploypipe.ingredients.sparsity import NONZERO
 from deploypipe.plan import KeepPlan
+from deploypipe.testing.problems import AlgorithmCase
+from deploypipe.testing.problems import problem_of as problem_with
 from deploypipe.training.evaluate import recalibrate
 from deploypipe.training.masked import MaskedWeights
 from tests.toy_task import EVEN, accuracy, problem_of, trained_net, trainer
+from tests.toys import Fn, conv, head
 
 QUICK: dict[str, Any] = {"train_epochs": 0, "images": 128, "heads": 1, "parts": 4}
 
@@ -128,6 +132,23 @@ def test_repair_lowers_the_error_of_the_outputs() -> None:
     with torch.no_grad():
         wanted, before, after = task.model(x), small(x), mended(x)
     assert (after - wanted).square().mean() < 0.7 * (before - wanted).square().mean()
+
+
+def test_weights_without_a_module_get_no_classifier_and_stay_whole() -> None:
+    torch.manual_seed(0)
+    used = Fn(
+        lambda m, x: m.head(F.relu(m.b(F.relu(F.conv2d(F.relu(m.a(x)), m.w))))),
+        a=conv(3, 8), w=nn.Parameter(torch.randn(8, 8, 3, 3)), b=conv(8, 6), head=head(6),
+    )  # fmt: skip
+    task = problem_with(used, (torch.randn(2, 3, 8, 8),), 0.8)
+    options = {"train_epochs": 1, "images": 32, "heads": 2, "parts": 2}
+    plan = make("dcp", options).plan(AlgorithmCase(make("dcp", options)).learned(task))
+    assert set(plan.keep) == {"w", "b"}
+    assert plan.skipped == {"a": "w is read by no plain convolution or linear layer"}
+    model = AlgorithmCase(make("dkp", options)).learned(task).model
+    stays = (model.w != 0).flatten(1)
+    assert (stays.all(1) | ~stays.any(1)).all(), "but for filters that nobody reads any more"
+    assert (model.b.weight == 0).any()
 
 
 def test_needs_data_and_a_budget_that_can_be_reached() -> None:

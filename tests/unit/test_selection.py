@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from deploypipe.graph import trace
 from deploypipe.ingredients.heads import AuxiliaryLoss, Head, Listening, evenly, fitted, n_classes
@@ -15,7 +16,7 @@ from deploypipe.ingredients.selection import JointLoss, select
 from deploypipe.ingredients.stacks import Stack
 from deploypipe.types import Member
 from tests.toy_task import EVEN, accuracy, toy_data, trained_net, trainer
-from tests.toys import TOYS, Fn
+from tests.toys import TOYS, Fn, conv, head
 
 
 def inputs_of(weight: str, n: int) -> Stack:
@@ -204,9 +205,20 @@ def test_a_head_is_what_the_paper_writes() -> None:
 def test_heads_divide_the_pass_evenly() -> None:
     model, example = TOYS["plain"]()
     graph = trace(model, example)
-    assert evenly(graph, 0) == []
-    assert evenly(graph, 2) == ["0.0.weight", "1.0.weight"]
-    assert evenly(graph, 1) in (["0.0.weight"], ["1.0.weight"])
+    assert evenly(model, graph, 0) == []
+    assert evenly(model, graph, 2) == ["0.0.weight", "1.0.weight"]
+    assert evenly(model, graph, 1) in (["0.0.weight"], ["1.0.weight"])
     assert n_classes(model, example) == 4
     flat: Any = Fn(lambda m, x: m.fc(x), fc=nn.Linear(4, 2)).eval()
-    assert evenly(trace(flat, (torch.zeros(1, 4),)), 2) == []
+    assert evenly(flat, trace(flat, (torch.zeros(1, 4),)), 2) == []
+
+
+def test_only_convolutions_carry_a_head() -> None:
+    """A weight that a function uses, or that is made of others, belongs to no module whose output could be listened to."""
+    made = nn.Sequential(conv(3, 8), weight_norm(conv(8, 8)), head(8)).eval()
+    assert evenly(made, trace(made, (torch.randn(2, 3, 8, 8),)), 2) == ["0.weight"]
+    used: Any = Fn(
+        lambda m, x: m.head(F.relu(F.conv2d(F.relu(m.a(x)), m.w))),
+        a=conv(3, 8), w=nn.Parameter(torch.randn(6, 8, 3, 3)), head=head(6),
+    ).eval()  # fmt: skip
+    assert evenly(used, trace(used, (torch.randn(2, 3, 8, 8),)), 2) == ["a.weight"]
