@@ -65,7 +65,9 @@ class Dkp:
                 per_pass = max(1, -(-n // self.parts))
                 model = select(model, stack, n_kernels, n, loss, per_pass=per_pass, lr=self.lr).model
                 reporter.advance(done, weight)
-        return silenced(model.requires_grad_(True), problem.graph)
+        for name, parameter in problem.model.named_parameters():  # the selection froze all but its own
+            model.get_parameter(name).requires_grad_(parameter.requires_grad)
+        return silenced(model, problem.graph)
 
     def plan(self, problem: Problem) -> KeepPlan:
         """Keep every channel.

@@ -1,5 +1,6 @@
 """DCP and DKP (Zhuang et al., NeurIPS 2018; Liu et al., TPAMI 2021): orders, allocation, kernels, repair."""
 
+import copy
 import sys
 from dataclasses import replace
 from typing import Any
@@ -214,3 +215,10 @@ def test_the_model_of_the_user_is_left_alone() -> None:
     make("dcp", QUICK).plan(task)
     assert difference(before, run(task.model, task.graph.example)) == 0
     assert all(p.requires_grad and p.grad is None for p in task.model.parameters())
+
+
+def test_parameters_that_the_user_froze_stay_frozen() -> None:
+    task = problem_of(copy.deepcopy(trained_net(widths=EVEN)), 0.4)
+    task.model.get_parameter("0.0.weight").requires_grad_(False)
+    model = make("dkp", QUICK).train(task, trainer())
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["0.0.weight"]
