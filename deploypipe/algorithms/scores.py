@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from deploypipe.algorithms.base import filter_norms, producers, rows
 from deploypipe.ingredients.gates import norms_of
-from deploypipe.ingredients.statistics import evaluating, generator, trained_weights
+from deploypipe.ingredients.statistics import Convolution, Transposed, evaluating, generator, trained_weights
 from deploypipe.types import Graph, Group
 
 WEISZFELD_STEPS = 200
+Plain = Convolution | Transposed | nn.Linear  # layers whose weight reads the module's input as it is
 Scores = NDArray[np.float64]
 Judge = Callable[[Group], Scores]  # raises NotApplicable
 
@@ -90,11 +91,12 @@ ENTROPY_BINS = 16
 
 
 def activation_scores(model: nn.Module, graph: Graph, inputs: Iterable[Tensor]) -> dict[str, dict[str, Scores]]:
-    """Return "apoz" and "entropy" scores by group, from what the first layer that reads each group meets.
+    """Return "apoz" and "entropy" scores by group, from what the first convolution or linear layer that reads each group meets.
 
     "apoz": the share of values that are not zero, 1 - APoZ (Hu et al., Network Trimming, 2016, arXiv:1607.03250). "entropy":
     that of the distribution over images of the mean value, in bins between its extremes (Luo and Wu, An Entropy-based Pruning
-    Method for CNN Compression, 2017, arXiv:1706.05791). Groups that no module reads are missing.
+    Method for CNN Compression, 2017, arXiv:1706.05791). Groups that none reads are missing: what a module of another class
+    does with its input before a weight reads it is not known.
 
     Args:
         model: Is run in evaluation mode.
@@ -118,10 +120,10 @@ def activation_scores(model: nn.Module, graph: Graph, inputs: Iterable[Tensor]) 
     for group in graph.prunable:
         for member in group.members:
             module = modules.get(member.param.rpartition(".")[0])
-            if member.role == "consumes" and module is not None:
+            if member.role == "consumes" and isinstance(module, Plain) and member.param.endswith("weight"):
                 axis, owner = (-1 if isinstance(module, nn.Linear) else 1), torch.from_numpy(member.owner)
-                hook = partial(_first_argument, partial(read, group, owner, axis))
-                handles.append(module.register_forward_pre_hook(hook))
+                hook = partial(_input, partial(read, group, owner, axis))
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
                 break
     try:
         with evaluating(model), torch.inference_mode():
@@ -134,8 +136,8 @@ def activation_scores(model: nn.Module, graph: Graph, inputs: Iterable[Tensor]) 
     return {"apoz": apoz, "entropy": {name: entropies(torch.cat(parts).double().numpy()) for name, parts in means.items()}}
 
 
-def _first_argument(read: Callable[[Tensor], None], module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    read(args[0])
+def _input(read: Callable[[Tensor], None], module: nn.Module, args: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
+    read(args[0] if args else named["input"])
 
 
 def entropies(values: Scores, bins: int = ENTROPY_BINS) -> Scores:

@@ -5,14 +5,17 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
-from torch import nn
+from torch import Tensor, nn
 
 from deploypipe.algorithms.scores import activation_scores, entropies, summed_distances
+from deploypipe.graph import trace
 from deploypipe.pipeline.criteria import all_scores
 from deploypipe.worth.criteria import Pair, analyse, clustered, normality, overlap, remarks, similarity, spread, variation
 from tests.toy_task import pictures, problem_of, trained_net
+from tests.toys import Fn, cbr, conv, head
 
 Scores = NDArray[np.float64]
 
@@ -132,6 +135,33 @@ def test_activations_are_those_that_the_reader_meets() -> None:
     assert found["entropy"]["0.0"][[3, 5]].tolist() == [0.0, 0.0]
     assert found["entropy"]["0.0"].max() > 1
     assert not [m for m in model.modules() if m._forward_pre_hooks]
+
+
+class Block(nn.Module):
+    """Two weights that functions use: only the first one meets the input of the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w2 = (nn.Parameter(0.2 * torch.randn(8, 8, 3, 3)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.conv2d(F.relu(F.conv2d(x, self.w1, padding=1)), self.w2, padding=1)
+
+
+def test_what_only_functions_read_has_no_activation_scores() -> None:
+    model = nn.Sequential(cbr(3, 8), conv(8, 8), nn.ReLU(), Block(), nn.ReLU(), head(8)).eval()
+    graph = trace(model, (torch.randn(2, 3, 8, 8),))
+    assert [group.name for group in graph.prunable] == ["0.0", "1", "3.w1"]
+    found = activation_scores(model, graph, [torch.randn(8, 3, 8, 8)])
+    assert set(found["apoz"]) == set(found["entropy"]) == {"0.0", "1"}, "the trunk is read by the last layer, too"
+
+
+def test_activations_of_a_layer_that_is_called_by_keyword() -> None:
+    model = Fn(lambda m, x: m.head(m.b(input=m.a(x))), a=cbr(3, 8), b=conv(8, 8), head=head(8)).eval()
+    x = torch.randn(8, 3, 8, 8)
+    found = activation_scores(model, trace(model, (x,)), [x])["apoz"]["a.0"]
+    with torch.no_grad():
+        np.testing.assert_allclose(found, (model.a(x) != 0).double().mean((0, 2, 3)), atol=1e-6)
 
 
 def test_entropy_is_that_of_equal_bins() -> None:
