@@ -30,6 +30,7 @@ from deploypipe.ingredients.proximal import AdmmHook, Constraint
 from deploypipe.ingredients.stacks import SIDES, Stack
 from deploypipe.ingredients.statistics import weights
 from deploypipe.plan import KeepPlan
+from deploypipe.training.masked import told_from_pruned
 from deploypipe.training.trainer import Trainer
 
 
@@ -101,7 +102,7 @@ def settle(model: nn.Module, constraints: list[Constraint]) -> None:
     named = dict(model.named_parameters())
     for constraint in constraints:
         values = constraint.stack.read(named)
-        constraint.stack.add(named, constraint.project(values) - values)
+        constraint.stack.add(named, told_from_pruned(values, constraint.keep(values)) - values)
 
 
 def _entries(problem: Problem, price: Prices) -> dict[str, KeepUnits]:

@@ -6,7 +6,8 @@ rewinding: Frankle et al., Linear Mode Connectivity and the Lottery Ticket Hypot
 Deviations: the budget decides how much stays, and every round removes the same share of what is left on the way there (of the
 cost that the budget counts; with --metric params of the weights, as in the paper). The training of the last ticket is the
 fine-tuning of the run. Every training starts its learning rate and optimizer anew, also one that starts from rewound weights.
-`start=given` takes the loaded weights for those of the start. One weight of every layer survives in any case. Biases and norms
+`start=given` takes the loaded weights for those of the start; a survivor that is zero there is set to the smallest number there
+is, because zero means pruned from then on. One weight of every layer survives in any case. Biases and norms
 are never pruned. The three controls keep the masks of the last round: `reinit` draws new weights, `random-mask` puts as many
 survivors of each layer elsewhere, `finetune` does not go back.
 """
@@ -27,7 +28,7 @@ from deploypipe.ingredients.density import largest, prices
 from deploypipe.ingredients.statistics import generator
 from deploypipe.plan import KeepPlan
 from deploypipe.training.fresh import fresh
-from deploypipe.training.masked import MaskedWeights
+from deploypipe.training.masked import MaskedWeights, told_from_pruned
 from deploypipe.training.rewind import Rewind
 from deploypipe.training.trainer import Trainer
 
@@ -88,10 +89,10 @@ class Lth:
     def _chosen(self, problem: Problem, origin: nn.Module, end: nn.Module, masks: Masks) -> nn.Module:
         """Return the ticket, or one of its controls."""
         if self.control == "reinit":
-            return masked(fresh(problem.model, problem.seed + 1), masks)
+            return ticket(fresh(problem.model, problem.seed + 1), masks)
         if self.control == "random-mask":
-            return masked(origin, {name: shuffled(mask, name, problem.seed) for name, mask in masks.items()})
-        return masked(end if self.control == "finetune" else origin, masks)
+            return ticket(origin, {name: shuffled(mask, name, problem.seed) for name, mask in masks.items()})
+        return ticket(end if self.control == "finetune" else origin, masks)
 
 
 def weights_of(problem: Problem, model: nn.Module) -> dict[str, Tensor]:
@@ -104,6 +105,16 @@ def masked(model: nn.Module, masks: Masks) -> nn.Module:
     """Return a copy with zeros where the masks are False."""
     model = copy.deepcopy(model)
     MaskedWeights(masks).apply(model)
+    return model
+
+
+@torch.no_grad()
+def ticket(model: nn.Module, masks: Masks) -> nn.Module:
+    """Return a copy with zeros where the masks are False, and nowhere else in these weights."""
+    model = copy.deepcopy(model)
+    for name, mask in masks.items():
+        weight = model.get_parameter(name)
+        weight.copy_(told_from_pruned(weight, mask.to(weight.device)))
     return model
 
 

@@ -96,7 +96,8 @@ def schedule(algorithm: Any, settings: TrainSettings, problem: Problem, plan: Ke
 def tuning_hooks(algorithm: Any, problem: Problem, small: nn.Module, plan: KeepPlan) -> tuple[TrainHook, ...]:
     """Return what happens while fine-tuning: the algorithm's hooks, and zeros kept where its result is zeros."""
     hooks = tuple(algorithm.hooks(problem, small, plan)) if hasattr(algorithm, "hooks") else ()
-    return (*hooks, MaskedWeights.of_zeros(small)) if getattr(algorithm, "sparse", False) else hooks
+    prunable = {layer.weight for layer in problem.graph.layers}  # other parameters may be zero: a gate that begins there
+    return (*hooks, MaskedWeights.of_zeros(small, prunable)) if getattr(algorithm, "sparse", False) else hooks
 
 
 def tuned(

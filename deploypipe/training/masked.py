@@ -1,6 +1,6 @@
 """Weights that stay zero while a model is trained."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,15 @@ class MaskedWeights(TrainHook):
         self.key = f"masked {kept}"
 
     @classmethod
-    def of_zeros(cls, model: nn.Module) -> "MaskedWeights":
-        """Return the hook that keeps every weight (of two or more axes) that is zero in `model` at zero."""
+    def of_zeros(cls, model: nn.Module, names: Collection[str] | None = None) -> "MaskedWeights":
+        """Return the hook that keeps every weight that is zero in `model` at zero.
+
+        Args:
+            model: Whose zeros are meant.
+            names: Parameters that may have been pruned; by default all of two or more axes.
+        """
         found = {name: p.detach() != 0 for name, p in model.named_parameters() if p.dim() >= 2}
-        return cls({name: mask for name, mask in found.items() if not mask.all()})
+        return cls({name: mask for name, mask in found.items() if not mask.all() and (names is None or name in names)})
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
@@ -53,3 +58,11 @@ class MaskedWeights(TrainHook):
     def _masked(self, model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
         named = dict(model.named_parameters())
         return [(named[name], mask.to(named[name].device)) for name, mask in self.masks.items()]
+
+
+def told_from_pruned(weight: Tensor, mask: Tensor) -> Tensor:
+    """Return a masked weight in which survivors that happen to be zero are the smallest number there is: zero means pruned.
+
+    A layer that began at zero would else never leave it again, and count for nothing.
+    """
+    return weight.masked_fill(~mask, 0.0).masked_fill(mask & (weight == 0), torch.finfo(weight.dtype).tiny)

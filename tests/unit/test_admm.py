@@ -7,22 +7,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from deploypipe.algorithms import make
 from deploypipe.algorithms.base import Problem
 from deploypipe.compact import compact
 from deploypipe.count import MacTable, ParamTable
+from deploypipe.data.batches import Data
 from deploypipe.errors import BudgetError, NotApplicable
 from deploypipe.graph import trace
 from deploypipe.ingredients.projections import two_in_four
 from deploypipe.ingredients.proximal import AdmmHook
 from deploypipe.ingredients.sparsity import NONZERO
 from deploypipe.ingredients.stacks import Stack
+from deploypipe.pipeline.training import tuning_hooks
+from deploypipe.testing.problems import problem_of as problem_with
 from deploypipe.training.evaluate import recalibrate
 from deploypipe.training.masked import MaskedWeights
+from deploypipe.training.settings import TrainSettings
+from deploypipe.training.trainer import Trainer
 from tests.toy_task import EVEN, accuracy, problem_of, toy_data, trained_net, trainer
-from tests.toys import TOYS
+from tests.toys import TOYS, Fn, cbr, conv, head
 
 STRONG = {"train_epochs": 8, "rho": 0.3}  # 12 steps an epoch: a tenth of the usual number needs a stronger pull
 
@@ -151,6 +157,27 @@ def test_zeros_stay_through_momentum_and_decay(table: Any) -> None:
     assert all((dict(tuned.named_parameters())[name][zero] == 0).all() for name, zero in zeros.items())
     freed = trainer(lr=0.2).fit(sparse, 2)
     assert any((dict(freed.named_parameters())[name][zero] != 0).any() for name, zero in zeros.items())
+
+
+def test_parameters_that_began_at_zero_learn_in_tuning() -> None:
+    """Of layers as many weights as may stay; a gate is no layer's weight, and nothing pruned it."""
+    torch.manual_seed(0)
+    model = Fn(
+        lambda m, x: m.head(F.relu(m.a(x) + m.gate * m.b(m.a(x)) + m.z(m.a(x)))),
+        a=cbr(3, 8), b=cbr(8, 8), z=conv(8, 8, bias=False), gate=nn.Parameter(torch.zeros(1, 8, 1, 1)), head=head(8),
+    )  # fmt: skip
+    nn.init.zeros_(model.z.weight)
+    task = problem_with(model, (torch.randn(2, 3, 8, 8),), 0.6, table=ParamTable())
+    method = make("admm", {"scheme": "unstructured", "train_epochs": 0})
+    own = Trainer(Data(task.data, task.data, ("a", "b"), "toy", None, ""), TrainSettings(lr=0.05, batch_size=32, distill=0.0))
+    found = method.train(task, own)
+    plan, n = method.plan(replace(task, model=found)), int((found.z.weight != 0).sum())
+    assert 0 < n < found.z.weight.numel()
+    tuned = own.fit(found, 2, tuning_hooks(method, task, found, plan))
+    assert tuned.gate.abs().sum() > 0
+    assert tuned.z.weight.abs().max() > 1e-6
+    assert int((tuned.z.weight != 0).sum()) == n
+    assert plan.certificate.predicted <= task.budget  # type: ignore[union-attr]
 
 
 def test_the_plan_of_zeros_keeps_every_channel_and_counts_what_is_left() -> None:

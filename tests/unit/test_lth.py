@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -18,6 +19,8 @@ from deploypipe.errors import BudgetError, UsageError
 from deploypipe.graph import trace
 from deploypipe.ingredients.density import prices
 from deploypipe.ingredients.sparsity import NONZERO
+from deploypipe.pipeline.training import tuning_hooks
+from deploypipe.testing.problems import problem_of as problem_with
 from deploypipe.training.evaluate import evaluate
 from deploypipe.training.fresh import fresh
 from deploypipe.training.masked import MaskedWeights
@@ -25,6 +28,7 @@ from deploypipe.training.rewind import Rewind
 from deploypipe.training.settings import TrainSettings
 from deploypipe.training.trainer import Trainer
 from tests.toy_task import EVEN, problem_of, toy_data, trained_net, trainer
+from tests.toys import Fn, cbr, conv, head
 
 QUICK: dict[str, Any] = {"rounds": 3, "train_epochs": 1}
 
@@ -124,6 +128,25 @@ def test_pruned_weights_stay_zero_while_a_ticket_trains() -> None:
     tuned = trainer(lr=0.2).fit(ticket, 2, [MaskedWeights.of_zeros(ticket)])
     same = [((a == 0) == (b == 0)).all() for a, b in zip(ticket.parameters(), tuned.parameters(), strict=True) if a.dim() > 1]
     assert all(same)
+
+
+def test_survivors_of_a_layer_that_began_at_zero_learn_and_nothing_else_does() -> None:
+    """Zero is where the layer starts, as the last one of a residual branch does; the masks are those of the rounds."""
+    torch.manual_seed(0)
+    model = Fn(lambda m, x: m.head(F.relu(m.a(x) + m.z(m.a(x)))), a=cbr(3, 8), z=conv(8, 8, bias=False), head=head(8))
+    nn.init.zeros_(model.z.weight)
+    task = problem_with(model, (torch.randn(2, 3, 8, 8),), 0.6, table=ParamTable())
+    own = Trainer(Data(task.data, task.data, ("a", "b"), "toy", None, ""), TrainSettings(lr=0.05, batch_size=32, distill=0.0))
+    method = make("lth", {"rounds": 1, "train_epochs": 1, "start": "given"})
+    found = method.train(task, own)
+    n = int((found.z.weight != 0).sum())
+    assert 0 < n < found.z.weight.numel()
+    assert found.z.weight.abs().max() < 1e-30, "where the start was"
+    plan = method.plan(replace(task, model=found))
+    tuned = own.fit(found, 1, tuning_hooks(method, task, found, plan))
+    assert int((tuned.z.weight != 0).sum()) == n
+    assert tuned.z.weight.abs().max() > 1e-6
+    assert plan.certificate.predicted == NONZERO["params"](tuned, task.graph) <= task.budget  # type: ignore[union-attr]
 
 
 def test_biases_and_norms_are_never_pruned() -> None:
