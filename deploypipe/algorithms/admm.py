@@ -23,15 +23,15 @@ from torch import nn
 from deploypipe.algorithms.base import Problem, judged, shared_out
 from deploypipe.algorithms.masking import masked_plan
 from deploypipe.algorithms.options import option
-from deploypipe.errors import NotApplicable
 from deploypipe.ingredients.density import Prices, prices, require_within, uniform
-from deploypipe.ingredients.projections import KeepRows, KeepTwoInFour, KeepUnits, require_sparse_shape
+from deploypipe.ingredients.projections import KeepRows, KeepTwoInFour, KeepUnits
 from deploypipe.ingredients.proximal import AdmmHook, Constraint
 from deploypipe.ingredients.stacks import SIDES, Stack
 from deploypipe.ingredients.statistics import weights
 from deploypipe.plan import KeepPlan
 from deploypipe.training.masked import told_from_pruned
 from deploypipe.training.trainer import Trainer
+from deploypipe.two_four import eligibility
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Admm:
         hook = AdmmHook(constraints, problem.model, self.rho, self.growth, self.every)
         model = trainer.fit(problem.model, self.train_epochs, [hook])
         gaps = hook.admm.gaps
-        if len(gaps) > 1 and gaps[-1] >= gaps[0]:
+        if len(gaps) > 1 and gaps[-1] >= gaps[0] > 0:  # no gap at all: the budget asks for nothing
             problem.reporter.note(
                 f"the weights do not near their projection (gap {gaps[0]:.2g}, then {gaps[-1]:.2g}): raise rho"
             )
@@ -111,14 +111,11 @@ def _entries(problem: Problem, price: Prices) -> dict[str, KeepUnits]:
 
 
 def _two_in_four(problem: Problem, price: Prices) -> dict[str, KeepTwoInFour]:
-    groups = {layer.weight: layer.groups for layer in problem.graph.layers}
-    found = {}
+    against = {each.weight: each.reason for each in eligibility(problem.graph) if not each.eligible}
     for name in price.sizes:
-        try:
-            require_sparse_shape(problem.graph.shapes[name], groups[name])
-            found[name] = KeepTwoInFour(problem.graph.shapes[name])
-        except NotApplicable as reason:
-            problem.reporter.note(f"{name} stays dense: {reason}")
+        if name in against:
+            problem.reporter.note(f"{name} stays dense: {against[name]}")
+    found = {name: KeepTwoInFour(problem.graph.shapes[name]) for name in price.sizes if name not in against}
     halved = {name: size // 2 if name in found else size for name, size in price.sizes.items()}
     require_within(price.cost(halved), problem.budget, price)
     return found

@@ -25,7 +25,6 @@ AXES: dict[str, tuple[int, ...]] = {
     "channel": (0, 2),
 }
 BLOCK, IN_BLOCK = 4, 2  # of the pattern 2:4
-OUT_MULTIPLE, IN_MULTIPLE = 8, 16  # shapes that sparse tensor cores take
 
 
 def survivors(weight: Tensor, scheme: str, n: int) -> Tensor:
@@ -96,15 +95,6 @@ def two_in_four(weight: Tensor) -> Tensor:
     order = torch.argsort(blocks, dim=-1, descending=True, stable=True)
     stays = torch.zeros_like(blocks, dtype=torch.bool).scatter_(-1, order[..., :IN_BLOCK], True)
     return stays.flatten(2).movedim(2, 1).reshape(weight.shape)
-
-
-def require_sparse_shape(shape: tuple[int, ...], groups: int = 1) -> None:
-    """Raise NotApplicable unless sparse tensor cores take a weight of this shape in the pattern 2:4."""
-    if groups != 1:
-        raise NotApplicable("2:4 needs a layer without groups")
-    n_out, n_in = shape[:2]
-    if n_out % OUT_MULTIPLE or n_in % IN_MULTIPLE:
-        raise NotApplicable(f"2:4 needs outputs in multiples of {OUT_MULTIPLE} and inputs of {IN_MULTIPLE}: {n_out}, {n_in}")
 
 
 Mask = Callable[[Tensor], Tensor]  # (rows, K) of a weight -> booleans of that shape: what its projection keeps

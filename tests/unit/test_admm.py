@@ -148,6 +148,24 @@ def test_two_in_four_holds_in_every_block_and_through_training() -> None:
         with_training(replace(task, budget=0.3 * task.table.predict(task.graph)), scheme="2:4")
 
 
+def test_only_layers_with_sparse_kernels_get_the_pattern() -> None:
+    """The weight of a transposed convolution is (in, out, ...): blocks along its second axis are not of inputs."""
+    layers = [conv(3, 16), nn.ReLU(), conv(16, 12), conv(12, 16), conv(16, 16, groups=4), nn.ConvTranspose2d(16, 32, 2, 2)]
+    model, heard = nn.Sequential(*layers, conv(32, 8), head(8)), Gaps()
+    task = problem_with(model, (torch.randn(2, 3, 8, 8),), 1.0, table=ParamTable())
+    sparse = with_training(replace(task, reporter=heard), scheme="2:4", train_epochs=0).model
+    assert [note.split()[0] for note in heard.notes] == [*(f"{i}.weight" for i in (0, 2, 3, 4, 5)), "7.2.weight"]
+    assert all((sparse[i].weight != 0).all() for i in (0, 2, 3, 4, 5))
+    assert (sparse[6].weight == 0).sum() == (sparse[6].weight != 0).sum()
+
+
+@pytest.mark.parametrize("scheme", ["filter", "unstructured"])
+def test_a_budget_that_asks_for_nothing_is_no_reason_to_raise_rho(scheme: str) -> None:
+    task, heard = problem_of(trained_net(widths=EVEN), 1.0, ParamTable()), Gaps()
+    with_training(replace(task, reporter=heard), scheme=scheme, train_epochs=2)
+    assert heard.notes == []
+
+
 @pytest.mark.parametrize("table", [MacTable(), ParamTable()], ids=["macs", "params"])
 def test_zeros_stay_through_momentum_and_decay(table: Any) -> None:
     task = problem_of(trained_net(widths=EVEN), 0.2, table)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deploypipe.errors import NotApplicable, UsageError
-from deploypipe.ingredients.projections import AXES, n_units, project, require_sparse_shape, survivors, two_in_four, unit_norms
+from deploypipe.ingredients.projections import AXES, n_units, project, survivors, two_in_four, unit_norms
 
 SCHEMES = sorted(AXES)
 EVERY = pytest.mark.parametrize("scheme", SCHEMES)
@@ -117,10 +117,6 @@ def test_two_in_four_of_equal_magnitudes_still_keeps_two() -> None:
 def test_shapes_that_do_not_fit_are_refused_with_the_reason() -> None:
     with pytest.raises(NotApplicable, match="6 inputs"):
         two_in_four(torch.ones(2, 6))
-    for shape, groups in (((12, 16, 3, 3), 1), ((16, 8, 3, 3), 1), ((16, 16, 3, 3), 4)):
-        with pytest.raises(NotApplicable, match="2:4 needs"):
-            require_sparse_shape(shape, groups)
-    require_sparse_shape((8, 16, 3, 3))
 
 
 def test_wrong_requests_are_explained() -> None:
