@@ -7,7 +7,8 @@ Deviations: widths come from those that the table offers. Candidates are judged 
 by default without short-term training (`steps`); equal accuracy is decided by the loss. The held-out images are a part of the
 training data. The last round asks for no more than the budget, and where no group alone can save enough, the round takes the
 most that one can. The networks trained on the way only serve to judge: the plan is carried out on the trained weights and
-fine-tuned afterwards. If no single group makes the network cheaper any more, all widths are set to the cheapest at once.
+fine-tuned afterwards. If no single group makes the network cheaper any more, all widths are set to the cheapest at once, from
+the trained weights.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -78,13 +79,14 @@ class NetAdapt:
         judge = _Judge(self, problem)
         legal = {name: widths for name, widths in table.candidates(graph).items() if name in judge.orders}
         cheapest_widths(graph, legal, table, problem.budget)  # fails now if the budget is out of reach
-        found = judge.dense()
+        found = dense = judge.dense()
         problem.reporter.stage("netadapt")
         path = rounds(found, legal, judge.cost, judge.narrowed, problem.budget, self)
         for n, found in enumerate(path, 1):
             problem.reporter.advance(n, f"{found.cost:,.6g} of {problem.budget:,.6g} {table.unit}")
+        # From the start: on the way a group may have become narrower than it is where the network is cheapest.
         if found.cost > problem.budget:
-            found = judge.at(found, cheapest_widths(graph, legal, table, problem.budget))
+            found = judge.at(dense, cheapest_widths(graph, legal, table, problem.budget))
         keep = {name: tuple(sorted(channels)) for name, channels in (found.keep or {}).items()}
         certificate = unproved(graph, found.kept, table, problem.budget, found.accuracy, "greedy")
         return signed(self, KeepPlan(keep, fingerprint=graph.fingerprint, certificate=certificate), judge.skipped)

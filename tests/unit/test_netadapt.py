@@ -250,6 +250,35 @@ def test_where_only_a_joint_step_saves_the_budget_is_still_met() -> None:
     assert max(len(plan.keep["0.0"]), len(plan.keep["1.0"])) <= 4
 
 
+class Valley(MacTable):
+    """Narrowing one group after the other leads astray: the cheapest network is wide in the group that went first."""
+
+    COSTS = {(8, 12): 100, (2, 12): 90, (8, 2): 30, (2, 2): 95}  # noqa: RUF012
+
+    def candidates(self, graph: Graph) -> Mapping[str, tuple[int, ...]]:
+        return {"0.0": (2, 8), "1.0": (2, 12), "3.0": (8,)}
+
+    def terms(self, graph: Graph) -> tuple[CostTerm, ...]:
+        price = lambda a, b: float(self.COSTS[a, b])  # noqa: E731
+        return (CostTerm("pair", Width(0, (("0.0", 1),)), Width(0, (("1.0", 1),)), price),)
+
+    def predict(self, graph: Graph, plan: KeepPlan | None = None) -> float:
+        kept = graph.kept(plan)
+        return float(self.COSTS[kept["0.0"], kept["1.0"]])
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_the_cheapest_widths_are_cut_from_the_whole_network(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not from the one that the rounds ended in, which has too few channels of the first group."""
+    monkeypatch.setattr(netadapt, "best", lambda now, networks, prefer: min(networks, key=lambda n: n.kept["0.0"]))
+    task = problem()
+    task = replace(task, table=Valley(), budget=40.0)
+    plan = make("netadapt", {**QUICK, "steps": steps}).plan(task)
+    assert {name: len(channels) for name, channels in plan.keep.items()} == {"0.0": 8, "1.0": 2, "3.0": 8}
+    assert plan.certificate is not None
+    assert plan.certificate.predicted == task.table.predict(task.graph, plan) == 30.0
+
+
 def test_nothing_to_do_and_no_data() -> None:
     task = problem(share=1.0)
     plan = make("netadapt", QUICK).plan(task)
