@@ -1,7 +1,7 @@
 """A data set and its batches: sliced from tensors where they lie in memory, with seeded order and augmentation."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -223,6 +223,22 @@ def labels_of(dataset: Samples) -> Tensor | None:
     return None
 
 
+def _parts(sizes: Sequence[int], fraction: float, seed: int) -> list[int]:
+    """Return how many of each class are a share of all: the share of each rounded, where that adds up to the share of all.
+
+    Else, as with few samples of many classes, the largest remainders are rounded up; of equal ones the seed decides.
+    """
+    wanted, rounded = round(fraction * sum(sizes)), [round(fraction * size) for size in sizes]
+    if sum(rounded) == wanted:
+        return rounded
+    found = [int(fraction * size) for size in sizes]
+    luck = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = sorted(range(len(sizes)), key=lambda i: (found[i] - fraction * sizes[i], luck[i]))
+    for i in order[: wanted - sum(found)]:
+        found[i] += 1
+    return found
+
+
 def split(train: Samples, fraction: float, seed: int) -> tuple[Samples, Samples]:
     """Split a training set into a part to fit and a part that is held out for selection, class by class where labels are known.
 
@@ -240,7 +256,8 @@ def split(train: Samples, fraction: float, seed: int) -> tuple[Samples, Samples]
     labels = labels_of(train)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     groups = [order] if labels is None else [order[labels[order] == label] for label in torch.unique(labels)]
-    held_out = torch.cat([group[: round(fraction * len(group))] for group in groups])
+    counts = _parts([len(group) for group in groups], fraction, seed)
+    held_out = torch.cat([group[:n] for group, n in zip(groups, counts, strict=True)])
     is_held_out = torch.zeros(n, dtype=torch.bool)
     is_held_out[held_out] = True
     if not 0 < len(held_out) < n:

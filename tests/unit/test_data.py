@@ -346,6 +346,32 @@ def test_split_is_stratified_disjoint_and_complete():
             split(dataset, fraction, seed=0)
 
 
+@pytest.mark.parametrize(("classes", "each", "wanted"), [(100, 6, 40), (1000, 100, 512), (7, 13, 20), (9, 6, 27), (30, 4, 1)])
+def test_split_holds_out_as_many_as_were_asked_for(classes, each, wanted):
+    """Rounding class by class gives none of 6 * 0.067, and one of every class that has half of one."""
+    labels = torch.arange(classes * each) % classes
+    dataset = TensorDataset(torch.zeros(len(labels), 1), labels)
+    held_out = split(dataset, wanted / len(labels), seed=0)[1]
+    assert len(held_out) == wanted
+    counts = torch.bincount(labels[held_out.indices], minlength=classes)
+    assert counts.max() - counts.min() <= 1
+    assert split(dataset, wanted / len(labels), seed=0)[1].indices == held_out.indices
+    other = torch.bincount(labels[split(dataset, wanted / len(labels), seed=1)[1].indices], minlength=classes)
+    assert (wanted % classes == 0) == torch.equal(other, counts), "the seed decides which classes have one more"
+
+
+@pytest.mark.parametrize(("sizes", "fraction"), [((80, 20), 0.2), ((37, 41, 22), 0.1), ((178, 182, 177), 0.3), ((5, 5), 0.4)])
+def test_split_is_what_it_was_where_rounding_class_by_class_adds_up(sizes, fraction):
+    """What was cached, and results that were published, depend on it."""
+    labels = torch.cat([torch.full((n,), i) for i, n in enumerate(sizes)])
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(3))
+    groups = [order[labels[order] == label] for label in range(len(sizes))]
+    expected = torch.cat([group[: round(fraction * len(group))] for group in groups])
+    assert len(expected) == round(fraction * len(labels))
+    found = split(TensorDataset(torch.zeros(len(labels), 1), labels), fraction, seed=3)[1]
+    assert found.indices == sorted(expected.tolist())
+
+
 def test_files_of_other_kinds_are_passed_over(folder, tmp_path):
     (folder / "train" / "cat" / "Thumbs.db").write_bytes(b"x")
     (folder / "train" / ".hidden").mkdir()
