@@ -8,7 +8,8 @@ Deviations: the papers thin out single weights to a given density. Here channels
 those that make them, so that a layer's density is the product of two shares. For "erk" a layer asks of both sides the root of
 its density, and a group takes the geometric mean of what its layers ask; "uniform" gives all groups one share. The overall
 density is the largest with which the model fits the budget, and widths are the nearest that the table offers. Only layers that
-channels can be dropped from take part; the last layer makes the logits, so that "uniform+" guards its inputs instead.
+channels can be dropped from take part; the last layer makes the logits, so that "uniform+" guards its inputs instead, as long
+as the others can make up for it: where they are at their narrowest, the guard gives way as far as the budget asks.
 
 The rule keeps small layers dense, since they have few weights. In most networks these come first, on large images, where a
 channel takes the most time: under a latency budget everything behind them gets narrow for it, and "uniform" is the better
@@ -62,22 +63,30 @@ class Erk:
         if self.rule == "uniform+" and (first := _first(problem.graph, orders)):
             skipped[first] = "uniform+ leaves the first layer whole"
             del orders[first]
-        shares = self._shares(problem.graph, orders)
+        last = _last(problem.graph) if self.rule == "uniform+" else ()
+        least = min((legal[name][0] / len(orders[name]) for name in orders if name not in last), default=LAST)
+        shares = self._shares(problem.graph, orders, least)
 
         def widths(density: float) -> dict[str, int]:
             wanted = shares(density)
             return {name: nearest_width(legal[name], wanted[name] * len(orders[name])) for name in orders}
 
         kept, certificate = scaled_widths(problem.graph, widths, problem.table, problem.budget)
+        if any(kept[name] < nearest_width(legal[name], LAST * len(orders[name])) for name in orders if name in last):
+            problem.reporter.note(f"the budget leaves the last layer less than {LAST:.0%} of its inputs, which uniform+ guards")
         return signed(self, plan_of(problem.graph, orders, kept, certificate), skipped)
 
-    def _shares(self, graph: Graph, groups: Collection[str]) -> Callable[[float], dict[str, float]]:
-        """Return the rule: overall density -> share of the channels that stays in each group."""
-        last = graph.layers[-1].n_in.groups if graph.layers and self.rule == "uniform+" else ()
+    def _shares(self, graph: Graph, groups: Collection[str], least: float = 1e-9) -> Callable[[float], dict[str, float]]:
+        """Return the rule: overall density -> share of the channels that stays in each group.
+
+        Below the density `least`, at which all other groups are at their narrowest, the guarded last layer gives way evenly.
+        """
+        last = _last(graph) if self.rule == "uniform+" else ()
         products = Products.of(graph, groups)
 
         def uniform(density: float) -> dict[str, float]:
-            return {name: max(density, LAST) if name in last else density for name in groups}
+            guarded = max(density, LAST * min(1.0, density / least))
+            return {name: guarded if name in last else density for name in groups}
 
         def erk(density: float) -> dict[str, float]:
             return products.shares(erk_densities([graph.shapes[name] for name in products.layers], density))
@@ -109,3 +118,8 @@ def erk_densities(shapes: Sequence[tuple[int, ...]], density: float) -> NDArray[
 def _first(graph: Graph, groups: Collection[str]) -> str:
     """Return the group that the first layer makes; empty if it cannot be pruned."""
     return next((name for layer in graph.layers[:1] for name in layer.n_out.groups if name in groups), "")
+
+
+def _last(graph: Graph) -> Collection[str]:
+    """Return the groups that the last layer reads."""
+    return graph.layers[-1].n_in.groups if graph.layers else ()

@@ -17,8 +17,9 @@ from deploypipe.count import MacTable
 from deploypipe.errors import BudgetError
 from deploypipe.graph import trace
 from deploypipe.plan import KeepPlan
+from deploypipe.progress import Recorder
 from deploypipe.types import Graph, Group, Width
-from tests.toys import TOYS
+from tests.toys import TOYS, cbr, head
 
 # Widths 16 to 64, as in the small residual networks for 32 x 32 images.
 SHAPES = [(16, 3, 3, 3), (16, 16, 3, 3), (32, 16, 3, 3), (32, 32, 3, 3), (64, 32, 3, 3), (64, 64, 3, 3), (10, 64)]
@@ -89,6 +90,25 @@ def test_uniform_plus_guards_the_ends() -> None:
     assert len(guarded.keep["3.0"]) >= 2  # a fifth of 8 channels
     with pytest.raises(BudgetError, match="smallest reachable cost"):
         make("erk", {"rule": "uniform+"}).plan(problem(share=0.02))
+
+
+def test_below_its_guard_uniform_plus_gives_way_as_far_as_the_budget_asks() -> None:
+    """One group beside the first layer: just below a fifth of it the cheapest width is far from what the budget allows."""
+    graph = trace(nn.Sequential(cbr(3, 8), cbr(8, 40), head(40)).eval(), (torch.zeros(1, 3, 8, 8),))
+    table, heard = MacTable(multiple=1), Recorder()
+    for n in (1, 3, 5, 7, 8, 9, 20):
+        budget = table.predict(graph, KeepPlan.of_widths({"1.0": n}))
+        task = Problem(nn.Sequential(cbr(3, 8), cbr(8, 40), head(40)), graph, table, budget, reporter=heard)
+        assert widths(task, rule="uniform+") == {"1.0": n}
+    assert len(heard.notes) == 4, "below eight of forty"
+
+
+def test_the_guard_holds_while_others_can_be_narrower() -> None:
+    model = nn.Sequential(cbr(3, 8), cbr(8, 40), cbr(40, 40), head(40)).eval()
+    graph, table = trace(model, (torch.zeros(1, 3, 8, 8),)), MacTable(multiple=1)
+    for n in (1, 2, 5):
+        budget = table.predict(graph, KeepPlan.of_widths({"1.0": n, "2.0": 8}))
+        assert widths(Problem(model, graph, table, budget), rule="uniform+") == {"1.0": n, "2.0": 8}
 
 
 def test_the_largest_filters_stay() -> None:
