@@ -107,9 +107,10 @@ def allocate_widths(
     Maximises the sum over groups of `values[group][kept]`, less the masks that are chosen, subject to
     `table.predict(...) <= budget`. The solver stops when the value given up (against keeping everything) is within `gap` of the
     least possible; the certificate's own `gap` is `(bound - value) / |value|`. The answer is deterministic as long as the time
-    limit is not hit. Certificate.status is "whole" (everything fits), "optimal", "relaxed" (large concats were priced too low
-    in the proof: the bound is valid, not tight), "time limit" (the best answer so far) or "infeasible" (the terms do not fit,
-    the table's own prediction does). Layers behind such concats are offered no masks; the proof is about the others.
+    limit is not hit. Certificate.status is "whole" (everything fits), "optimal", "relaxed" (large concats, or all where
+    branches may go, were priced too low in the proof: the bound is valid, not tight), "time limit" (the best answer so far) or
+    "infeasible" (the terms do not fit, the table's own prediction does). Layers behind such concats are offered no masks; the
+    proof is about the others.
 
     Args:
         graph: The traced model.
@@ -137,7 +138,7 @@ def allocate_widths(
     most = sum(float(search.values[name][list(widths)].max()) for name, widths in search.widths.items())
     most += search.value(whole) - sum(float(search.values[name][-1]) for name in search.widths)
     bound = max(min(search.value(whole) - first.bound, most), search.value(chosen))
-    status = "relaxed" if first.status == "optimal" and not search.program.exact else first.status
+    status = "relaxed" if first.status == "optimal" and not search.exact else first.status
     return search.whole | chosen.kept, search.certificate(chosen, bound, status, start)
 
 

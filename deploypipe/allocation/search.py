@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,11 +50,30 @@ class Search:
         """Return the table's own prediction: the only cost that counts. Groups that are not named are whole."""
         return self.table.predict(self.graph, KeepPlan.of_widths(choice.kept, choice.two_four))
 
+    @property
+    def exact(self) -> bool:
+        """Whether the program's cost is what the table predicts, up to the solver's tolerance."""
+        return self.program.exact and not self.slack
+
+    @cached_property
+    def slack(self) -> float:
+        """Return by how much the terms may exceed the prediction: an empty group takes more along than the terms know of.
+
+        `ParamTable` prices biases and norms behind an empty branch as if they stayed. Each branch by itself, with all other
+        groups whole, is the most that this can be.
+        """
+        found = 0.0
+        for name in (name for name, widths in self.widths.items() if widths[0] == 0):
+            total = sum(term.under(self.whole | {name: 0}) for term in self.terms)
+            found += max(total - self.predict(Choice({name: 0})), 0.0)
+        return found if found > 1e-9 * self.budget else 0.0  # else rounding
+
     def solve(self, gap: float, deadline: float) -> tuple[Choice, Solution]:
         """Return the best choice whose true prediction fits, and the solver's first answer with its bound on the loss.
 
         The program's cost differs from the prediction by the solver's tolerance, by the envelope of large concats, and by what
         the table predicts beyond the sum of its terms. If the answer is over budget, the program is solved again for less.
+        Where terms may exceed the prediction, it is solved for as much more at first: nothing within the budget is missed.
 
         A walk through the widths comes first, and the solver is asked for what loses less than it by more than the gap: on wide
         concats the walk is often within the gap already, and proving that is far quicker than finding as good an answer.
@@ -62,19 +81,18 @@ class Search:
         losses = {name: self.values[name][-1] - self.values[name][list(widths)] for name, widths in self.widths.items()}
         walked = self._walked()
         beat = (1 - gap) * (self.value(Choice({})) - self.value(walked)) if walked else np.inf
-        first = self.program.solve(losses, self.budget, gap, deadline - time.monotonic(), beat)
+        room = self.budget + self.slack
+        first = self.program.solve(losses, room, gap, deadline - time.monotonic(), beat)
         if first.status == "infeasible":
             return (walked, Solution(None, beat, "optimal")) if walked else (self.cheapest(deadline), first)
         first = replace(first, bound=min(first.bound, beat))
 
         def again(limit: float) -> Choice | None:
-            return _choice(
-                first if limit == self.budget else self.program.solve(losses, limit, gap, deadline - time.monotonic())
-            )
+            return _choice(first if limit == room else self.program.solve(losses, limit, gap, deadline - time.monotonic()))
 
-        answers = [self._within_budget(again)]
-        if not (self.program.exact and first.status == "optimal" and answers[0]):
-            answers += [self._within_budget(partial(self._narrowed, masked)) for masked in self._extremes()]
+        answers = [self._within_budget(again, room)]
+        if not (self.exact and first.status == "optimal" and answers[0]):
+            answers += [self._within_budget(partial(self._narrowed, masked), self.budget) for masked in self._extremes()]
             answers += [self._widened(choice) for choice in answers if choice]
         found = [self._useful(choice) for choice in answers if choice]
         return max(found, key=self.value) if found else self.cheapest(deadline), first
@@ -108,9 +126,8 @@ class Search:
         saving = {term.name for term in self.terms if term.under(kept, choice.two_four) < term.under(kept)}
         return replace(choice, two_four=choice.two_four & saving)
 
-    def _within_budget(self, solve: Callable[[float], Choice | None]) -> Choice | None:
+    def _within_budget(self, solve: Callable[[float], Choice | None], limit: float) -> Choice | None:
         """Ask `solve` for ever lower limits until its answer truly fits; None if it has no answer."""
-        limit = self.budget
         for k in range(ROUNDS):
             choice = solve(limit)
             if choice is None:
@@ -129,7 +146,7 @@ class Search:
         """
         narrowest = {name: widths[0] for name, widths in self.widths.items()}
         found = self.program.solve(None, self.budget, 1e-6, max(deadline - time.monotonic(), 5.0))
-        proved = self.program.exact and found.status == "optimal"
+        proved = self.exact and found.status == "optimal"
         starts = [choice for choice in (_choice(found), *(Choice(narrowest, masked) for masked in self._extremes())) if choice]
         if not proved:
             starts = [Choice(self._descent(c.two_four).cheapened(c.kept), c.two_four) for c in starts]

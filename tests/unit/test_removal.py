@@ -1,5 +1,6 @@
 """Groups without channels: whole branches go, the function stays that of the masked model, and nothing of them is exported."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import TOYS, Fn, Toy, cbr, conv, head, image
 
-from deploypipe.allocation.allocate import allocate
+from deploypipe.allocation.allocate import allocate, allocate_widths, vanishing
 from deploypipe.branch import branch_of
 from deploypipe.compact import compact, difference, mask, run
 from deploypipe.count import MacTable, ParamTable, macs, params
@@ -21,6 +22,7 @@ from deploypipe.export import export_onnx, simplify_onnx
 from deploypipe.graph import trace
 from deploypipe.ingredients.removal import removable
 from deploypipe.plan import KeepPlan
+from deploypipe.testing.toys import NETS
 
 
 class Inverted(nn.Module):
@@ -221,3 +223,28 @@ def test_the_allocator_drops_a_block_that_is_worth_little() -> None:
     assert without.certificate is not None
     assert plan.certificate is not None
     assert plan.certificate.value > without.certificate.value
+
+
+def test_the_bound_holds_where_a_branch_takes_biases_and_norms_along() -> None:
+    """Their parameters do not depend on the width that becomes zero, so that the program prices them as if they stayed."""
+    torch.manual_seed(0)
+    model = NETS["residual"]().eval()
+    graph, table = trace(model, (image(),)), ParamTable(multiple=3)
+    offered = vanishing(table.candidates(graph), removable(model, graph))
+    names = [group.name for group in graph.prunable]
+    worth = dict(zip(names, (1.0, 0.1, 1.0, 0.1), strict=True))
+    values = {name: np.linspace(0, worth[name], graph.group(name).size + 1) for name in names}
+    widths = [sorted({*offered[name], graph.group(name).size}) for name in names]
+    choices = [dict(zip(names, choice, strict=True)) for choice in itertools.product(*widths)]
+    priced = [
+        (table.predict(graph, KeepPlan.of_widths(kept)), sum(values[name][kept[name]] for name in names)) for kept in choices
+    ]
+    for budget in sorted({cost for cost, _ in priced})[:25]:
+        best = max(value for cost, value in priced if cost <= budget)
+        _, found = allocate_widths(graph, values, table, budget, candidates=offered)
+        assert found.status == "relaxed"
+        assert found.predicted <= budget
+        assert found.value == pytest.approx(best, rel=2e-3)
+        assert found.bound is not None
+        assert found.bound >= best - 1e-9
+    assert allocate_widths(graph, values, table, 0.7 * table.predict(graph))[1].status == "optimal", "no branch may go"
