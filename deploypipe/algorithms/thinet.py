@@ -48,10 +48,9 @@ class ThiNet:
         """
         reading, skipped = readers(problem)
         orders, values = {}, {}
-        for name, grams in self._grams(problem, reading).items():
-            if not grams:
-                skipped[name] = "nothing of it reaches a next layer on the selection data"
-                continue
+        for name, found in self._grams(problem, reading).items():
+            size = problem.graph.group(name).size
+            grams = found or [np.zeros((size, size))]  # nothing of it reaches a next layer: every width is as good
             orders[name] = removal_order(np.mean(grams, axis=0))[::-1]
             values[name] = -np.sum([errors(gram, orders[name], self.ridge) for gram in grams], axis=0)
         return allocated(self, problem, orders, values, skipped)

@@ -201,3 +201,20 @@ def test_needs_data() -> None:
     task = problem(net())
     with pytest.raises(UsageError, match="needs data"):
         make("thinet").plan(Problem(task.model, task.graph, task.table, task.budget))
+
+
+def test_a_group_of_which_nothing_arrives_goes_first() -> None:
+    """Kept whole, it would leave the others to save all, which they cannot here."""
+    model = net()
+    with torch.no_grad():
+        model[3].weight.zero_()
+        model[3].bias.zero_()
+    task = problem(model, 0.25)
+    plan = make("thinet", {"images": 32}).plan(task)
+    assert len(plan.keep["0"]) <= 2
+    assert dict(plan.skipped) == {}
+    assert len(make("thinet", {"images": 32}).plan(problem(model, 1.0)).keep["0"]) == 8, "unless nothing has to go"
+    small = make("thinet", {"images": 32}).repair(compact(model, task.graph, plan), task, plan)
+    x = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.isfinite(small(x)).all()
