@@ -54,8 +54,8 @@ class Smcp:
         graph = problem.graph
         cheapest_widths(graph, [group.name for group in graph.prunable], problem.table, problem.budget)  # else fail now
         n = trainer.n_steps(self.train_epochs)
-        first, last = int(self.warmup * n), max(int(self.warmup * n) + 1, int((1 - self.cooldown) * n))
-        times = [*range(first, last, self.every)]
+        first = min(int(self.warmup * n), max(n - 1, 0))  # the last step chooses in any case
+        times = [*range(first, max(first + 1, int((1 - self.cooldown) * n)), self.every)]
         return trainer.fit(problem.model, self.train_epochs, [SoftMasking(self, problem, times)])
 
     def plan(self, problem: Problem) -> KeepPlan:

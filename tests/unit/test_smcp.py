@@ -184,3 +184,15 @@ def test_the_budget_falls_to_the_one_asked_for_and_the_last_masks_are_the_plan()
     assert plan.keep == hooks[0].plan.keep
     for name, axis, slots in masked_slots(problem.graph, plan):
         assert not model.get_parameter(name).index_select(axis, slots).any()
+
+
+@pytest.mark.parametrize(("warmup", "cooldown"), [(1.0, 0.3), (1.0, 0.0), (0.99, 1.0)])
+def test_a_warm_up_that_fills_the_training_ends_with_a_choice(warmup: float, cooldown: float) -> None:
+    """Else nothing is masked while training, and channels go that the others have never been without."""
+    problem, trainer = problem_of(net(), 0.5), Trainer(toy_data(), SETTINGS)
+    method = make("smcp", {"train_epochs": 1, "warmup": warmup, "cooldown": cooldown})
+    model = method.train(problem, trainer)
+    plan = method.plan(replace(problem, model=model))
+    slots = masked_slots(problem.graph, plan)
+    assert sum(len(at) for _, _, at in slots) > 0
+    assert not any(model.get_parameter(name).index_select(axis, at).any() for name, axis, at in slots)
