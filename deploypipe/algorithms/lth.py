@@ -24,7 +24,7 @@ from deploypipe.algorithms.base import Problem
 from deploypipe.algorithms.masking import masked_plan
 from deploypipe.algorithms.options import option
 from deploypipe.errors import UsageError
-from deploypipe.ingredients.density import largest, prices
+from deploypipe.ingredients.density import largest, prices, require_within
 from deploypipe.ingredients.statistics import generator
 from deploypipe.plan import KeepPlan
 from deploypipe.training.fresh import fresh
@@ -59,6 +59,8 @@ class Lth:
         if self.rewind > trainer.n_steps(self.train_epochs):
             message = f"a round has only {trainer.n_steps(self.train_epochs)} steps"
             raise UsageError(message, at=f"--set rewind={self.rewind}", fix="lower it, or raise train_epochs")
+        price = prices(problem.model, problem.graph, problem.table.unit)
+        require_within(price.cost(dict.fromkeys(price.sizes, 1)), problem.budget, price)  # else fail now
         origin = end = fresh(problem.model, problem.seed) if self.start == "fresh" else problem.model
         masks: Masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights_of(problem, origin).items()}
         for number in range(1, self.rounds + 1):

@@ -226,8 +226,10 @@ def test_macs_as_budget_and_what_cannot_be_reached() -> None:
     assert 0.19 < NONZERO["MACs"](ticket, task.graph) / task.table.predict(task.graph) <= 0.2
     plan = method.plan(replace(task, model=ticket))
     assert (dict(plan.keep), plan.algorithm) == ({}, "lth")
+    own = trainer()
     with pytest.raises(BudgetError, match="smallest reachable"):
-        method.train(replace(task, budget=1.0), trainer())
+        method.train(replace(task, budget=1.0), own)
+    assert own.n_epochs == 0, "before anything is trained"
     with pytest.raises(UsageError, match="only 12 steps"):
         make("lth", {**QUICK, "rewind": 13}).train(task, trainer())
 
