@@ -7,9 +7,10 @@ Deviations: what a round must reach is a budget of the cost table, measured late
 dense cost; the paper counts weights. Rates are of groups of coupled channels, and filter and channel pruning are one and the
 same there; column pruning is left out, because no dense runtime is faster for it. Rates become widths that the table offers.
 The temperature is in units of accuracy. The annealing starts from guided rates (no group is pruned less than one with fewer
-weights), and they are free afterwards. A candidate is judged after renewing its batch norms. Purification takes off dead
-channels, and with `delta` the weakest ones by the same annealing, as long as the accuracy on held-out images falls by no more
-than that; by default it does not go below the budget. The final fine-tuning is that of the run.
+weights), and they are free afterwards. A candidate is judged after renewing its batch norms, on a part of the training data
+that no round trains on; the user's weights may know it. Purification takes off dead channels, and with `delta` the weakest ones
+by the same annealing, as long as the accuracy on held-out images falls by no more than that; by default it does not go below
+the budget. The final fine-tuning is that of the run, on all the data.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from deploypipe.algorithms.options import option
 from deploypipe.allocation.allocate import cheapest_widths, first_channels, ranking, unproved
 from deploypipe.allocation.scaled import nearest_width
 from deploypipe.compact import compact
+from deploypipe.data.batches import Samples
 from deploypipe.ingredients.annealing import Rates, Schedule, anneal, guided, rescaled
 from deploypipe.ingredients.expand import expanded
 from deploypipe.ingredients.judge import Judge
@@ -64,12 +66,13 @@ class AutoCompress:
         """
         dense, model = problem.table.predict(problem.graph), problem.model
         cheapest_widths(problem.graph, (g.name for g in problem.graph.prunable), problem.table, problem.budget)
+        part = Judge(problem.graph, labelled(problem.data), self.images, self.norm_images, problem.seed).fit
         for number in range(1, self.rounds + 1):
             budget = dense * (problem.budget / dense) ** (number / self.rounds) if number < self.rounds else problem.budget
             task = replace(problem, model=model, budget=budget)
             plan = self.plan(task)
-            pulled = self._pulled(task, plan, trainer, number)
-            small = trainer.fit(compact(pulled, task.graph, plan), self.retrain_epochs)
+            pulled = self._pulled(task, plan, trainer, number, part)
+            small = trainer.fit(compact(pulled, task.graph, plan), self.retrain_epochs, part=part)
             model = expanded(small, pulled, task.graph, plan)
         return self._purified(replace(problem, model=model))
 
@@ -89,7 +92,7 @@ class AutoCompress:
         certificate = unproved(problem.graph, whole, problem.table, problem.budget, value, how)
         return signed(self, search.plan(kept).replace(certificate=certificate), search.skipped)
 
-    def _pulled(self, task: Problem, plan: KeepPlan, trainer: Trainer, number: int) -> nn.Module:
+    def _pulled(self, task: Problem, plan: KeepPlan, trainer: Trainer, number: int, part: Samples | None = None) -> nn.Module:
         """Return the model after ADMM towards the numbers of channels of a plan."""
         graph = task.graph
         epochs = self.train_epochs * number // self.rounds - self.train_epochs * (number - 1) // self.rounds
@@ -99,7 +102,7 @@ class AutoCompress:
             if len(kept) < graph.group(name).size
         ]
         hooks = [AdmmHook(constraints, task.model, self.rho, self.growth)] if constraints else []
-        return trainer.fit(task.model, epochs, hooks)
+        return trainer.fit(task.model, epochs, hooks, part)
 
     def _purified(self, problem: Problem) -> nn.Module:
         search = _Search(self, problem)

@@ -7,10 +7,11 @@ Deviations: the cost that falls is that of the table, which is measured latency 
 table offers. The network is the user's, not a wider one. Training starts from its trained weights, with the channels of every
 group sorted by the L2 norms of their filters, because sub-networks are always the first channels; `start=fresh` starts from
 random weights as the paper does. Batch norms of a candidate are estimated anew (the authors' code judges on one batch in
-training mode), and equal accuracy is decided by the loss. The network found goes on from the supernet's weights in
-fine-tuning; from scratch it is trained by the Rethinking protocol. Groups are what the paper calls linked layers. If no single
-group makes the network cheaper any more, all widths are set to the cheapest at once. Only widths that are trained can be
-chosen: those from `least` on, or all where no network of these is within the budget.
+training mode), and equal accuracy is decided by the loss. The images that judge are a part of the training data that the
+supernet is not trained on; the weights that it starts from may know them. The network found goes on from the supernet's
+weights in fine-tuning, on all the data; from scratch it is trained by the Rethinking protocol. Groups are what the paper calls
+linked layers. If no single group makes the network cheaper any more, all widths are set to the cheapest at once. Only widths
+that are trained can be chosen: those from `least` on, or all where no network of these is within the budget.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -65,7 +66,8 @@ class AutoSlim:
             norms, _ = judged(graph, lambda group: filter_norms(group, view, 2).cpu().numpy())
             model = permuted(model, graph, {name: ranking(norm).tolist() for name, norm in norms.items()})
         sandwich = Sandwich(graph, self.offered(problem), self.n_random, problem.seed)
-        return trainer.fit(model, self.train_epochs, [sandwich])
+        part = self._judge(problem).fit if self.train_epochs else None
+        return trainer.fit(model, self.train_epochs, [sandwich], part)
 
     def plan(self, problem: Problem) -> KeepPlan:
         """Narrow one group after the other, until the network is within the budget.
@@ -77,7 +79,7 @@ class AutoSlim:
         graph, table = problem.graph, problem.table
         legal = self.offered(problem)  # those that were trained
         cheapest = cheapest_widths(graph, legal, table, problem.budget, legal)
-        judge = Judge(graph, labelled(problem.data), self.images, self.norm_images, problem.seed)
+        judge = self._judge(problem)
 
         def look(kept: Mapping[str, int]) -> Accuracy:
             return judge(problem.model, KeepPlan.of_widths({name: kept[name] for name in legal}))
@@ -94,6 +96,9 @@ class AutoSlim:
         certificate = unproved(graph, kept, table, problem.budget, found.top1, "greedy")
         plan = KeepPlan.of_widths({name: kept[name] for name in legal})
         return signed(self, plan.replace(fingerprint=graph.fingerprint, certificate=certificate), {})
+
+    def _judge(self, problem: Problem) -> Judge:
+        return Judge(problem.graph, labelled(problem.data), self.images, self.norm_images, problem.seed)
 
     def offered(self, problem: Problem) -> dict[str, tuple[int, ...]]:
         """Return the widths of sub-networks, which are trained and then chosen from: those of the table from `least` on.

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from deploypipe.data.batches import Data, n_batches
+from deploypipe.data.batches import Data, Samples, count, n_batches
 from deploypipe.errors import UsageError
 from deploypipe.progress import Reporter, Silent
 from deploypipe.training.finetune import finetune
@@ -60,7 +60,9 @@ class Trainer:
         """Return how many optimizer steps so many epochs have."""
         return epochs * n_batches(self.data.train, self.settings.batch_size, drop_last=True) if epochs else 0
 
-    def fit(self, model: nn.Module, epochs: int, hooks: Sequence[TrainHook] = (), **changes: Any) -> nn.Module:
+    def fit(
+        self, model: nn.Module, epochs: int, hooks: Sequence[TrainHook] = (), part: Samples | None = None, **changes: Any
+    ) -> nn.Module:
         """Return a trained copy of `model`, in eval mode.
 
         The n-th call of a run has its own seed and its own checkpoint: with the same calls in the same order, an interrupted
@@ -70,6 +72,7 @@ class Trainer:
             model: Stays as it is.
             epochs: Passes over the training set; 0 only copies.
             hooks: What happens at every step.
+            part: Of the training set, what is trained on, where the algorithm holds some of it out; all of it by default.
             changes: Fields of `TrainSettings`, as in `distill=0.0` or `lr=0.01`.
 
         Raises:
@@ -83,9 +86,8 @@ class Trainer:
         self.n_epochs += epochs
         if not epochs:
             return copy.deepcopy(model).eval()
-        return finetune(
-            model, self.data, settings, teacher=self._teacher, checkpoint=file, reporter=self._reporter, hooks=hooks
-        )
+        data = self.data if part is None else replace(self.data, train=part, key=f"{self.data.key}, {count(part)} of it")
+        return finetune(model, data, settings, teacher=self._teacher, checkpoint=file, reporter=self._reporter, hooks=hooks)
 
 
 class _Renamed(Silent):

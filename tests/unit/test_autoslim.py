@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from math import log
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ from deploypipe.errors import BudgetError, UsageError
 from deploypipe.ingredients.judge import Judge
 from deploypipe.plan import KeepPlan
 from deploypipe.progress import Recorder
+from deploypipe.testing.problems import Selection
 from deploypipe.training.evaluate import Accuracy, evaluate
 from tests.toy_task import EVEN, accuracy, problem_of, toy_data, trained_net, trainer
 
-QUICK = {"train_epochs": 6, "images": 200, "norm_images": 200}
+QUICK = {"train_epochs": 9, "images": 200, "norm_images": 200}  # 8 steps an epoch: the 200 that judge are not trained on
 GRID = (2, 4, 6, 8, 10, 12, 14, 16)
 LAYERS = {"a": 1.0, "b": 3.0, "c": 0.5}
 LEGAL = dict.fromkeys(LAYERS, GRID)
@@ -169,3 +171,23 @@ def test_fails_at_once_and_in_words() -> None:
         make("autoslim").train(replace(task, budget=1.0), trainer())
     with pytest.raises(UsageError, match="needs data"):
         make("autoslim").plan(replace(task, data=None))
+
+
+def test_what_judges_is_not_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, own, trained = problem_of(trained_net(widths=EVEN), 0.4), trainer(), set[int]()
+    data = Selection(toy_data().train.tensors[0])
+    fit = own.fit
+
+    def watched(*args: Any, **named: Any) -> nn.Module:
+        data.read.clear()
+        found = fit(*args, **named)
+        trained.update(data.read)
+        return found
+
+    own._data = replace(toy_data(), train=data)
+    monkeypatch.setattr(own, "fit", watched)
+    options = {**QUICK, "train_epochs": 2, "images": 100}
+    make("autoslim", options).train(replace(task, data=data), own)
+    judging = set(Judge(task.graph, data, 100, 200, task.seed)._held_out.indices)
+    assert len(judging) == 100
+    assert trained == set(range(600)) - judging
