@@ -151,8 +151,10 @@ def pays(layer: Layer, n_in: int, n_out: int, rates: Rates) -> bool:
 
 
 def sparse_hooks(pattern: str, plan: KeepPlan, start: nn.Module) -> tuple[MaskedWeights, ...]:
-    """Return what keeps the zeros of `start` while it is fine-tuned."""
-    return (MaskedWeights.of_zeros(start),) if _any(pattern, plan) else ()
+    """Return what keeps the zeros of the 2:4 weights of `start` while it is fine-tuned; a gate that begins at zero is none."""
+    weights = {name: p.detach() for name, p in start.named_parameters() if p.dim() >= 2}
+    held = [name for name, p in weights.items() if p.any() and holds(p.cpu().numpy())]
+    return (MaskedWeights.of_zeros(start, held),) if _any(pattern, plan) else ()
 
 
 def sparse_notes(root: Path, target: Target, table: LatencyTable | None, pattern: str) -> list[str]:

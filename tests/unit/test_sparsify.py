@@ -71,6 +71,15 @@ def test_zeros_stay_while_the_model_is_trained():
     assert len(sparse_hooks("auto", KeepPlan({}, two_four=("3",)), sparse)) == 1
 
 
+def test_only_weights_in_the_pattern_are_frozen():
+    sparse, _ = sparsified(net(), INPUTS, UNKNOWN)
+    sparse.register_parameter("gate", nn.Parameter(torch.zeros(1, 8, 1, 1)))
+    with torch.no_grad():
+        sparse.get_parameter("0.weight")[0, 0, 0, 0] = 0
+    (hook,) = sparse_hooks("2:4", KeepPlan({}), sparse)
+    assert set(hook.masks) == {"3.weight", "6.weight", "10.weight"}
+
+
 def test_with_known_rates_a_layer_stays_dense_where_the_pattern_saves_nothing():
     graph = trace(net(), INPUTS[0])
     slow = Rates("fp16", 0.01, "", 1000.0, "", 8, "", 0.0, "", 2.0)
