@@ -179,6 +179,7 @@ def test_zeros_stay_through_momentum_and_decay(table: Any) -> None:
 
 def test_parameters_that_began_at_zero_learn_in_tuning() -> None:
     """Of layers as many weights as may stay; a gate is no layer's weight, and nothing pruned it."""
+    torch.manual_seed(0)
     model = Fn(
         lambda m, x: m.head(F.relu(m.a(x) + m.gate * m.b(m.a(x)) + m.z(m.a(x)))),
         a=cbr(3, 8), b=cbr(8, 8), z=conv(8, 8, bias=False), gate=nn.Parameter(torch.zeros(1, 8, 1, 1)), head=head(8),
