@@ -4,12 +4,34 @@ While a model is traced, `x.shape` and `x.size()` give integers of this type. A 
 written into the model and will not follow when channels go; a `Dim` was read off a tensor and will.
 """
 
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from deploypipe.graph.labels import Labels
 
 Escape = Callable[[Labels, str], None]
+
+
+@contextmanager
+def fresh_shapes() -> Iterator[None]:
+    """Let nothing know a shape from before, and nothing keep one of these sizes.
+
+    einops remembers what it made of a shape by its integers, and a `Dim` passes for any other of its value: what it handed out
+    would be a literal, or belong to another trace.
+    """
+    _forget()
+    try:
+        yield
+    finally:
+        _forget()
+
+
+def _forget() -> None:
+    known = getattr(sys.modules.get("einops.einops"), "_reconstruct_from_shape", None)
+    if hasattr(known, "cache_clear"):
+        known.cache_clear()
 
 
 class Dim(int):

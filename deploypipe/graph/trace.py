@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deploypipe.errors import ModelError
-from deploypipe.graph.dims import Dim, dims_in
+from deploypipe.graph.dims import Dim, dims_in, fresh_shapes
 from deploypipe.graph.frames import failed_in, innermost
 from deploypipe.graph.groups import build_graph
 from deploypipe.graph.labels import Labels, varies
@@ -59,6 +59,7 @@ def _collector_paused() -> Iterator[None]:
 
 
 @_collector_paused()
+@fresh_shapes()
 def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Graph:
     """Run `model` once on `example_inputs` and return its layers and groups of coupled channels.
 

@@ -1,6 +1,10 @@
 """The channel graph: which groups, which members, which reasons."""
 
 import copy
+import sys
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -266,3 +270,21 @@ def test_what_a_module_keeps_of_one_trace_means_nothing_in_the_next() -> None:
 def test_a_model_without_outputs_is_told() -> None:
     with pytest.raises(ModelError, match="returns no tensors but a NoneType"):
         trace(Fn(lambda m, x: print(m.conv(x).sum() > 1e9, end=""), conv=nn.Conv2d(3, 4, 1)), torch.zeros(1, 3, 4, 4))
+
+
+def test_what_einops_remembers_of_a_shape_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cache takes a size that was read off a tensor for a literal of the same value, and the other way round."""
+    einops = ModuleType("einops.einops")
+    einops._reconstruct_from_shape = lru_cache(lambda shape: (shape[0], shape[1], shape[2] * shape[3]))
+    monkeypatch.setitem(sys.modules, "einops.einops", einops)
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        x = m.stem(x)
+        return m.fc(x.reshape(einops._reconstruct_from_shape(tuple(x.shape))).mean(2))
+
+    example = torch.randn(2, 3, 8, 8)
+    for _ in range(2):
+        model = Fn(forward, stem=nn.Conv2d(3, 8, 1), fc=nn.Linear(8, 4)).eval()
+        model(example)
+        assert [group.name for group in trace(model, example).prunable] == ["stem"]
+        assert all(type(size) is int for size in einops._reconstruct_from_shape((2, 8, 8, 8)))
