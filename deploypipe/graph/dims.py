@@ -29,7 +29,7 @@ def fresh_shapes() -> Iterator[None]:
 
 
 def _forget() -> None:
-    known = getattr(sys.modules.get("einops.einops"), "_reconstruct_from_shape", None)
+    known: Any = getattr(sys.modules.get("einops.einops"), "_reconstruct_from_shape", None)
     if hasattr(known, "cache_clear"):
         known.cache_clear()
 
