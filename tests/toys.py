@@ -451,7 +451,7 @@ def width_in_arithmetic() -> Toy:
 def reduces_channels() -> Toy:
     def f(m: Any, x: Tensor) -> Tensor:
         y = m.mid(m.stem(x))
-        return m.out(y / y.norm(dim=1, keepdim=True))
+        return m.out(y / y.norm(dim=1, keepdim=True).clamp_min(1e-6))  # without it NaN: nothing would be compared
 
     return Fn(f, stem=cbr(3, 8), mid=cbr(8, 8), out=conv(8, 4)), (image(),)
 
@@ -847,6 +847,17 @@ def selective_kernels() -> Toy:
         return m.head((branches * scores).sum(1))
 
     return Fn(f, stem=cbr(3, 8), a=cbr(8, 6), b=cbr(8, 6), fc=conv(6, 12, 1), head=head(6)), (image(),)
+
+
+@toy
+def shape_of_another() -> Toy:
+    """A norm over flattened positions, brought back into the shape that they had."""
+
+    def f(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x).flatten(2).transpose(1, 2)
+        return m.fc(m.norm(x.flatten(0, 1)).reshape_as(x).relu().mean(1))
+
+    return Fn(f, stem=conv(3, 8), norm=nn.BatchNorm1d(8), fc=nn.Linear(8, 4)), (image(),)
 
 
 @toy

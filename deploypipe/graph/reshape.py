@@ -7,7 +7,7 @@ import numpy as np
 
 from deploypipe.graph.dims import Dim
 from deploypipe.graph.labels import Labels, drop_axes, flat, tighten, varies
-from deploypipe.graph.tracer import Call, State
+from deploypipe.graph.tracer import Call, Seen, State
 
 Layers = tuple[Labels, ...]
 
@@ -19,7 +19,7 @@ def reshape(state: State, call: Call) -> Layers:
     axis whose size was derived from the tensor (or left to -1); if both were written as numbers, the channels stay.
     """
     x, out = call.args["self"], call.out
-    sizes = _written(call, x.dim(), out.dim())
+    sizes = _written(state, call, x.dim(), out.dim())
     layers = []
     for before in state.layers_of(x):
         after = _reshaped(before, out.shape)
@@ -81,17 +81,24 @@ def _blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int],
         yield mine, theirs
 
 
-def _written(call: Call, rank_in: int, rank_out: int) -> list[Any] | None:
+def _written(state: State, call: Call, rank_in: int, rank_out: int) -> list[Any] | None:
     """Return the sizes of the result as `forward` wrote them; None if all follow from the input."""
     if call.name in ("flatten", "ravel"):
         return None
     if call.name in ("view_as", "reshape_as"):
-        return [0] * rank_out
+        return read_off(state, call.args["other"])
     if call.name == "unflatten":
         dim = int(call.args["dim"]) % rank_in
         sizes = list(call.sizes or call.args["sizes"])
         return [-1] * dim + sizes + [-1] * (rank_in - dim - 1)
     return list(call.sizes) if call.sizes is not None and len(call.sizes) == rank_out else None
+
+
+def read_off(state: State, tensor: Seen) -> list[Any]:
+    """Return the sizes of a tensor as if `forward` had read them: each knows the channels along its axis."""
+    layers = state.layers_of(tensor)
+    sources = [next((labels for labels in layers if axis in varies(labels)), None) for axis in range(tensor.dim())]
+    return [Dim(size, source, lambda *_: None) for size, source in zip(tensor.shape, sources, strict=True)]
 
 
 def follows(state: State, call: Call, size: Any, labels: Labels) -> bool:

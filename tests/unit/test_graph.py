@@ -136,6 +136,7 @@ def test_what_cannot_be_pruned_says_why(toy: str, group: str, words: str) -> Non
         ("views_in_place", {"stem.0": 8, "a": 6}),
         ("activations_in_place", {"a": 8, "b": 6}),
         ("selective_kernels", {"stem.0": 8, "a.0": 6}),
+        ("shape_of_another", {"stem": 8}),
         ("keeps_its_size", {"stem.0": 8, "out.0": 6}),
         ("widths_are_read", {"a": 8, "b": 6}),
         ("writes_into_its_input", {"stem.0": 8}),
