@@ -1,10 +1,14 @@
 """What a request names, opened: the model, its data, and its graph with the groups that the user keeps whole."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from deploypipe.compact import compact
+from deploypipe.count import MacTable
+from deploypipe.data.batches import seeded
 from deploypipe.data.load import Data, load_data
 from deploypipe.errors import ModelError
 from deploypipe.factory import guarded
@@ -12,6 +16,7 @@ from deploypipe.graph import trace
 from deploypipe.models.load import Loaded, load_model
 from deploypipe.pipeline.request import KEPT_BY_USER, Request
 from deploypipe.pipeline.stages import real_inputs
+from deploypipe.plan import KeepPlan
 from deploypipe.progress import Reporter
 from deploypipe.types import Graph
 
@@ -26,8 +31,10 @@ class Given:
     graph: Graph
 
 
-def given(request: Request, reporter: Reporter) -> Given:
+def given(request: Request, reporter: Reporter, *, trains: bool = False) -> Given:
     """Open what the request names. A model that the data cannot be given to is found before anything slow.
+
+    So is one that could not be trained once it is smaller, if it is to be trained (`trains`).
 
     Raises:
         DeployPipeError: By class: see `errors`.
@@ -36,7 +43,10 @@ def given(request: Request, reporter: Reporter) -> Given:
     _check_inputs(loaded, request)
     data = load_data(request.data, normalise=loaded.normalise, size=loaded.input_shape, seed=request.seed, reporter=reporter)
     inputs = real_inputs(data, loaded.example)
-    return Given(loaded, data, inputs, trace(loaded.model, loaded.example).keeping(request.keep, KEPT_BY_USER))
+    graph = trace(loaded.model, loaded.example).keeping(request.keep, KEPT_BY_USER)
+    if trains:
+        _check_training(loaded.model, graph, f"--model {request.model}")
+    return Given(loaded, data, inputs, graph)
 
 
 def _check_inputs(loaded: Loaded, request: Request) -> None:
@@ -52,3 +62,38 @@ def _check_inputs(loaded: Loaded, request: Request) -> None:
             "wrap it in a module of one input that makes the others; without data it can be used as it is: deploypipe inspect "
             "and profile, in Python deploypipe.prune(model, inputs, algo='l1', metric='macs') and deploypipe.compact",
         )
+
+
+def _check_training(model: nn.Module, graph: Graph, at: str) -> None:
+    """Refuse a model with layers that run in training mode only: the graph does not know them, so that no plan cuts them.
+
+    Unless they read nothing that may be cut, which a trial with every group at a middle width shows.
+    """
+    try:
+        only = sorted(_called(model, graph, training=True) - _called(model, graph, training=False))
+    except Exception:  # it may not train on two images of the example; what is wrong is said when it is trained
+        return
+    if not only:
+        return
+    middle = {name: widths[len(widths) // 2] for name, widths in MacTable().candidates(graph).items()}
+    small = compact(model, graph, KeepPlan.of_widths(middle), check=False)
+    try:
+        _called(small, graph, training=True)
+    except Exception as error:
+        raise ModelError(
+            f"{', '.join(only)} run in training mode only, and cannot follow when the channels that they read go",
+            at=at,
+            fix="make the model without them (auxiliary classifiers are not deployed), or keep what they read whole: --keep NAME",
+        ) from error
+
+
+def _called(model: nn.Module, graph: Graph, *, training: bool) -> set[str]:
+    """Return the modules with parameters of their own that a pass over two images calls; the model stays as it is."""
+    copied, called = copy.deepcopy(model).train(training), set[str]()
+    for name, module in copied.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            module.register_forward_pre_hook(lambda _module, _args, name=name: called.add(name))
+    image, *more = graph.example
+    with torch.no_grad(), seeded(0):
+        copied(torch.cat([image, image]), *more)
+    return called

@@ -56,7 +56,7 @@ class Run:
         self.device = device_of(request.resolved_target(), request.folder, request.sparsity, request.asked)
         self.target = self.device.target
         self.algorithm = make(request.algo, request.options)
-        found = given(request, reporter)
+        found = given(request, reporter, trains=request.epochs > 0)
         self.loaded, self.data, self.inputs, self.graph = found.loaded, found.data, found.inputs, found.graph
         self.dense_key = [self.loaded.key, self.graph.fingerprint]
 

@@ -49,3 +49,35 @@ def test_a_model_that_needs_several_inputs_is_refused(tmp_path: Path, default: s
 def test_a_model_that_can_do_without_the_other_inputs_is_taken(tmp_path: Path) -> None:
     found = opened(tmp_path, "=None", "scale = 1 if scale is None else scale")
     assert [len(inputs) for inputs in found.inputs] == [2] * len(found.inputs)
+
+
+AUXILIARY = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 10)
+        self.aux = nn.Linear({width}, 10)
+
+    def forward(self, x):
+        y = self.a(x).relu()
+        out = self.fc(self.b(y).relu().mean((2, 3)))
+        return (out, self.aux({read})) if self.training else out
+
+def make():
+    return Net(), (torch.zeros(2, 1, 16, 16),)
+"""
+
+
+def test_layers_of_training_mode_that_could_not_follow_are_named_before_anything_slow(tmp_path: Path) -> None:
+    path = tmp_path / "net.py"
+    path.write_text(AUXILIARY.format(width=8, read="y.mean((2, 3))"))
+    with pytest.raises(ModelError, match="aux run in training mode only") as caught:
+        given(Request(model=f"{path}:make"), Silent(), trains=True)
+    assert "auxiliary classifiers are not deployed" in caught.value.fix
+    assert given(Request(model=f"{path}:make"), Silent()).graph.prunable, "where nothing is trained they do no harm"
+    assert given(Request(model=f"{path}:make", keep=("a",)), Silent(), trains=True)
+    path.write_text(AUXILIARY.format(width=256, read="x.flatten(1)"))
+    assert given(Request(model=f"{path}:make"), Silent(), trains=True), "they read the input alone"
