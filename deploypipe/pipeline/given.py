@@ -83,7 +83,7 @@ def _check_training(model: nn.Module, graph: Graph, at: str) -> None:
         raise ModelError(
             f"{', '.join(only)} run in training mode only, and cannot follow when the channels that they read go",
             at=at,
-            fix="make the model without them (auxiliary classifiers are not deployed), or keep what they read whole: --keep NAME",
+            fix="make the model without them (auxiliary classifiers are not deployed), or keep what they read: --keep NAME",
         ) from error
 
 
