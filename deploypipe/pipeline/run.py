@@ -249,7 +249,7 @@ class Run:
 
     def report(self) -> Report:
         """Run every stage and put the findings together."""
-        self.elsewhere.reach(self.reporter)
+        self.elsewhere.reach(self.device, self.reporter)
         order = self._stages()
         asked = [str(getattr(self.request, name)) for name in ("model", "target", "budget", "metric", "command")]
         key = [3, *order, asked, self.data.description]

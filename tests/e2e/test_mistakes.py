@@ -100,3 +100,20 @@ def test_what_is_no_model_is_not_measured(tmp_path: Path, capsys: pytest.Capture
     fails(capsys, ["bench", str(text)], 2, "no model for target cpu", "ends in .onnx")
     text = text.rename(tmp_path / "notes.onnx")
     fails(capsys, ["bench", str(text)], 5, "exit code 1: onnxruntime.capi", "INVALID_PROTOBUF")
+
+
+def test_a_device_that_cannot_be_reached_is_found_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = arguments(tmp_path / "run", metric="macs", algo="l1", host="127.0.0.1:1")
+    fails(capsys, argv, 5, "127.0.0.1")
+    assert not [path.name for path in (tmp_path / "run").glob("*.key")], "no stage was begun"
+
+
+@pytest.mark.parametrize("opset", [17, 99])
+def test_an_operator_set_that_cannot_be_exported_is_found_before_training(
+    opset: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "box.toml"
+    target.write_text(f'name = "box"\nlike = "cpu"\n[build]\nopset = {opset}\n')
+    argv = arguments(tmp_path / "run", metric="macs", algo="l1", target=target)
+    fails(capsys, argv, 2, f"operator set {opset}", "build.opset", "18 or later")
+    assert not [path.name for path in (tmp_path / "run").glob("*.key")], "no stage was begun"
