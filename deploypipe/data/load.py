@@ -266,5 +266,5 @@ def _spread(dataset: Samples, n: int) -> Tensor:
 def _fingerprint(dataset: Samples) -> Mapping[str, object]:
     """Describe a Dataset by its length and a few of its samples: reading all could take hours."""
     inputs, labels = take(dataset, _spread(dataset, 16))
-    digest = hashlib.sha256(inputs.contiguous().numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(inputs.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()  # NumPy has no bfloat16
     return {"length": count(dataset), "labels": labels.tolist(), "inputs": digest, "shape": tuple(inputs.shape)}

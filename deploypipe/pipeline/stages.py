@@ -165,7 +165,7 @@ def real_inputs(data: Data, example: Sequence[Any], n: int = N_INPUTS) -> list[t
     """Return `n` inputs of the example's batch size from the training set.
 
     Raises:
-        ModelError: The data does not have the shape that the model takes.
+        ModelError: The data does not have the shape or the type that the model takes.
     """
     first = example[0]
     batch = first.shape[0]
@@ -176,6 +176,12 @@ def real_inputs(data: Data, example: Sequence[Any], n: int = N_INPUTS) -> list[t
             f"the data has inputs of shape {tuple(images.shape[1:])}, the model takes {tuple(first.shape[1:])}",
             at="--data and --model",
             fix="give data of the model's size, or let the factory return (model, example_inputs) of the data's size",
+        )
+    if images.dtype != first.dtype:
+        raise ModelError(
+            f"the data has inputs of {images.dtype}, the model takes {first.dtype}",
+            at="--data and --model",
+            fix=f"let the Dataset return inputs of {first.dtype}, or the factory a model and example inputs of {images.dtype}",
         )
     return [(part.contiguous(), *example[1:]) for part in torch.split(images, batch)]
 

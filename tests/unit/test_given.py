@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.data import TensorDataset
 
 from deploypipe.errors import ModelError
 from deploypipe.pipeline.given import given
@@ -49,3 +51,10 @@ def test_a_model_that_needs_several_inputs_is_refused(tmp_path: Path, default: s
 def test_a_model_that_can_do_without_the_other_inputs_is_taken(tmp_path: Path) -> None:
     found = opened(tmp_path, "=None", "scale = 1 if scale is None else scale")
     assert [len(inputs) for inputs in found.inputs] == [2] * len(found.inputs)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_data_of_another_type_than_the_model_takes_is_refused(kind: torch.dtype) -> None:
+    data = TensorDataset(torch.zeros(40, 1, 16, 16, dtype=kind), torch.arange(40) % 10)
+    with pytest.raises(ModelError, match=f"inputs of {kind}, the model takes torch.float32"):
+        given(Request(data=(data, data)), Silent())
