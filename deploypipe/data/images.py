@@ -29,7 +29,9 @@ DIGITS_NORMALISE: Normalise = ((0.31,), (0.32,))
 DIGITS_SIZE: Size = (1, 16, 16)
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MEMORY_LIMIT_BYTES = 2**30
+_DECODING = 2  # goes up when the same files are decoded to other pixels than before
 SMALL = 64  # pixels: below, an image is an icon that is used whole; above, a photograph with a margin around its subject
+_SIXTEEN_BITS = ("PNG", "PPM")  # formats without 32-bit greys, whose 16-bit ones Pillow may open as such
 _MARGIN = 0.875  # of the shorter side stays after the centre crop, the ImageNet habit (224 of 256)
 
 
@@ -152,7 +154,7 @@ def load_images(listing: Listing, size: Size, normalise: Normalise, cache: Path,
         return Files(listing.files, listing.labels, size, normalise)
     place = f"{listing.root.resolve()} {size}"
     stem = hashlib.sha256(place.encode()).hexdigest()[:16]
-    path = cache / f"{stem}-{listing.key}.safetensors"
+    path = cache / f"{stem}-{listing.key}-{_DECODING}.safetensors"
     pixels = _cached(path)
     if pixels is None:
         pixels = _decode_all(listing, size, reporter)
@@ -223,10 +225,19 @@ def _read(file: Path, size: Size) -> NDArray[np.uint8]:
 def _open(file: Path, mode: str) -> Image.Image:
     try:
         with Image.open(file) as image:
-            return image.convert(mode)
+            return _eight_bits(image).convert(mode)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as failure:
         fix = "replace or remove the file"
         raise UsageError(f"'{file.name}' is not a readable image: {failure}", at=str(file), fix=fix) from failure
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Return an image of 16-bit greys with 8 bits: `convert` would cut nearly all of them off at white."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in {"I", "F"}:
+        raise ValueError("it has 32 bits a pixel, and does not say which value is white; store it with 8 or 16")
+    return image
 
 
 def resized(images: Images, size: Size) -> Images:

@@ -70,6 +70,8 @@ def load_data(
     if not isinstance(spec, str):
         return _from_datasets(spec, seed, "datasets passed in")
     kind, _, place = spec.partition(":")
+    if spec == "demo" or kind in ("imagefolder", "cifar10"):
+        _check_channels(kind, wanted, normalise)
     if spec == "demo":
         return _digits(wanted or DIGITS_SIZE, normalise or DIGITS_NORMALISE)
     if kind in ("imagefolder", "cifar10"):
@@ -97,6 +99,17 @@ def _as_size(size: tuple[int, ...] | None) -> Size | None:
     if len(size) not in (2, 3) or min(size) < 1:
         raise UsageError(f"{size} is not an image size", at="size", fix="give (channels, height, width) or (height, width)")
     return (size[0], size[1], size[2]) if len(size) == 3 else (3, size[0], size[1])
+
+
+def _check_channels(kind: str, size: Size | None, normalise: Normalise | None) -> None:
+    """Refuse what images cannot be made to fit: only the demo's digits can be repeated for any number of channels."""
+    channels, n_means = size[0] if size else 3, len(normalise[0]) if normalise else 1
+    if kind != "demo" and channels not in {1, 3}:
+        fix = "give a Dataset that makes such inputs: --data file.py:factory, or a model of one or three input channels"
+        raise UsageError(f"images have 1 or 3 channels, the model takes {channels}", at=f"--data {kind}", fix=fix)
+    if size and n_means not in {1, channels}:
+        fix = "declare one mean and one std per input channel, or none"
+        raise UsageError(f"the model declares {n_means} means, and takes {channels} channels", at=f"--data {kind}", fix=fix)
 
 
 def _described(name: str, train: Samples, test: Samples, n_classes: int, shape: tuple[int, ...]) -> str:

@@ -352,3 +352,37 @@ def test_files_of_other_kinds_are_passed_over(folder, tmp_path):
     write_image(folder / "train" / "cat" / "deeper" / "9.png")
     (folder / "train" / "cat" / "link.png").symlink_to(folder / "train" / "dog" / "0.png")
     assert len(load(folder, tmp_path).train) == 12
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_16_bits_are_scaled(tmp_path, suffix, channels):
+    array = np.array([[0, 256], [0x8000, 0xFFFF]], dtype=np.uint16)
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".pgm":
+        path.write_bytes(b"P5 2 2 65535\n" + array.astype(">u2").tobytes())
+    else:
+        Image.fromarray(array).save(path)
+    pixels = deploypipe.data.images.decode([path], (channels, 2, 2))
+    assert pixels.tolist() == [[[[0, 1], [128, 255]]] * channels]
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_images_of_32_bits_are_refused(tmp_path, kind):
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.full((2, 2), 1000, dtype=kind)).save(path)
+    with pytest.raises(UsageError, match=r"'a.tif'[\s\S]*32 bits a pixel"):
+        deploypipe.data.images.decode([path], (1, 2, 2))
+
+
+def test_images_of_two_channels_are_refused(folder):
+    assert "have 1 or 3 channels, the model takes 2" in error_of(f"imagefolder:{folder}", size=(2, 8, 8)).message
+    assert load_data("demo", size=(2, 8, 8)).input_shape == (2, 8, 8)
+
+
+@pytest.mark.parametrize("data", ["demo", "folder"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_means_of_another_number_than_the_channels_are_refused(folder, data, channels):
+    spec = data if data == "demo" else f"imagefolder:{folder}"
+    found = error_of(spec, size=(channels, 8, 8), normalise=((0.5, 0.5), (0.5, 0.5)))
+    assert f"declares 2 means, and takes {channels} channels" in found.message
