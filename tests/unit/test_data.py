@@ -1,3 +1,4 @@
+import os
 import random
 import time
 from pathlib import Path
@@ -386,3 +387,24 @@ def test_means_of_another_number_than_the_channels_are_refused(folder, data, cha
     spec = data if data == "demo" else f"imagefolder:{folder}"
     found = error_of(spec, size=(channels, 8, 8), normalise=((0.5, 0.5), (0.5, 0.5)))
     assert f"declares 2 means, and takes {channels} channels" in found.message
+
+
+@pytest.mark.parametrize("to", ["nowhere.png", "link.png"])
+def test_a_link_that_leads_nowhere_is_named(folder, to):
+    (folder / "train" / "cat" / "link.png").symlink_to(to)
+    found = error_of(f"imagefolder:{folder}")
+    assert "'link.png' cannot be looked at" in found.message
+    assert found.at.endswith("train/cat/link.png")
+
+
+def test_a_link_to_a_folder_above_adds_no_image(folder, tmp_path):
+    (folder / "train" / "cat" / "again").symlink_to(folder / "train" / "cat")
+    assert len(load(folder, tmp_path).train) == 10
+
+
+def test_a_file_may_have_a_name_that_is_no_text_and_a_class_may_not(folder, tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    (folder / "train" / "cat" / "0.png").rename(folder / "train" / "cat" / f"{name}.png")
+    assert len(load(folder, tmp_path).train) == 10
+    (folder / "train" / "cat").rename(folder / "train" / name)
+    assert "is not UTF-8" in error_of(f"imagefolder:{folder}").message
