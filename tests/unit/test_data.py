@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 import deploypipe.data.images
-from deploypipe.data.batches import CropFlip, batches, n_batches, split, take
+from deploypipe.data.batches import CropFlip, batches, labels_of, n_batches, split, take
 from deploypipe.data.images import IMAGENET, Files, Images
 from deploypipe.data.load import load_data
 from deploypipe.errors import UsageError
@@ -408,3 +408,20 @@ def test_a_file_may_have_a_name_that_is_no_text_and_a_class_may_not(folder, tmp_
     assert len(load(folder, tmp_path).train) == 10
     (folder / "train" / "cat").rename(folder / "train" / name)
     assert "is not UTF-8" in error_of(f"imagefolder:{folder}").message
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [["cat", "dog"] * 10, [{"box": 1}] * 20, [[0, 1]] * 20, [None] * 20, torch.zeros(20, 2), [0.5] * 20, [[0], [0, 1]] * 10],
+)
+def test_targets_that_are_no_labels_are_not_taken_for_them(targets):
+    dataset = Slow(20)
+    dataset.targets = targets
+    assert labels_of(dataset) is None
+    assert len(load_data(dataset).test) == 4
+
+
+def test_targets_that_are_labels_are_not_read_one_by_one():
+    dataset = Slow(4)
+    dataset.targets = [3, 1, 2, 0]
+    assert labels_of(dataset).tolist() == [3, 1, 2, 0]
