@@ -8,7 +8,7 @@ from deploypipe.artifact import ArtifactTimes
 from deploypipe.backends.base import SUFFIX
 from deploypipe.device import at_home
 from deploypipe.errors import UsageError
-from deploypipe.folder import explained
+from deploypipe.folder import explained, require_writable
 from deploypipe.graph import trace
 from deploypipe.inspection import Inspection, inspect_graph
 from deploypipe.latency.estimate import CALIBRATED, ESTIMATED
@@ -23,6 +23,8 @@ from deploypipe.profiler.measure import ACCEPTED, profile
 from deploypipe.progress import Reporter, Silent
 from deploypipe.reports.figures import unmeasured
 from deploypipe.types import Graph
+
+_ELSEWHERE = "name another folder with --save"
 
 
 def inspect(model: str = "demo", weights: str | Path | None = None) -> Inspection:
@@ -47,8 +49,10 @@ def profile_model(
     Raises:
         UsageError: The folder to save into is not empty, or cannot be written.
     """
-    if save and Path(save).exists() and (not Path(save).is_dir() or any(Path(save).iterdir())):
-        raise UsageError("the folder to save the table in is not empty", at=f"--save {save}", fix="name a new folder")
+    if save:
+        require_writable(Path(save), _ELSEWHERE)
+        if any(Path(save).iterdir()):
+            raise UsageError("the folder to save the table in is not empty", at=f"--save {save}", fix="name a new folder")
     device, tell = device_of(request.resolved_target()), reporter or Silent()
     for note in device.notes:
         tell.note(note)
@@ -58,7 +62,7 @@ def profile_model(
         loaded.model, loaded.example, device.target, graph=graph, reporter=tell, fresh=fresh, allow_noise=allow_noise
     )
     if save:
-        with explained(Path(save)):
+        with explained(Path(save), _ELSEWHERE):
             table.only(graph).save(save)
     return _summary(device, table, graph)
 

@@ -297,6 +297,16 @@ def test_sensitivity_shows_what_each_width_loses_and_saves(
     assert (header, last) == ("group,size,width,loss,rise,accuracy,saves_us", "stem,16,8,0.3456,0.2456,0.914,25.0")
 
 
+def test_sensitivity_finds_a_place_that_takes_no_file_before_it_measures(
+    pipeline: FakePipeline, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "file" / "c.csv", Path("/proc/nope/c.csv")):
+        assert run(["sensitivity", "--out", str(place)]) == 2
+        assert "--out" in capsys.readouterr().err
+    assert pipeline.got == []
+
+
 def test_algos_explains_one_with_its_source_options_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["algos", "slimming"]) == 0
     out = capsys.readouterr().out
