@@ -386,7 +386,7 @@ def test_images_of_two_channels_are_refused(folder):
 def test_means_of_another_number_than_the_channels_are_refused(folder, data, channels):
     spec = data if data == "demo" else f"imagefolder:{folder}"
     found = error_of(spec, size=(channels, 8, 8), normalise=((0.5, 0.5), (0.5, 0.5)))
-    assert f"declares 2 means, and takes {channels} channels" in found.message
+    assert f"2 means are declared for {channels} channels" in found.message
 
 
 @pytest.mark.parametrize("to", ["nowhere.png", "link.png"])
