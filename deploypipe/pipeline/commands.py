@@ -47,13 +47,17 @@ def profile_model(
     model is written into that folder.
 
     Raises:
-        UsageError: The folder to save into is not empty, or cannot be written.
+        UsageError: The folder to save into is not empty, or cannot be written; several targets are named; there is no device
+            to measure afresh.
     """
     if save:
         require_writable(Path(save), _ELSEWHERE)
         if any(Path(save).iterdir()):
             raise UsageError("the folder to save the table in is not empty", at=f"--save {save}", fix="name a new folder")
-    device, tell = device_of(request.resolved_target()), reporter or Silent()
+    device, tell = device_of(request.only_target()), reporter or Silent()
+    if fresh and not device.present:
+        fix = "name a device with --host, or leave --fresh out to see what is stored or estimated"
+        raise UsageError("there is no device at hand to measure afresh", at=f"--fresh --target {device.target.name}", fix=fix)
     for note in device.notes:
         tell.note(note)
     loaded = load_model(request.model, request.weights)
@@ -86,7 +90,7 @@ def bench_artifact(
     if not path.is_file():
         raise UsageError("there is no such file", at=str(path), fix="give a built artifact or an .onnx file")
     request = Request(target=target, threads=threads, host=host, benchmark_binary=benchmark_binary)
-    device = Device(at_home(request.resolved_target()))
+    device = Device(at_home(request.only_target()))
     suffixes = tuple(dict.fromkeys((SUFFIX[device.backend.source], device.suffix)))
     if not path.name.endswith(suffixes):
         fix = f"give a file that ends in {' or '.join(suffixes)}, or name another --target"

@@ -244,6 +244,11 @@ def test_bench_passes_its_options_on(pipeline: FakePipeline, line: str, passed: 
     assert pipeline.got == passed
 
 
+def test_what_is_imported_stands_alone(pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["profile", "--import", "x.zip", "--target", "cpu"]) == 2
+    assert "--import and --target" in capsys.readouterr().err
+
+
 def test_bench_shows_the_whole_and_each_kernel(
     pipeline: FakePipeline, capsys: pytest.CaptureFixture[str], golden: Callable[[str, str], None]
 ) -> None:
