@@ -244,6 +244,19 @@ def test_bench_passes_its_options_on(pipeline: FakePipeline, line: str, passed: 
     assert pipeline.got == passed
 
 
+@pytest.mark.parametrize("command", ["inspect", "profile", "build"])
+def test_what_the_user_s_own_code_prints_is_no_part_of_the_answer(
+    pipeline: FakePipeline, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    pipeline.answer = {"inspect": INSPECTION, "profile": {"target": "cpu"}, "build": REPORT}[command]
+    silent = pipeline._call
+    monkeypatch.setattr(pipeline, "_call", lambda *arguments: print("hello from net.py") or silent(*arguments))
+    assert run([command, "--json"]) == 0
+    streams = capsys.readouterr()
+    assert json.loads(streams.out)
+    assert "hello from net.py" in streams.err
+
+
 def test_what_is_imported_stands_alone(pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["profile", "--import", "x.zip", "--target", "cpu"]) == 2
     assert "--import and --target" in capsys.readouterr().err
