@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 from rich.progress import Progress
@@ -554,6 +555,30 @@ def test_ctrl_c_in_a_running_build() -> None:
     assert out == ""
     assert "the same command resumes" in err
     assert "Traceback" not in err
+
+
+def test_being_terminated_ends_what_was_started_too() -> None:
+    process = start("""
+        import sys, types
+        fake = types.ModuleType("deploypipe.pipeline")
+        fake.Request = lambda *values, **options: options
+        def build(request, reporter):
+            from deploypipe.runners.process import finish
+            finish(["sh", "-c", "echo $$; exec sleep 60"], 100, stdout=sys.stderr)
+        fake.build = build
+        sys.modules["deploypipe.pipeline"] = fake
+        from deploypipe.cli.main import main
+        sys.argv = ["deploypipe", "build"]
+        main()
+    """)
+    assert process.stderr is not None
+    child = psutil.Process(int(process.stderr.readline()))
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (143, "")
+    assert "the same command resumes" in err
+    assert "Traceback" not in err
+    assert not child.is_running()
 
 
 @pytest.mark.parametrize("line", ["algos --json", "--help", "doctor"])
