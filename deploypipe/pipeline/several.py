@@ -9,8 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deploypipe.errors import BackendError
-from deploypipe.export import check_opset
 from deploypipe.measurement import Latency
 from deploypipe.pipeline.absent import device_of
 from deploypipe.pipeline.request import Request
@@ -31,27 +29,22 @@ class Elsewhere:
     """The targets after the first one that a request names. Where no device is at hand, a file is made and not measured.
 
     Raises:
+        UsageError: A target states an operator set that cannot be exported.
         BackendError: The runtime of one that is on this machine is not installed.
     """
 
     def __init__(self, request: Request) -> None:
         self.devices = [device_of(target) for target in request.resolved_targets()[1:]]
         for device in self.devices:
-            _require_runtime(device)
+            device.require_builder()
 
-    def reach(self, first: Device, reporter: Reporter) -> None:
-        """Ask the first device, and others that are not this machine, what they are: what cannot be used is found early.
+    def reach(self, reporter: Reporter) -> None:
+        """Ask devices that are not this machine what they are: what cannot be used is found before anything slow.
 
         Raises:
-            UsageError: A target states an operator set that cannot be exported.
             TargetError: A target names no device, or the device is another kind of machine.
             BackendError: A device cannot be reached, or the runtime is missing there.
         """
-        for device in (first, *self.devices):
-            if device.backend.source == "onnx":
-                check_opset(device.target.build.opset, f"{device.target.path or device.target.name}: build.opset")
-        _require_runtime(first)
-        _ = first.facts
         for device in self.devices:
             if not device.present:
                 reporter.note(f"target {device.target.name}: {_NOT_AT_HAND}")
@@ -92,13 +85,6 @@ class Elsewhere:
 
             found.append(store.keep(name, [1, *key, pruned, asdict(device.target), device.facts], measure, read))
         return found
-
-
-def _require_runtime(device: Device) -> None:
-    ready, missing = device.backend.available()
-    if device.present and device.runner.here and not ready:
-        at = f"target {device.target.name}"
-        raise BackendError(f"backend {device.backend.name} is not installed", at=at, fix=missing)
 
 
 def _outcome(
