@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deploypipe.backends import load_backend
-from deploypipe.backends.base import Backend, Facts
+from deploypipe.backends.base import Backend, Facts, Source
 from deploypipe.device import at_home, require_arch
 from deploypipe.errors import BackendError, DeployPipeError
 from deploypipe.job import PYTHON
@@ -82,6 +82,20 @@ def verdict(found: Checkup) -> list[tuple[str, str]]:
         return [("result", f"not usable yet: {failed.name}"), ("next", failed.fix)]
     notes = sum(step.state == WARNING for step in found.steps)
     return [("result", "usable" + (f", with {notes} note{'s' * (notes != 1)} on how to measure well" if notes else ""))]
+
+
+def _smallest(source: Source, folder: Path) -> Path:
+    """Write a model of four operations in the form that a backend compiles."""
+    if source == "program":
+        import torch  # noqa: PLC0415 - takes seconds, and most devices are looked at without it
+        from torch import nn  # noqa: PLC0415
+
+        from deploypipe.export import export_program  # noqa: PLC0415
+
+        return export_program(nn.Sequential(*(nn.ReLU() for _ in range(4))), torch.zeros(1, 8), folder / "smallest.pt2")
+    model = folder / "smallest.onnx"
+    model.write_bytes(chain(4, IDLE_OPS[0]))
+    return model
 
 
 class _Examination:
@@ -159,8 +173,7 @@ class _Examination:
             return "nothing: what is built for this target cannot be run here"
         target = self.target.replace(runs=6, warmup=1)
         with tempfile.TemporaryDirectory(prefix="deploypipe-") as folder:
-            model = Path(folder) / "smallest.onnx"
-            model.write_bytes(chain(4, IDLE_OPS[0]))
+            model = _smallest(self.backend.source, Path(folder))
             result = self.runner.run(self.backend.bench_job({"smallest": model}, target), Path(folder))
             return f"a model of four operations takes {self.backend.read_bench(result)['smallest'].median_us:.1f} us"
 

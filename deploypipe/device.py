@@ -17,12 +17,13 @@ def facts_of(backend: Backend, runner: Runner, target: Target, folder: Path) -> 
     """Return what the runtime says of itself, and the device of itself; what the runtime could not find out hides nothing.
 
     Raises:
-        TargetError: The device is another kind of machine than the target says.
+        TargetError: The device is another kind of machine than the target says, or has fewer cores than threads were asked for.
         BackendError: It cannot be reached, or the runtime is missing there.
     """
     machine = runner.describe()
     if backend.pricing != "never":  # else this machine only converts for that one
         require_arch(target, machine.arch)
+        _require_cores(target, machine.cores)
     answer = backend.read_description(runner.run(backend.describe_job(target), folder))
     lasting = machine.lasting
     return {**lasting, **{name: value for name, value in answer.items() if value or name not in lasting}}
@@ -54,6 +55,16 @@ def require_arch(target: Target, arch: str, fix: str = "check --host") -> None:
             at=f"{target.path or target.name}: device.arch",
             fix=f"{fix}, or correct [device] arch in the target file",
         )
+
+
+def _require_cores(target: Target, cores: int | None) -> None:
+    threads = target.measure.threads
+    if cores and threads > cores:
+        message, at = (
+            f"{threads} threads were asked for, the device has {cores} cores",
+            f"target {target.name}: measure.threads",
+        )
+        raise TargetError(message, at=at, fix=f"use {cores} or fewer: threads that wait for each other measure nothing")
 
 
 def _same_arch(one: str, other: str) -> bool:

@@ -7,7 +7,7 @@
     |-- BackendError      5   a runtime is missing, or failed to build or to run
     `-- BudgetError       6   a budget or an accuracy floor that cannot be reached
 
-Exit code 1 is a bug in deploypipe, 130 an interruption by the user.
+Exit code 1 is a bug in deploypipe, 130 an interruption by the user, 143 one by the system (SIGTERM).
 """
 
 from collections.abc import Iterable

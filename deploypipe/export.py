@@ -71,13 +71,11 @@ def export_onnx(model: nn.Module, example: Any, path: str | Path, opset: int = 2
         opset: ONNX operator set, 18 or later.
 
     Raises:
-        UsageError: The operator set is too old.
+        UsageError: The operator set is too old, or one that is not known yet.
         ModelError: The model cannot be exported; names the cause.
     """
     path = Path(path)
-    if opset < OLDEST_OPSET:
-        fix = f"use opset {OLDEST_OPSET} or later"
-        raise UsageError(f"torch cannot export operator set {opset}", at=f"export of {path.name}", fix=fix)
+    check_opset(opset, f"export of {path.name}")
     args = tuple(example) if isinstance(example, tuple | list) else (example,)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _evaluating(model), tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
@@ -92,6 +90,18 @@ def export_onnx(model: nn.Module, example: Any, path: str | Path, opset: int = 2
         temporary.replace(path)
     graph = written.graph
     return Exported(path, opset, tuple(i.name for i in graph.input), tuple(o.name for o in graph.output), len(graph.node))
+
+
+def check_opset(opset: int, at: str) -> None:
+    """Refuse an operator set that cannot be exported; `at` says where it was asked for.
+
+    Raises:
+        UsageError: It is too old, or one that the installed ONNX does not know yet.
+    """
+    newest = onnx.defs.onnx_opset_version()
+    if not OLDEST_OPSET <= opset <= newest:
+        fix = f"use opset {OLDEST_OPSET} or later, up to {newest}"
+        raise UsageError(f"torch cannot export operator set {opset}", at=at, fix=fix)
 
 
 def export_program(model: nn.Module, example: Any, path: str | Path) -> Path:

@@ -5,6 +5,7 @@ import fcntl
 import os
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -30,10 +31,27 @@ def make_folder(folder: Path, elsewhere: str = _ELSEWHERE) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        blocking = next(path for path in (folder, *folder.parents) if path.exists())
-        raise UsageError(f"'{blocking}' is a file, not a folder", at=str(folder), fix=elsewhere) from error
+        blocking = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        what = "a file, not a folder" if blocking.exists() else "a link to nothing"
+        raise UsageError(f"'{blocking}' is {what}", at=str(folder), fix=elsewhere) from error
     except FileNotFoundError as error:  # /proc and the like
         raise UsageError("no folder can be made there", at=str(folder), fix=elsewhere) from error
+    except OSError as error:
+        if error.errno in _FULL | _FORBIDDEN:
+            raise
+        raise UsageError(f"no folder can be made there: {error.strerror}", at=str(folder), fix=elsewhere) from error
+
+
+def require_writable(folder: Path, elsewhere: str) -> None:
+    """Make the folder and write into it, before something slow whose result is to lie there.
+
+    Raises:
+        UsageError: It takes no files; `elsewhere` says how the user names another.
+    """
+    with explained(folder, elsewhere):
+        make_folder(folder, elsewhere)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
 
 
 def claim(folder: Path, reporter: Reporter) -> int:

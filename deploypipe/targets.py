@@ -1,6 +1,7 @@
 """Read `targets/*.toml`: the facts of what we deploy to, checked key by key."""
 
 import dataclasses
+import math
 import os
 import tomllib
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from deploypipe.errors import TargetError, nearest
 
 NOT_RUN = "not run on hardware"
 _PACKAGE = Path(__file__).parent
+_MOST_THREADS = 1024  # a runtime starts as many as it is told, and each takes memory
 ALLOW_NOISE = "DEPLOYPIPE_ALLOW_NOISE"  # environment variable
 
 
@@ -76,9 +78,7 @@ class MeasureSpec:
 
     def __post_init__(self) -> None:
         for name, least in (("warmup", 0), ("runs", 1), ("threads", 1), ("least_us", 0)):
-            value = getattr(self, name)
-            if value < least:
-                raise TargetError(f"{name} is {value}", at=f"measure.{name}", fix=f"use {least} or more")
+            _require_range("measure", name, getattr(self, name), least, _MOST_THREADS if name == "threads" else math.inf)
         if self.batch != 1:
             fix = "leave it out: the batch size that is built and measured is that of the model's example inputs"
             raise TargetError(f"batch is {self.batch}, and a target does not decide it", at="measure.batch", fix=fix)
@@ -109,10 +109,20 @@ class Rates:
     sparse: float = 1.0
     sparse_source: str = ""
 
+    def __post_init__(self) -> None:
+        for name, least in (("tflops", 0), ("bandwidth_gb_s", 0), ("quantum", 1), ("launch_us", 0), ("sparse", 1)):
+            _require_range("rates", name, getattr(self, name), least)
+
     @property
     def known(self) -> bool:
         """Whether there is anything to compute with."""
         return self.tflops > 0 and self.bandwidth_gb_s > 0
+
+
+def _require_range(section: str, name: str, value: float, least: float, most: float = math.inf) -> None:
+    if not (least <= value <= most and math.isfinite(value)):
+        fix = f"use {least} or more" if most == math.inf else f"use {least} to {most}"
+        raise TargetError(f"{name} is {value}", at=f"{section}.{name}", fix=fix)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any, TextIO
 
 from deploypipe.progress import Reporter
@@ -53,9 +53,20 @@ def problem(text: str) -> None:
     print(_styled(word + colon, _RED, sys.stderr) + rest, file=sys.stderr, flush=True)
 
 
+def unanswered() -> redirect_stdout[TextIO]:
+    """While work is done, what the user's own code prints goes to stderr: stdout is for answers, which may be JSON."""
+    return redirect_stdout(sys.stderr)
+
+
 @contextmanager
 def progress() -> Iterator[Reporter]:
     """Yield a reporter for stderr: moving bars on a terminal, plain lines in a file or in continuous integration."""
+    with unanswered(), _reporter() as reporter:
+        yield reporter
+
+
+@contextmanager
+def _reporter() -> Iterator[Reporter]:
     if not _is_terminal(sys.stderr) or os.environ.get("CI"):
         lines = Lines(sys.stderr)
         yield lines

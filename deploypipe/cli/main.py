@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -10,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -18,7 +20,7 @@ from deploypipe import __version__
 from deploypipe.cli import build, console, criteria, profile, sensitivity, show
 from deploypipe.errors import DeployPipeError, UsageError, nearest
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 _ParserError: type[Exception] = typer.BadParameter.__mro__[1]  # UsageError of whichever parser typer brings along
 
 app = typer.Typer(
@@ -41,6 +43,10 @@ app.command("doctor")(show.doctor)
 app.command("compare")(show.compare)
 app.command("ledger")(show.ledger)
 app.command("report")(show.report)
+
+
+class _Terminated(BaseException):
+    """The system asked the process to end. As an exception it ends what was started for measuring, too, as Ctrl-C does."""
 
 
 def _show_version(wanted: bool) -> None:
@@ -70,7 +76,13 @@ def main() -> None:
     # Before torch is imported: on a shared machine, threads that spin while they wait for one that was descheduled
     # make training several times slower; threads that sleep cost little where the machine is idle.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(sys.argv[1:]))
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what follows is cleaning up: asked again, end at once
+    raise _Terminated
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -85,12 +97,14 @@ def run(arguments: Sequence[str]) -> int:
         return UsageError.exit_code
     except KeyboardInterrupt:
         code = INTERRUPTED
+    except _Terminated:
+        code = TERMINATED
     except SystemExit:  # the parser's answer to a reader that has left (`| head`), which is no failure
         code = 0
     except Exception as error:
         console.problem(str(_bug(error, arguments)))
         return DeployPipeError.exit_code
-    if code == INTERRUPTED:
+    if code in {INTERRUPTED, TERMINATED}:
         console.problem(str(_interrupted(arguments)))
     return int(code or 0)
 

@@ -7,9 +7,11 @@ import typer
 
 from deploypipe.cli import console
 from deploypipe.cli.build import Binary, HostName, Json, Model, TargetName, Threads, Weights
+from deploypipe.errors import UsageError
 
 
 def profile(
+    context: typer.Context,
     model: Model = "demo",
     weights: Weights = None,
     target: TargetName = "cpu",
@@ -33,6 +35,7 @@ def profile(
     from deploypipe import pipeline
 
     if results:
+        _refuse_others(context)
         found = pipeline.import_results(results)
         console.answer_json(found) if as_json else console.pairs((k.replace("_", " "), str(v)) for k, v in found.items())
         return
@@ -43,6 +46,15 @@ def profile(
         console.answer_json(summary)
     else:
         console.pairs((name.replace("_", " "), _shown(value)) for name, value in summary.items())
+
+
+def _refuse_others(context: typer.Context) -> None:
+    """Results say themselves of what they are: an option beside --import would be looked at by nothing."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source and source.name == "COMMANDLINE" and name not in {"results", "as_json"}:
+            at = f"--import and --{name.replace('_', '-')}"
+            raise UsageError("what was measured is taken in as it is", at=at, fix="leave the other option out")
 
 
 def _shown(value: object) -> str:

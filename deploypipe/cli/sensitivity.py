@@ -31,6 +31,8 @@ def sensitivity(
         model, weights, data, target or "cpu", algo, metric="latency" if target or host else "macs", seed=seed,
         options=parse_settings(settings or ()), threads=threads, keep=tuple(keep or ()), host=host,
     )  # fmt: skip
+    if out is not None:
+        curves.require_place(out)
     with console.progress() as reporter:
         found = pipeline.sensitivity(request, reporter)
     if out is not None:

@@ -19,7 +19,8 @@ def inspect(model: Model = "demo", weights: Weights = None, as_json: Json = Fals
     from deploypipe import pipeline
     from deploypipe.reports.figures import count
 
-    facts = pipeline.inspect(model, weights)
+    with console.unanswered():
+        facts = pipeline.inspect(model, weights)
     if as_json:
         console.answer_json(facts.to_json())
         return

@@ -219,7 +219,7 @@ def labels_of(dataset: Samples) -> Tensor | None:
         return dataset.tensors[1].long()
     targets = getattr(dataset, "targets", None)  # torchvision's habit
     if isinstance(targets, list | Tensor) and len(targets) == count(dataset):
-        return torch.as_tensor(targets).long()
+        return _classes_in(targets)
     return None
 
 
@@ -237,6 +237,15 @@ def _parts(sizes: Sequence[int], fraction: float, seed: int) -> list[int]:
     for i in order[: wanted - sum(found)]:
         found[i] += 1
     return found
+
+
+def _classes_in(targets: Any) -> Tensor | None:
+    """Return what a dataset calls its targets as (N,) int64; None if these are no labels: names, boxes, shares."""
+    try:
+        found = torch.as_tensor(targets)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return None if found.dim() != 1 or found.is_floating_point() or found.is_complex() else found.long()
 
 
 def split(train: Samples, fraction: float, seed: int) -> tuple[Samples, Samples]:

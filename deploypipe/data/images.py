@@ -29,7 +29,9 @@ DIGITS_NORMALISE: Normalise = ((0.31,), (0.32,))
 DIGITS_SIZE: Size = (1, 16, 16)
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MEMORY_LIMIT_BYTES = 2**30
+_DECODING = 2  # goes up when the same files are decoded to other pixels than before
 SMALL = 64  # pixels: below, an image is an icon that is used whole; above, a photograph with a margin around its subject
+_SIXTEEN_BITS = ("PNG", "PPM")  # formats without 32-bit greys, whose 16-bit ones Pillow may open as such
 _MARGIN = 0.875  # of the shorter side stays after the centre crop, the ImageNet habit (224 of 256)
 
 
@@ -103,34 +105,56 @@ def list_images(root: Path) -> Listing:
     """List the images under `root/<class>/`, in any depth.
 
     Raises:
-        UsageError: There are no class folders, or one of them holds no image.
+        UsageError: There are no class folders, one of them holds no image, or something in them cannot be looked at.
     """
+    try:
+        return _listed(root)
+    except OSError as failure:  # a link to nothing, a link to itself, a folder that may not be read
+        place = failure.filename or root
+        message = f"'{Path(place).name}' cannot be looked at: {failure.strerror}"
+        raise UsageError(message, at=str(place), fix="correct or remove it") from failure
+
+
+def _listed(root: Path) -> Listing:
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not folders:
         fix = f"make one folder per class: {root.name}/cat/1.png, {root.name}/dog/2.png, ..."
         raise UsageError("there are no classes", at=str(root), fix=fix)
     digest, files, labels = hashlib.sha256(), list[Path](), list[int]()
     for label, folder in enumerate(folders):
+        _require_text(folder)
         found = sorted(_walk(str(folder)))
         if not found:
             fix = f"put images there ({', '.join(SUFFIXES)}) or remove the folder"
             raise UsageError(f"class '{folder.name}' holds no image", at=str(folder), fix=fix)
         for name, size_bytes, modified_ns in found:
-            digest.update(f"{name[len(str(root)) :]}\0{size_bytes}\0{modified_ns}\n".encode())
+            digest.update(os.fsencode(f"{name[len(str(root)) :]}\0{size_bytes}\0{modified_ns}\n"))
         files += [Path(name) for name, _, _ in found]
         labels += [label] * len(found)
     classes = tuple(folder.name for folder in folders)
     return Listing(root, classes, tuple(files), torch.tensor(labels), digest.hexdigest()[:16])
 
 
-def _walk(folder: str) -> Iterator[tuple[str, int, int]]:
-    """Yield path, size and modification time of the images under `folder`."""
+def _require_text(folder: Path) -> None:
+    """Refuse a class whose name is no text: reports could not be written."""
+    try:
+        folder.name.encode()
+    except UnicodeEncodeError as failure:
+        shown = os.fsencode(folder).decode(errors="backslashreplace")
+        raise UsageError("the name of a class is not UTF-8", at=shown, fix="rename the folder") from failure
+
+
+def _walk(folder: str, above: tuple[str, ...] = ()) -> Iterator[tuple[str, int, int]]:
+    """Yield path, size and modification time of the images under `folder`; links to a folder `above` lead nowhere new."""
+    here = os.path.realpath(folder)
+    if here in above:
+        return
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                yield from _walk(entry.path)
+                yield from _walk(entry.path, (*above, here))
             elif entry.name.lower().endswith(SUFFIXES):
                 facts = entry.stat()
                 yield entry.path, facts.st_size, facts.st_mtime_ns
@@ -151,8 +175,8 @@ def load_images(listing: Listing, size: Size, normalise: Normalise, cache: Path,
     if len(listing.files) * size[0] * size[1] * size[2] > MEMORY_LIMIT_BYTES:
         return Files(listing.files, listing.labels, size, normalise)
     place = f"{listing.root.resolve()} {size}"
-    stem = hashlib.sha256(place.encode()).hexdigest()[:16]
-    path = cache / f"{stem}-{listing.key}.safetensors"
+    stem = hashlib.sha256(os.fsencode(place)).hexdigest()[:16]
+    path = cache / f"{stem}-{listing.key}-{_DECODING}.safetensors"
     pixels = _cached(path)
     if pixels is None:
         pixels = _decode_all(listing, size, reporter)
@@ -223,10 +247,19 @@ def _read(file: Path, size: Size) -> NDArray[np.uint8]:
 def _open(file: Path, mode: str) -> Image.Image:
     try:
         with Image.open(file) as image:
-            return image.convert(mode)
+            return _eight_bits(image).convert(mode)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as failure:
         fix = "replace or remove the file"
         raise UsageError(f"'{file.name}' is not a readable image: {failure}", at=str(file), fix=fix) from failure
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Return an image of 16-bit greys with 8 bits: `convert` would cut nearly all of them off at white."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in {"I", "F"}:
+        raise ValueError("it has 32 bits a pixel, and does not say which value is white; store it with 8 or 16")
+    return image
 
 
 def resized(images: Images, size: Size) -> Images:

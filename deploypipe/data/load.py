@@ -71,7 +71,8 @@ def load_data(
         return _from_datasets(spec, seed, "datasets passed in")
     kind, _, place = spec.partition(":")
     if spec == "demo":
-        return _digits(wanted or DIGITS_SIZE, normalise or DIGITS_NORMALISE)
+        size = wanted or DIGITS_SIZE
+        return _digits(size, _fitting(size, normalise or DIGITS_NORMALISE, "--data demo"))
     if kind in ("imagefolder", "cifar10"):
         root = _folder(place, spec)
         binary = _cifar_binary(root, spec) if kind == "cifar10" else None
@@ -98,6 +99,21 @@ def _as_size(size: tuple[int, ...] | None) -> Size | None:
     if len(size) not in (2, 3) or min(size) < 1:
         raise UsageError(f"{size} is not an image size", at="size", fix="give (channels, height, width) or (height, width)")
     return (size[0], size[1], size[2]) if len(size) == 3 else (3, size[0], size[1])
+
+
+def _fitting(size: Size, normalise: Normalise, at: str) -> Normalise:
+    """Return the means and deviations if there are as many as channels, or one for all.
+
+    Raises:
+        UsageError: There are not.
+    """
+    if len(normalise[0]) not in {1, size[0]}:
+        message, fix = (
+            f"{len(normalise[0])} means are declared for {size[0]} channels",
+            "declare one mean and one std per channel",
+        )
+        raise UsageError(message, at=at, fix=fix)
+    return normalise
 
 
 def _described(name: str, train: Samples, test: Samples, n_classes: int, shape: tuple[int, ...]) -> str:
@@ -155,7 +171,10 @@ def _image_folder(root: Path, size: Size | None, normalise: Normalise | None, ca
     if train_list.classes != test_list.classes:
         raise _class_mismatch(train_list, test_list)
     size = size or native_size(train_list)
-    normalise = normalise or (IMAGENET if size[0] == 3 else ((0.5,), (0.5,)))
+    if size[0] not in {1, 3}:
+        fix = "use a model of one or three input channels, or a Dataset that makes such inputs: --data file.py:factory"
+        raise UsageError(f"images have 1 or 3 channels, the model takes {size[0]}", at=f"--data imagefolder:{root}", fix=fix)
+    normalise = _fitting(size, normalise or (IMAGENET if size[0] == 3 else ((0.5,), (0.5,))), f"--data imagefolder:{root}")
     train, test = (load_images(listing, size, normalise, cache, reporter) for listing in (train_list, test_list))
     key = _key("folder", train_list.key, test_list.key, train_list.classes, size, normalise)
     description = _described(
@@ -210,7 +229,8 @@ def _cifar_binary(root: Path, spec: str) -> Path | None:
 
 def _cifar10(folder: Path, size: Size, normalise: Normalise) -> Data:
     names = [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]
-    train, test = (resized(Images(*_cifar_records(folder, part), normalise), size) for part in names)
+    fitting = _fitting((3, *size[1:]), normalise, "--data cifar10")
+    train, test = (resized(Images(*_cifar_records(folder, part), fitting), size) for part in names)
     facts = [(name, (folder / name).stat().st_size, (folder / name).stat().st_mtime_ns) for part in names for name in part]
     description = _described("CIFAR-10", train, test, 10, size)
     return Data(train, test, _CIFAR_CLASSES, _key("cifar10", facts, size, normalise), _augment(size, normalise), description)
@@ -264,19 +284,15 @@ def _spread(dataset: Samples, n: int) -> Tensor:
 
 
 def _fingerprint(dataset: Samples) -> Mapping[str, object]:
-    """Describe a Dataset by its length, all labels that need no reading of inputs, and its inputs.
-
-    Of inputs that are not in memory a few stand for all: reading them could take hours.
-    """
+    """Describe a Dataset by all that can be had without reading, which could take hours, and by a few of its samples."""
     inputs, labels = take(dataset, _spread(dataset, 16))
-    found = {"length": count(dataset), "labels": _digest(labels), "inputs": _digest(inputs), "shape": tuple(inputs.shape)}
     known, held = labels_of(dataset), dataset
-    found |= {} if known is None else {"all labels": _digest(known)}
-    indices = []
+    parts = [inputs, labels] if known is None else [inputs, labels, known]
     while isinstance(held, Subset):
-        indices.append(_digest(torch.as_tensor(held.indices)))
+        parts.append(torch.as_tensor(held.indices))
         held = held.dataset
-    return found | ({"all": [*map(_digest, held.tensors), *indices]} if isinstance(held, TensorDataset) else {})
+    parts += held.tensors if isinstance(held, TensorDataset) else ()
+    return {"length": count(dataset), "shape": tuple(inputs.shape), "digests": [_digest(part) for part in parts]}
 
 
 def _digest(tensor: Tensor) -> str:

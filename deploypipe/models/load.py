@@ -196,7 +196,8 @@ def _declared_normalise(model: nn.Module, spec: str) -> Normalise | None:
     mean, std = getattr(model, "mean", None), getattr(model, "std", None)
     if not (isinstance(mean, tuple | list) and isinstance(std, tuple | list)):
         return None  # modules may have a method or a tensor of that name
-    if len(mean) != len(std) or min(std) <= 0:
+    numbers = all(isinstance(value, int | float) for value in (*mean, *std))
+    if not numbers or not mean or len(mean) != len(std) or min(std) <= 0:
         fix = "declare one mean and one positive std per channel"
         raise ModelError(f"mean {mean} and std {std} do not fit together", at=f"--model {spec}", fix=fix)
     return tuple(map(float, mean)), tuple(map(float, std))

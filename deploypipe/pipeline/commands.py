@@ -8,7 +8,7 @@ from deploypipe.artifact import ArtifactTimes
 from deploypipe.backends.base import SUFFIX
 from deploypipe.device import at_home
 from deploypipe.errors import UsageError
-from deploypipe.folder import explained
+from deploypipe.folder import explained, require_writable
 from deploypipe.graph import trace
 from deploypipe.inspection import Inspection, inspect_graph
 from deploypipe.latency.estimate import CALIBRATED, ESTIMATED
@@ -23,6 +23,8 @@ from deploypipe.profiler.measure import ACCEPTED, profile
 from deploypipe.progress import Reporter, Silent
 from deploypipe.reports.figures import unmeasured
 from deploypipe.types import Graph
+
+_ELSEWHERE = "name another folder with --save"
 
 
 def inspect(model: str = "demo", weights: str | Path | None = None) -> Inspection:
@@ -45,11 +47,17 @@ def profile_model(
     model is written into that folder.
 
     Raises:
-        UsageError: The folder to save into is not empty, or cannot be written.
+        UsageError: The folder to save into is not empty, or cannot be written; several targets are named; there is no device
+            to measure afresh.
     """
-    if save and Path(save).exists() and (not Path(save).is_dir() or any(Path(save).iterdir())):
-        raise UsageError("the folder to save the table in is not empty", at=f"--save {save}", fix="name a new folder")
-    device, tell = device_of(request.resolved_target()), reporter or Silent()
+    if save:
+        require_writable(Path(save), _ELSEWHERE)
+        if any(Path(save).iterdir()):
+            raise UsageError("the folder to save the table in is not empty", at=f"--save {save}", fix="name a new folder")
+    device, tell = device_of(request.only_target()), reporter or Silent()
+    if fresh and not device.present:
+        fix = "name a device with --host, or leave --fresh out to see what is stored or estimated"
+        raise UsageError("there is no device at hand to measure afresh", at=f"--fresh --target {device.target.name}", fix=fix)
     for note in device.notes:
         tell.note(note)
     loaded = load_model(request.model, request.weights)
@@ -58,7 +66,7 @@ def profile_model(
         loaded.model, loaded.example, device.target, graph=graph, reporter=tell, fresh=fresh, allow_noise=allow_noise
     )
     if save:
-        with explained(Path(save)):
+        with explained(Path(save), _ELSEWHERE):
             table.only(graph).save(save)
     return _summary(device, table, graph)
 
@@ -82,7 +90,7 @@ def bench_artifact(
     if not path.is_file():
         raise UsageError("there is no such file", at=str(path), fix="give a built artifact or an .onnx file")
     request = Request(target=target, threads=threads, host=host, benchmark_binary=benchmark_binary)
-    device = Device(at_home(request.resolved_target()))
+    device = Device(at_home(request.only_target()))
     suffixes = tuple(dict.fromkeys((SUFFIX[device.backend.source], device.suffix)))
     if not path.name.endswith(suffixes):
         fix = f"give a file that ends in {' or '.join(suffixes)}, or name another --target"

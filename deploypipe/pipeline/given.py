@@ -41,7 +41,8 @@ def given(request: Request, reporter: Reporter, *, trains: bool = False) -> Give
     """
     loaded = load_model(str(request.model), request.weights)
     _check_inputs(loaded, request)
-    data = load_data(request.data, normalise=loaded.normalise, size=loaded.input_shape, seed=request.seed, reporter=reporter)
+    size = loaded.input_shape if len(loaded.input_shape) in {2, 3} else None  # else of something that no file of images holds
+    data = load_data(request.data, normalise=loaded.normalise, size=size, seed=request.seed, reporter=reporter)
     inputs = real_inputs(data, loaded.example)
     graph = trace(loaded.model, loaded.example).keeping(request.keep, KEPT_BY_USER)
     if trains:

@@ -71,7 +71,7 @@ def prune(  # noqa: PLR0913, PLR0917 - the public surface, named arguments in pr
     graph = trace(model, example)
     cost: CostTable
     if metric == "latency":
-        cost = profile(model, example, request.resolved_target(), graph=graph, reporter=reporter)
+        cost = profile(model, example, request.only_target(), graph=graph, reporter=reporter)
     else:
         cost = MacTable() if metric == "macs" else ParamTable()
     limit = parse_budget(budget, metric, cost.predict(graph))

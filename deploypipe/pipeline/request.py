@@ -123,6 +123,20 @@ class Request:
         """Return the first target with the threads and the device that were asked for: the plan is made for it."""
         return self.resolved_targets()[0]
 
+    def only_target(self) -> Target:
+        """Return the target as `resolved_target` does, where one alone is looked at.
+
+        Raises:
+            UsageError: Several were named.
+        """
+        first, *others = self.resolved_targets()
+        if others:
+            fix = f"name one of them, and run the command once for each: --target {first.name}"
+            raise UsageError(
+                "several targets are named, and only `build` takes more than one", at=f"--target {self.target}", fix=fix
+            )
+        return first
+
     def resolved_targets(self) -> tuple[Target, ...]:
         """Return all targets that were named, with commas between them.
 
@@ -169,6 +183,7 @@ class Request:
             raise UsageError(f"value_rounds is {self.value_rounds}", at="--value-rounds", fix="use 0 or more")
         if self.value_finalists < 1:
             raise UsageError(f"value_finalists is {self.value_finalists}", at="--value-finalists", fix="use 1 or more")
+        self._check_unused()
         parse_budget(self.budget, self.metric, float("inf"))
         algorithm = None if self.algo == AUTO else make(self.algo, self.options)
         if getattr(algorithm, "sparse", False) and self.metric == "latency":
@@ -187,6 +202,18 @@ class Request:
                 message, at=f"--target {target.name}", fix="use --metric macs or params, or name a target to plan by first"
             )
         _ = self.training
+
+    def _check_unused(self) -> None:
+        """Raise where something was asked for that nothing would look at."""
+        if self.table is not None and self.metric != "latency":
+            fix = "leave it out, or use --metric latency"
+            raise UsageError(f"a budget of {self.metric} looks at no latency table", at=f"--table {self.table}", fix=fix)
+        if self.value == "measured":
+            return
+        for name in ("value_rounds", "value_finalists"):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                at = f"--{name.replace('_', '-')} {getattr(self, name)}"
+                raise UsageError(f"--value {self.value} measures no widths", at=at, fix="leave it out, or use --value measured")
 
     def _check_auto(self, target: Target) -> None:
         """Raise unless 2:4 weights can be weighed against channels: by latency, by values, on a runtime that gains by them."""

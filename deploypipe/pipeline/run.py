@@ -249,6 +249,7 @@ class Run:
 
     def report(self) -> Report:
         """Run every stage and put the findings together."""
+        self.device.require_ready()
         self.elsewhere.reach(self.reporter)
         order = self._stages()
         asked = [str(getattr(self.request, name)) for name in ("model", "target", "budget", "metric", "command")]
@@ -261,10 +262,9 @@ class Run:
             device.runner.close()
 
     def _stages(self) -> list[Kept[Any]]:
-        first = [self.table] if self.request.metric == "latency" else []
-        order: list[Kept[Any] | None] = [*first, self.trained, self.plan, self.compacted, self.started, self.tuned]
-        order += [*self.artifacts.values(), self.checks, self.latencies, self.accuracies, self.arms, self.bundle]
-        order += self.outcomes
+        order: list[Kept[Any] | None] = [self.table if self.request.metric == "latency" else None, self.trained, self.plan]
+        order += [self.compacted, self.started, self.tuned, *self.artifacts.values()]
+        order += [self.checks, self.latencies, self.accuracies, self.arms, self.bundle, *self.outcomes]
         return [stage for stage in order if stage]
 
     def _assembled(self, order: Sequence[Kept[Any]]) -> Report:

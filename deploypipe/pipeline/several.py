@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deploypipe.errors import BackendError
 from deploypipe.measurement import Latency
 from deploypipe.pipeline.absent import device_of
 from deploypipe.pipeline.request import Request
@@ -30,16 +29,14 @@ class Elsewhere:
     """The targets after the first one that a request names. Where no device is at hand, a file is made and not measured.
 
     Raises:
+        UsageError: A target states an operator set that cannot be exported.
         BackendError: The runtime of one that is on this machine is not installed.
     """
 
     def __init__(self, request: Request) -> None:
         self.devices = [device_of(target) for target in request.resolved_targets()[1:]]
         for device in self.devices:
-            ready, missing = device.backend.available()
-            if device.present and device.runner.here and not ready:
-                at = f"target {device.target.name}"
-                raise BackendError(f"backend {device.backend.name} is not installed", at=at, fix=missing)
+            device.require_builder()
 
     def reach(self, reporter: Reporter) -> None:
         """Ask devices that are not this machine what they are: what cannot be used is found before anything slow.

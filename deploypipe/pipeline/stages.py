@@ -20,7 +20,8 @@ from deploypipe.cost import CostTable
 from deploypipe.data.batches import count, take
 from deploypipe.data.load import Data
 from deploypipe.device import facts_of
-from deploypipe.errors import ModelError
+from deploypipe.errors import BackendError, ModelError
+from deploypipe.export import check_opset
 from deploypipe.latency.stale import refuse_stale
 from deploypipe.latency.table import LatencyTable
 from deploypipe.plan import KeepPlan
@@ -65,6 +66,29 @@ class Device:
         """Runtime, versions, processor and threads of the device."""
         with tempfile.TemporaryDirectory(prefix="deploypipe-") as folder:
             return facts_of(self.backend, self.runner, self.target, Path(folder))
+
+    def require_builder(self) -> None:
+        """Find out before anything slow whether this machine can make files for the target.
+
+        Raises:
+            UsageError: The target states an operator set that cannot be exported.
+            BackendError: The runtime is to run here, and is not installed.
+        """
+        if self.backend.source == "onnx":
+            check_opset(self.target.build.opset, f"{self.target.path or self.target.name}: build.opset")
+        ready, missing = self.backend.available()
+        if self.present and self.runner.here and not ready:
+            at = f"target {self.target.name}"
+            raise BackendError(f"backend {self.backend.name} is not installed", at=at, fix=missing)
+
+    def require_ready(self) -> None:
+        """Find out as well whether the device can be used, if there is one.
+
+        Raises:
+            DeployPipeError: It cannot: see `require_builder` and `facts_of`.
+        """
+        self.require_builder()
+        _ = self.facts
 
     def state(self) -> Facts:
         """Return how the device is reached, and what changes there from minute to minute: temperature, clocks."""
@@ -170,7 +194,7 @@ def real_inputs(data: Data, example: Sequence[Any], n: int = N_INPUTS) -> list[t
     """Return `n` inputs of the example's batch size from the training set.
 
     Raises:
-        ModelError: The data does not have the shape that the model takes.
+        ModelError: The data does not have the shape or the type that the model takes.
     """
     first = example[0]
     batch = first.shape[0]
@@ -181,6 +205,12 @@ def real_inputs(data: Data, example: Sequence[Any], n: int = N_INPUTS) -> list[t
             f"the data has inputs of shape {tuple(images.shape[1:])}, the model takes {tuple(first.shape[1:])}",
             at="--data and --model",
             fix="give data of the model's size, or let the factory return (model, example_inputs) of the data's size",
+        )
+    if images.dtype != first.dtype:
+        raise ModelError(
+            f"the data has inputs of {images.dtype}, the model takes {first.dtype}",
+            at="--data and --model",
+            fix=f"let the Dataset return inputs of {first.dtype}, or the factory a model and example inputs of {images.dtype}",
         )
     return [(part.contiguous(), *example[1:]) for part in torch.split(images, batch)]
 

@@ -170,7 +170,7 @@ def sensitivity(request: Request, reporter: Reporter | None = None) -> Curves:
     loaded, data, graph = opened.loaded, opened.data, opened.graph
     cost: CostTable = MacTable()
     if request.metric == "latency":
-        cost = profile(loaded.model, loaded.example, request.resolved_target(), graph=graph, reporter=tell)
+        cost = profile(loaded.model, loaded.example, request.only_target(), graph=graph, reporter=tell)
     meter = held_out(request, loaded.model, loaded.key, graph, data)
     problem = Problem(loaded.model, graph, cost, cost.predict(graph), meter.fit, request.seed, tell)
     found: list[Curve] = []

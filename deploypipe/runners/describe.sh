@@ -25,7 +25,8 @@ say soc "$(prop ro.soc.model)"
 say cpu "$(sed -n 's/^model name[[:space:]]*: //p' /proc/cpuinfo 2> /dev/null | head -n 1)"
 say cpu "$(sed -n 's/^CPU implementer[[:space:]]*: //p; s/^CPU part[[:space:]]*: //p' /proc/cpuinfo 2> /dev/null | sort -u | tr '\n' ' ')"
 say cpu_flags "$(sed -n 's/^flags[[:space:]]*: //p; s/^Features[[:space:]]*: //p' /proc/cpuinfo 2> /dev/null | head -n 1)"
-say cores "$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN 2> /dev/null)"
+# nproc counts what OMP_NUM_THREADS says, but Android has no other.
+say cores "$(getconf _NPROCESSORS_ONLN 2> /dev/null || nproc 2> /dev/null)"
 say memory_kib "$(sed -n 's/^MemTotal:[[:space:]]*\([0-9]*\).*/\1/p' /proc/meminfo 2> /dev/null)"
 say free_kib "$(df -Pk . 2> /dev/null | sed -n '2s/.*[[:space:]]\([0-9][0-9]*\)[[:space:]][[:space:]]*[0-9]*%.*/\1/p')"
 

@@ -32,7 +32,7 @@ class Local:
             BackendError: The program is missing, failed, took too long, or left a pulled file out.
         """
         argv = tuple(self.python if part == PYTHON else part for part in job.argv)
-        with tempfile.TemporaryDirectory(dir=self.workdir, prefix="deploypipe-") as name:
+        with self._folder() as name:
             folder = Path(name)
             try:
                 for file, source in job.push.items():
@@ -46,6 +46,18 @@ class Local:
                 raise ending.missing(argv[0], error.strerror or str(error), ending.where(self.place, argv)) from error
             ending.succeeded(argv, ended, self.place)
             return ending.result(job, argv, ended, self.place, _pull(job, folder, into))
+
+    def _folder(self) -> "tempfile.TemporaryDirectory[str]":
+        try:
+            return tempfile.TemporaryDirectory(dir=self.workdir, prefix="deploypipe-")
+        except OSError as error:
+            at, fix = (
+                f"local: {error.filename or self.workdir}",
+                "set [reach] workdir in the target file to a folder that takes files",
+            )
+            if error.errno == errno.ENOSPC:
+                raise ending.disk_full(self.place, at) from error
+            raise BackendError(f"no folder for jobs can be made: {error.strerror}", at=at, fix=fix) from error
 
     def describe(self) -> Machine:
         """Say what this machine is and how it is set just now."""

@@ -9,6 +9,7 @@ Deviation: channels of coupled layers are one group and count once.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ RATES = tuple(round(0.1 * i, 1) for i in range(1, 10))
 
 @dataclass(frozen=True)
 class Pair:
-    """How alike two criteria rank.
+    """How alike two criteria rank; figures are None if there is no group that both can judge.
 
     Attributes:
         spearman: Mean over groups of the rank correlation inside a group.
@@ -36,11 +37,11 @@ class Pair:
 
     first: str
     second: str
-    spearman: float
-    spearman_min: float
-    kendall: float
-    over_all: float
-    overlap: tuple[float, ...]
+    spearman: float | None
+    spearman_min: float | None
+    kendall: float | None
+    over_all: float | None
+    overlap: tuple[float, ...] | None
     n_groups: int
 
 
@@ -125,12 +126,13 @@ def analyse(scores: Mapping[str, Mapping[str, Scores]], filters: Mapping[str, Sc
 def similarity(first: str, second: str, a: Mapping[str, Scores], b: Mapping[str, Scores]) -> Pair:
     """Return how alike two criteria rank the channels of the groups that both can judge."""
     names = [name for name in a if name in b]
-    ranks = [_correlation(spearmanr, a[name], b[name]) for name in names] or [float("nan")]
-    taus = [_correlation(kendalltau, a[name], b[name]) for name in names] or [float("nan")]
-    empty = np.empty(0)
-    whole = [np.concatenate([empty, *(scores[name] for name in names)]) for scores in (a, b)]
-    overlaps = [np.mean([overlap(a[name], b[name], rate) for name in names]) if names else float("nan") for rate in RATES]
-    over_all = _correlation(spearmanr, *whole) if names else float("nan")
+    if not names:
+        return Pair(first, second, None, None, None, None, None, 0)
+    ranks = [_correlation(spearmanr, a[name], b[name]) for name in names]
+    taus = [_correlation(kendalltau, a[name], b[name]) for name in names]
+    whole = [np.concatenate([scores[name] for name in names]) for scores in (a, b)]
+    overlaps = [np.mean([overlap(a[name], b[name], rate) for name in names]) for rate in RATES]
+    over_all = _correlation(spearmanr, *whole)
     overlap_at = tuple(map(float, overlaps))
     return Pair(first, second, float(np.mean(ranks)), min(ranks), float(np.mean(taus)), over_all, overlap_at, len(names))
 
@@ -161,7 +163,7 @@ def clustered(names: Sequence[str], pairs: Sequence[Pair]) -> tuple[tuple[str, .
     """Return groups of criteria that rank alike: chains of pairs with a correlation above 0.9."""
     cluster = {name: {name} for name in names}
     for pair in pairs:
-        if pair.spearman > SAME and cluster[pair.first] is not cluster[pair.second]:
+        if pair.spearman is not None and pair.spearman > SAME and cluster[pair.first] is not cluster[pair.second]:
             joined = cluster[pair.first] | cluster[pair.second]
             for name in joined:
                 cluster[name] = joined
@@ -193,6 +195,7 @@ def _gap(scores: Scores) -> float:
     return float(ordered[half] - ordered[half - 1]) / mean if mean else 0.0
 
 
+NOTHING = "-"  # where two criteria have no group in common
 SIMILARITY = ("criteria", "Spearman", "smallest", "Kendall", "all groups", "overlap at 50 %", "groups")
 SPREADS = ("criterion", "variation", "smallest", "gap at 50 %", "cannot tell apart", "groups")
 
@@ -200,10 +203,14 @@ SPREADS = ("criterion", "variation", "smallest", "gap at 50 %", "cannot tell apa
 def similarity_rows(found: Analysis) -> list[tuple[str, ...]]:
     """Return one row for each pair, the most alike first: the columns are SIMILARITY."""
     return [
-        (f"{p.first}, {p.second}", *(f"{x:+.2f}" for x in (p.spearman, p.spearman_min, p.kendall, p.over_all)),
-         f"{100 * p.overlap[4]:.0f} %", str(p.n_groups))
-        for p in sorted(found.pairs, key=lambda p: -p.spearman)
+        (f"{p.first}, {p.second}", *map(_signed, (p.spearman, p.spearman_min, p.kendall, p.over_all)),
+         f"{100 * p.overlap[4]:.0f} %" if p.overlap else NOTHING, str(p.n_groups))
+        for p in sorted(found.pairs, key=lambda p: -inf if p.spearman is None else p.spearman, reverse=True)
     ]  # fmt: skip
+
+
+def _signed(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:+.2f}"
 
 
 def spread_rows(found: Analysis) -> list[tuple[str, ...]]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from deploypipe.cost import CostTable
-from deploypipe.folder import explained
+from deploypipe.errors import UsageError
+from deploypipe.folder import explained, require_writable
 from deploypipe.plan import KeepPlan
 from deploypipe.reports.figures import amount
 from deploypipe.reports.render import Row
@@ -16,6 +17,7 @@ from deploypipe.types import Graph
 from deploypipe.worth.sensitivity import Curve
 
 COLUMNS = ("group", "channels", "loss", "rise", "accuracy", "saves", "share")
+_ELSEWHERE = "name another file with --out"
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,22 @@ class Curves:
         Raises:
             UsageError: The file cannot be written.
         """
+        require_place(path)
         columns = ["group", "size", "width", "loss", "rise", "accuracy", f"saves_{self.unit.lower()}"]
-        with explained(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w", newline="") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerows([columns, *(list(asdict(point).values()) for point in self.points)])
+        with explained(path.parent, _ELSEWHERE), path.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerows([columns, *(list(asdict(point).values()) for point in self.points)])
+
+
+def require_place(path: Path) -> None:
+    """Find out before measuring whether a file can be written.
+
+    Raises:
+        UsageError: It cannot.
+    """
+    if path.is_dir():
+        raise UsageError(f"'{path}' is a folder, not a file", at=f"--out {path}", fix=_ELSEWHERE)
+    require_writable(path.parent, _ELSEWHERE)
 
 
 def curves_table(

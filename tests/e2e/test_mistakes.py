@@ -50,6 +50,9 @@ def fails(capsys: pytest.CaptureFixture[str], argv: list[str], code: int, *words
         ({"set": "nonsense"}, 2, ("KEY=VALUE",)),
         ({"lr": "-1"}, 2, ()),
         ({"keep": "blok"}, 3, ("block",)),
+        ({"metric": "macs", "table": "x"}, 2, ("--table x",)),
+        ({"value": "scores", "value_rounds": 9}, 2, ("--value-rounds 9", "--value measured")),
+        ({"value_finalists": 4}, 2, ("--value-finalists 4", "--value measured")),
     ],
 )
 def test_wrong_arguments(
@@ -100,3 +103,36 @@ def test_what_is_no_model_is_not_measured(tmp_path: Path, capsys: pytest.Capture
     fails(capsys, ["bench", str(text)], 2, "no model for target cpu", "ends in .onnx")
     text = text.rename(tmp_path / "notes.onnx")
     fails(capsys, ["bench", str(text)], 5, "exit code 1: onnxruntime.capi", "INVALID_PROTOBUF")
+
+
+def test_a_device_that_cannot_be_reached_is_found_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = arguments(tmp_path / "run", metric="macs", algo="l1", host="127.0.0.1:1")
+    fails(capsys, argv, 5, "127.0.0.1")
+    assert not [path.name for path in (tmp_path / "run").glob("*.key")], "no stage was begun"
+
+
+@pytest.mark.parametrize("opset", [17, 99])
+def test_an_operator_set_that_cannot_be_exported_is_found_before_training(
+    opset: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "box.toml"
+    target.write_text(f'name = "box"\nlike = "cpu"\n[build]\nopset = {opset}\n')
+    argv = arguments(tmp_path / "run", metric="macs", algo="l1", target=target)
+    fails(capsys, argv, 2, f"operator set {opset}", "build.opset", "18 or later")
+    assert not [path.name for path in (tmp_path / "run").glob("*.key")], "no stage was begun"
+
+
+@pytest.mark.parametrize("command", ["bench", "profile", "sensitivity"])
+def test_several_targets_where_one_is_looked_at(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "m.onnx"
+    model.touch()
+    argv = {"bench": [str(model)], "profile": ["--model", f"{FACTORY}:net"], "sensitivity": []}[command]
+    if command == "sensitivity":
+        argv = ["--model", f"{FACTORY}:net", "--data", f"{FACTORY}:data"]
+    fails(capsys, [command, *argv, "--target", "cpu,cpu-openvino"], 2, "several targets", "--target cpu,cpu-openvino")
+
+
+def test_nothing_is_measured_afresh_without_a_device(capsys: pytest.CaptureFixture[str]) -> None:
+    fails(
+        capsys, ["profile", "--model", f"{FACTORY}:net", "--target", "jetson-orin", "--fresh"], 2, "no device at hand", "--host"
+    )

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 from rich.progress import Progress
@@ -244,6 +245,24 @@ def test_bench_passes_its_options_on(pipeline: FakePipeline, line: str, passed: 
     assert pipeline.got == passed
 
 
+@pytest.mark.parametrize("command", ["inspect", "profile", "build"])
+def test_what_the_user_s_own_code_prints_is_no_part_of_the_answer(
+    pipeline: FakePipeline, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    pipeline.answer = {"inspect": INSPECTION, "profile": {"target": "cpu"}, "build": REPORT}[command]
+    silent = pipeline._call
+    monkeypatch.setattr(pipeline, "_call", lambda *arguments: print("hello from net.py") or silent(*arguments))
+    assert run([command, "--json"]) == 0
+    streams = capsys.readouterr()
+    assert json.loads(streams.out)
+    assert "hello from net.py" in streams.err
+
+
+def test_what_is_imported_stands_alone(pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["profile", "--import", "x.zip", "--target", "cpu"]) == 2
+    assert "--import and --target" in capsys.readouterr().err
+
+
 def test_bench_shows_the_whole_and_each_kernel(
     pipeline: FakePipeline, capsys: pytest.CaptureFixture[str], golden: Callable[[str, str], None]
 ) -> None:
@@ -295,6 +314,16 @@ def test_sensitivity_shows_what_each_width_loses_and_saves(
     assert "no layer reads it" in out
     header, *_, last = (tmp_path / "c.csv").read_text().splitlines()
     assert (header, last) == ("group,size,width,loss,rise,accuracy,saves_us", "stem,16,8,0.3456,0.2456,0.914,25.0")
+
+
+def test_sensitivity_finds_a_place_that_takes_no_file_before_it_measures(
+    pipeline: FakePipeline, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "file" / "c.csv", Path("/proc/nope/c.csv")):
+        assert run(["sensitivity", "--out", str(place)]) == 2
+        assert "--out" in capsys.readouterr().err
+    assert pipeline.got == []
 
 
 def test_algos_explains_one_with_its_source_options_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:
@@ -526,6 +555,30 @@ def test_ctrl_c_in_a_running_build() -> None:
     assert out == ""
     assert "the same command resumes" in err
     assert "Traceback" not in err
+
+
+def test_being_terminated_ends_what_was_started_too() -> None:
+    process = start("""
+        import sys, types
+        fake = types.ModuleType("deploypipe.pipeline")
+        fake.Request = lambda *values, **options: options
+        def build(request, reporter):
+            from deploypipe.runners.process import finish
+            finish(["sh", "-c", "echo $$; exec sleep 60"], 100, stdout=sys.stderr)
+        fake.build = build
+        sys.modules["deploypipe.pipeline"] = fake
+        from deploypipe.cli.main import main
+        sys.argv = ["deploypipe", "build"]
+        main()
+    """)
+    assert process.stderr is not None
+    child = psutil.Process(int(process.stderr.readline()))
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (143, "")
+    assert "the same command resumes" in err
+    assert "Traceback" not in err
+    assert not child.is_running()
 
 
 @pytest.mark.parametrize("line", ["algos --json", "--help", "doctor"])

@@ -1,6 +1,7 @@
 """Rethinking the Pruning Criteria (Huang et al., NeurIPS 2021): its falsifiable tests."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -13,7 +14,18 @@ from torch import Tensor, nn
 from deploypipe.algorithms.scores import activation_scores, entropies, summed_distances
 from deploypipe.graph import trace
 from deploypipe.pipeline.criteria import all_scores
-from deploypipe.worth.criteria import Pair, analyse, clustered, normality, overlap, remarks, similarity, spread, variation
+from deploypipe.worth.criteria import (
+    Pair,
+    analyse,
+    clustered,
+    normality,
+    overlap,
+    remarks,
+    similarity,
+    similarity_rows,
+    spread,
+    variation,
+)
 from tests.toy_task import pictures, problem_of, trained_net
 from tests.toys import Fn, cbr, conv, head
 
@@ -189,3 +201,16 @@ def test_flattened_channels_are_read_whole() -> None:
     with torch.no_grad():
         expected = (model[1](model[0](x)) != 0).double().mean((0, 2, 3))
     np.testing.assert_allclose(next(iter(found.values())), expected, atol=1e-6)
+
+
+def test_criteria_without_a_common_group_have_no_figures() -> None:
+    norms = {"conv": np.arange(4.0)}
+    found = analyse({"l1": norms, "slimming": {}, "l2": norms}, {})
+    assert [
+        (pair.spearman, pair.overlap, pair.n_groups) for pair in found.pairs if "slimming" in (pair.first, pair.second)
+    ] == [(None, None, 0)] * 2
+    json.dumps(found.to_json(), allow_nan=False)
+    rows = similarity_rows(found)
+    assert rows[0][0] == "l1, l2"
+    assert rows[-1][1:] == ("-", "-", "-", "-", "-", "0")
+    assert found.clusters == (("l1", "l2"), ("slimming",))

@@ -1,3 +1,4 @@
+import os
 import random
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 import deploypipe.data.images
-from deploypipe.data.batches import CropFlip, batches, n_batches, split, take
+from deploypipe.data.batches import CropFlip, batches, labels_of, n_batches, split, take
 from deploypipe.data.images import IMAGENET, Files, Images
 from deploypipe.data.load import load_data
 from deploypipe.errors import UsageError
@@ -406,3 +407,75 @@ def test_files_of_other_kinds_are_passed_over(folder, tmp_path):
     write_image(folder / "train" / "cat" / "deeper" / "9.png")
     (folder / "train" / "cat" / "link.png").symlink_to(folder / "train" / "dog" / "0.png")
     assert len(load(folder, tmp_path).train) == 12
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_16_bits_are_scaled(tmp_path, suffix, channels):
+    array = np.array([[0, 256], [0x8000, 0xFFFF]], dtype=np.uint16)
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".pgm":
+        path.write_bytes(b"P5 2 2 65535\n" + array.astype(">u2").tobytes())
+    else:
+        Image.fromarray(array).save(path)
+    pixels = deploypipe.data.images.decode([path], (channels, 2, 2))
+    assert pixels.tolist() == [[[[0, 1], [128, 255]]] * channels]
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_images_of_32_bits_are_refused(tmp_path, kind):
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.full((2, 2), 1000, dtype=kind)).save(path)
+    with pytest.raises(UsageError, match=r"'a.tif'[\s\S]*32 bits a pixel"):
+        deploypipe.data.images.decode([path], (1, 2, 2))
+
+
+def test_images_of_two_channels_are_refused(folder):
+    assert "have 1 or 3 channels, the model takes 2" in error_of(f"imagefolder:{folder}", size=(2, 8, 8)).message
+    assert load_data("demo", size=(2, 8, 8)).input_shape == (2, 8, 8)
+
+
+@pytest.mark.parametrize("data", ["demo", "folder"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_means_of_another_number_than_the_channels_are_refused(folder, data, channels):
+    spec = data if data == "demo" else f"imagefolder:{folder}"
+    found = error_of(spec, size=(channels, 8, 8), normalise=((0.5, 0.5), (0.5, 0.5)))
+    assert f"2 means are declared for {channels} channels" in found.message
+
+
+@pytest.mark.parametrize("to", ["nowhere.png", "link.png"])
+def test_a_link_that_leads_nowhere_is_named(folder, to):
+    (folder / "train" / "cat" / "link.png").symlink_to(to)
+    found = error_of(f"imagefolder:{folder}")
+    assert "'link.png' cannot be looked at" in found.message
+    assert found.at.endswith("train/cat/link.png")
+
+
+def test_a_link_to_a_folder_above_adds_no_image(folder, tmp_path):
+    (folder / "train" / "cat" / "again").symlink_to(folder / "train" / "cat")
+    assert len(load(folder, tmp_path).train) == 10
+
+
+def test_a_file_may_have_a_name_that_is_no_text_and_a_class_may_not(folder, tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    (folder / "train" / "cat" / "0.png").rename(folder / "train" / "cat" / f"{name}.png")
+    assert len(load(folder, tmp_path).train) == 10
+    (folder / "train" / "cat").rename(folder / "train" / name)
+    assert "is not UTF-8" in error_of(f"imagefolder:{folder}").message
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [["cat", "dog"] * 10, [{"box": 1}] * 20, [[0, 1]] * 20, [None] * 20, torch.zeros(20, 2), [0.5] * 20, [[0], [0, 1]] * 10],
+)
+def test_targets_that_are_no_labels_are_not_taken_for_them(targets):
+    dataset = Slow(20)
+    dataset.targets = targets
+    assert labels_of(dataset) is None
+    assert len(load_data(dataset).test) == 4
+
+
+def test_targets_that_are_labels_are_not_read_one_by_one():
+    dataset = Slow(4)
+    dataset.targets = [3, 1, 2, 0]
+    assert labels_of(dataset).tolist() == [3, 1, 2, 0]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from deploypipe import checkup
-from deploypipe.device import require_arch
+from deploypipe.backends import load_backend
+from deploypipe.device import facts_of, require_arch
 from deploypipe.errors import BackendError, TargetError
 from deploypipe.runners.describe import Machine, read
 from deploypipe.runners.elf import built_for, surely_foreign
@@ -193,3 +194,17 @@ def test_a_full_disk_here_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(BackendError, match="the disk is full"):
         Local(Reach()).describe()
+
+
+def test_cores_are_counted_whatever_the_environment_says_of_threads(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "77")
+    assert Local(Reach()).describe().cores == os.cpu_count()
+
+
+def test_more_threads_than_cores_are_refused(tmp_path):
+    target = load_target("cpu").replace(threads=9)
+    runner = Pretending(target.reach)
+    runner.machine = Machine(cores=8)
+    with pytest.raises(TargetError, match="9 threads were asked for, the device has 8 cores"):
+        facts_of(load_backend(target), runner, target, tmp_path)
+    assert facts_of(load_backend(target), runner, target.replace(threads=1), tmp_path)["runtime"] == "onnxruntime"

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
+from deploypipe import checkup
 from deploypipe.backends import stopwatch
 from deploypipe.backends.base import KernelTime
 from deploypipe.backends.executorch import ExecuTorch
 from deploypipe.errors import BackendError, TargetError
 from deploypipe.export import export_program
-from deploypipe.job import PYTHON, JobResult
+from deploypipe.job import PYTHON, Job, JobResult
 from deploypipe.runners.local import Local
 from deploypipe.targets import Reach, load_target
 
@@ -224,3 +225,14 @@ def test_a_small_model_is_built_and_its_delegation_told(tmp_path):
     (note,) = BACKEND.read_build(result)
     assert note == "XNNPACK computes 2 of 2 operations (100%)"
     assert result.pulled["artifact.pte"].stat().st_size > 8 * 27 * 4
+
+
+def test_the_doctor_times_a_program(tmp_path, monkeypatch):
+    """What it is given is what it compiles, not ONNX."""
+    given = []
+    monkeypatch.setattr(ExecuTorch, "bench_job", lambda self, models, target: given.append(*models.values()) or Job(("true",)))
+    monkeypatch.setattr(ExecuTorch, "read_bench", lambda self, result: {"smallest": SimpleNamespace(median_us=1.0)})
+    seen = []
+    runner = SimpleNamespace(run=lambda job, into: seen.append(torch.export.load(given[0])))
+    assert "four operations" in checkup._Examination(TARGET, BACKEND, runner)._measure()
+    assert len([node for node in seen[0].graph.nodes if node.op == "call_function"]) == 4

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.data import TensorDataset
 
 from deploypipe.errors import ModelError
 from deploypipe.pipeline.given import given
@@ -81,3 +83,33 @@ def test_layers_of_training_mode_that_could_not_follow_are_named_before_anything
     assert given(Request(model=f"{path}:make", keep=("a",)), Silent(), trains=True)
     path.write_text(AUXILIARY.format(width=256, read="x.flatten(1)"))
     assert given(Request(model=f"{path}:make"), Silent(), trains=True), "they read the input alone"
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_data_of_another_type_than_the_model_takes_is_refused(kind: torch.dtype) -> None:
+    data = TensorDataset(torch.zeros(40, 1, 16, 16, dtype=kind), torch.arange(40) % 10)
+    with pytest.raises(ModelError, match=f"inputs of {kind}, the model takes torch.float32"):
+        given(Request(data=(data, data)), Silent())
+
+
+VOLUMES = """
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+def make():
+    layers = nn.Conv3d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(8, 2)
+    return nn.Sequential(*layers), torch.zeros(1, 1, 6, 6, 6)
+
+def data():
+    return TensorDataset(torch.zeros(40, 1, 6, 6, 6), torch.arange(40) % 2)
+"""
+
+
+def test_volumes_are_taken_from_the_user_s_own_datasets(tmp_path: Path) -> None:
+    path = tmp_path / "volumes.py"
+    path.write_text(VOLUMES)
+    found = given(Request(model=f"{path}:make", data=f"{path}:data"), Silent())
+    assert found.data.input_shape == (1, 6, 6, 6)
+    with pytest.raises(ModelError, match="the model takes \\(1, 6, 6, 6\\)"):
+        given(Request(model=f"{path}:make"), Silent())

@@ -75,3 +75,11 @@ def test_what_is_missing_is_said_before_and_after(local, tmp_path):
 
 def test_the_interpreter_is_our_own(local, tmp_path):
     assert local.run(job("import sys; print(sys.executable)"), tmp_path).stdout.strip() == sys.executable
+
+
+def test_a_working_folder_that_takes_no_files_is_named(tmp_path):
+    for place in (tmp_path / "none", tmp_path / "file"):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(BackendError, match=r"no folder for jobs can be made[\s\S]*\[reach\] workdir") as caught:
+            Local(Reach(workdir=str(place))).describe()
+        assert str(place) in caught.value.at

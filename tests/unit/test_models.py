@@ -44,6 +44,10 @@ def quits(): raise SystemExit(3)
 def wrong_default(): return nn.Linear(5, 2)
 def negative_std():
     net = Net(); net.mean = (0,); net.std = (0,); return net
+def no_mean():
+    net = Net(); net.mean = (); net.std = (); return net
+def named_mean():
+    net = Net(); net.mean = ("red",); net.std = (1,); return net
 def odd_size():
     net = Net(); net.input_size = "32"; return net
 instance = Net()
@@ -302,6 +306,8 @@ def test_broken_files(tmp_path):
         ("number", "returned a int"),
         ("triple", "returned (Net, int, int)"),
         ("negative_std", "do not fit together"),
+        ("no_mean", "do not fit together"),
+        ("named_mean", "do not fit together"),
         ("odd_size", "input_size '32'"),
         ("wrong_default", "cannot be run on an input of 1x3x224x224"),
     ],

@@ -10,6 +10,8 @@ from torch import nn
 from deploypipe.errors import UsageError
 from deploypipe.folder import explained
 from deploypipe.latency.widths import Steps
+from deploypipe.pipeline.commands import profile_model
+from deploypipe.pipeline.request import Request
 from deploypipe.profiler import measure
 
 ADVICE = "set DEPLOYPIPE_CACHE to a folder that can be written"
@@ -53,3 +55,17 @@ def test_the_inner_of_two_folders_is_the_one_that_is_named(tmp_path: Path) -> No
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.at == str(inner)
     assert f"or {ADVICE}" in caught.value.fix
+
+
+def test_a_folder_to_save_in_is_made_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nothing")
+    long = tmp_path / ("x" * 300)
+    for place, said in (
+        (tmp_path / "file" / "x", "is a file"),
+        (tmp_path / "link", "link' is a link to nothing"),
+        (long, "too long"),
+    ):
+        with pytest.raises(UsageError, match=said) as caught:
+            profile_model(Request(model="no such model"), save=place)
+        assert "--save" in caught.value.fix
