@@ -850,6 +850,26 @@ def selective_kernels() -> Toy:
 
 
 @toy
+def weights_that_are_added() -> Toy:
+    """Branches merged into one weight in every pass, as while a re-parameterised network is trained."""
+
+    def f(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        x = F.conv2d(x, m.w3 + F.pad(m.w1, [1, 1, 1, 1]), padding=1).relu()
+        return m.out(F.conv2d(x, m.a.weight + m.b.weight).relu().mean((2, 3)))
+
+    parts = {"w3": nn.Parameter(torch.randn(6, 8, 3, 3)), "w1": nn.Parameter(torch.randn(6, 8, 1, 1))}
+    return Fn(f, **parts, stem=cbr(3, 8), a=conv(6, 4, 1), b=conv(6, 4, 1), out=nn.Linear(4, 3)), (image(),)
+
+
+@toy
+def low_rank_addition() -> Toy:
+    f = lambda m, x: m.fc(F.linear(m.a(x).relu(), m.b.weight + m.up @ m.down).relu())  # noqa: E731
+    parts = {"up": nn.Parameter(torch.randn(10, 2)), "down": nn.Parameter(torch.randn(2, 12))}
+    return Fn(f, **parts, a=nn.Linear(8, 12), b=nn.Linear(12, 10), fc=nn.Linear(10, 4)), (torch.randn(2, 8),)
+
+
+@toy
 def shape_of_another() -> Toy:
     """A norm over flattened positions, brought back into the shape that they had."""
 

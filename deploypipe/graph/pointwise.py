@@ -1,6 +1,6 @@
 """Rules of the operations that work element by element."""
 
-from deploypipe.graph.labels import Labels, along, varies, widen
+from deploypipe.graph.labels import Labels, along, flat, varies, widen
 from deploypipe.graph.tracer import Call, Layers, Seen, State, tensors_in
 
 
@@ -40,6 +40,8 @@ def _merge(state: State, call: Call, merged: list[Labels], labels: Labels) -> No
         theirs = set(varies(other))
         if mine & theirs:
             state.ledger.tie(other, labels, call.where)
+            if call.name.rstrip("_") in ("add", "sub") and all(t.weight for t in tensors_in(tuple(call.args.values()))):
+                state.added.append((int(flat(other)[0]), int(flat(labels)[0])))  # where one is masked the other must be
             if not theirs >= mine:
                 if not mine >= theirs:
                     state.ledger.freeze(labels, f"{call.where}: channels along crossing axes")

@@ -123,6 +123,7 @@ class State:
         self.norms: dict[int, str] = {}  # layer call -> module of the norm that its output goes straight into
         self.attributes: list[AttributeUse] = []
         self.owner_axis: list[tuple[int, int, tuple[str, int]]] = []  # label ranges born on a parameter axis
+        self.added: list[tuple[int, int]] = []  # labels of two weights whose sum is used as one
 
     def _named(self, table: str) -> dict[str, tuple[int, ...]]:
         """Name the tensors of every module as `named_parameters` and `named_buffers` do; return their shapes."""
@@ -163,9 +164,12 @@ class State:
 
     def set_role_by_labels(self, labels: Labels, role: Role) -> None:
         """Give the parameter axis on which these labels were born a role (matrix products with a view of a parameter)."""
-        first = int(flat(labels)[0])
+        firsts, waiting = set[int](), {int(flat(labels)[0])}
+        while waiting:
+            firsts |= waiting
+            waiting = {b for pair in self.added for a, b in (pair, pair[::-1]) if a in waiting} - firsts
         for start, end, key in self.owner_axis:
-            if start <= first < end:
+            if any(start <= first < end for first in firsts):
                 self._set_role(key, role)
 
     def attach(self, tensor: Seen | None, axis: int, vector: Vector, role: Role, where: str) -> None:

@@ -137,6 +137,8 @@ def test_what_cannot_be_pruned_says_why(toy: str, group: str, words: str) -> Non
         ("activations_in_place", {"a": 8, "b": 6}),
         ("selective_kernels", {"stem.0": 8, "a.0": 6}),
         ("shape_of_another", {"stem": 8}),
+        ("weights_that_are_added", {"stem.0": 8, "w1": 6, "a": 4}),
+        ("low_rank_addition", {"up": 10}),
         ("keeps_its_size", {"stem.0": 8, "out.0": 6}),
         ("widths_are_read", {"a": 8, "b": 6}),
         ("writes_into_its_input", {"stem.0": 8}),
