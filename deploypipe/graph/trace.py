@@ -81,7 +81,7 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Graph:
         [('0', 8)]
     """
     example = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    state = State(model)
+    state, inputs = State(model), copied(example)
     tracer = _Tracer(state)
     training = [module for module in state.modules.values() if module.training]
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -90,7 +90,7 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Graph:
             model.eval()
         torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel hides the layers inside
         with torch.inference_mode(), _Sizes(tracer), tracer:
-            outputs = model(*copied(example))
+            outputs = model(*inputs)
     except ModelError:
         raise
     except Exception as error:
