@@ -35,6 +35,11 @@ def amount(value: float, unit: str) -> str:
     return microseconds(value) if unit == "us" else f"{count(value)} {unit}"
 
 
+def faster_text(speedup: float | None) -> str:
+    """Return a speed-up in words: 1.93x faster."""
+    return "" if speedup is None else f"{speedup:.2f}x faster" if speedup >= 1 else f"{1 / speedup:.2f}x slower"
+
+
 def unmeasured(source: str, profile: str = "") -> str:
     """Say what latencies are that the run did not measure: by their table's source, or by which stored profile it is."""
     return f"from {profile}, not measured in this run" if profile else f"{source}, not measured" if source else UNKNOWN

@@ -11,6 +11,7 @@ from deploypipe.reports.figures import (
     accuracy_text,
     amount,
     count,
+    faster_text,
     markdown_table,
     microseconds,
     size,
@@ -126,11 +127,6 @@ def change_text(report: Report) -> str:
     if report.speedup is not None or report.latency_source == "measured" or not before or not after:
         return faster_text(report.speedup)
     return f"{faster_text(before / after)} ({_mark(report)})"
-
-
-def faster_text(speedup: float | None) -> str:
-    """Return a speed-up in words: 1.93x faster."""
-    return "" if speedup is None else f"{speedup:.2f}x faster" if speedup >= 1 else f"{1 / speedup:.2f}x slower"
 
 
 def _mark(report: Report) -> str:

@@ -109,3 +109,9 @@ def test_a_host_is_for_the_targets_that_are_reached_over_a_connection(names, pla
 def test_a_target_cannot_be_named_twice():
     with pytest.raises(UsageError, match="twice"):
         Request(target="cpu,cpu").check()
+
+
+def test_a_model_that_became_slower_is_called_so():
+    (row,) = rows((replace(SLOW, pruned=took(400)),))
+    assert row[4] == "2.00x slower"
+    assert rows((SLOW,))[0][4] == "2.00x faster"
