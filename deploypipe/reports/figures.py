@@ -5,6 +5,7 @@ from math import sqrt
 
 UNKNOWN = "not measured"
 UNVERIFIED = "UNVERIFIED"  # begins a note that must not be overlooked
+BY_CHANCE = f"{UNVERIFIED}: the dense model is right no more often than by chance"  # so that no loss can be seen
 
 
 def count(number: float) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from deploypipe.measurement import Latency
 from deploypipe.reports import pattern, runtimes
 from deploypipe.reports.figures import (
+    BY_CHANCE,
     UNKNOWN,
     UNVERIFIED,
     accuracy_text,
@@ -82,6 +83,8 @@ def next_step(report: Report) -> str:
         )
     if (lost := points_lost(report.dense, report.pruned)) is None:
         return "give --data with a test set to learn the accuracy"
+    if any(note.startswith(BY_CHANCE) for note in report.notes):
+        return "give trained --weights, and --data of the model's classes: what was lost cannot be seen"
     if lost > max(0.01, 2 * standard_error(report.pruned.accuracy, report.n_test)):
         longer = f"--epochs {max(10, 3 * report.epochs)}"
         return f"{100 * lost:.1f} points were lost: fine-tune longer ({longer}) or allow a larger --budget"
