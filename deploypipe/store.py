@@ -251,9 +251,11 @@ def _read(root: Path, stage: str) -> _Record | None:
     """Return the stage's record; None if there is none, or if it was not written by this version."""
     try:
         record = _Record(**json.loads(_key_file(root, stage).read_text()))
-    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
+        paired = all(len(facts) == 2 for facts in record.files.values())
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, AttributeError):
         return None
-    return record if record.schema == _SCHEMA else None
+    sound = paired and isinstance(record.after, dict) and isinstance(record.seconds, int | float)
+    return record if sound and record.schema == _SCHEMA else None
 
 
 def _write(root: Path, stage: str, record: _Record) -> None:

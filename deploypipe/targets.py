@@ -237,8 +237,8 @@ def _folders() -> Iterator[Path]:
 
 def _find(name: str) -> Path:
     if name.endswith(".toml") or "/" in name or "\\" in name:
-        path = Path(name).expanduser()
-        if not path.is_file():
+        path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raise where there is no such user, or a name is too long
+        if not os.path.isfile(path):  # noqa: PTH113
             raise TargetError(f"there is no target file '{name}'", at=f"--target {name}", fix=nearest(name, list_targets()))
         return path
     known = list_targets()

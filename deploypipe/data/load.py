@@ -1,6 +1,7 @@
 """Turn `--data` into a training and a test set: `demo`, `imagefolder:DIR`, `cifar10:DIR`, `file.py:factory`, or Datasets."""
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -158,9 +159,9 @@ def _digits(size: Size, normalise: Normalise) -> Data:
 def _folder(place: str, spec: str) -> Path:
     if not place:
         raise UsageError("no folder is named", at=f"--data {spec}", fix=f"write {spec.rstrip(':')}:DIR")
-    root = Path(place).expanduser()
-    if not root.is_dir():
-        what = "not a folder" if root.exists() else "missing"
+    root = Path(os.path.expanduser(place))  # noqa: PTH111 - Path's own raise where there is no such user, or a name is too long
+    if not os.path.isdir(root):  # noqa: PTH112
+        what = "not a folder" if os.path.exists(root) else "missing"  # noqa: PTH110
         advice = near_path(root.resolve(), "folder", Path.is_dir)
         raise UsageError(f"data folder '{place}' is {what}", at=f"--data {spec}", fix=advice)
     return root
@@ -287,7 +288,7 @@ def _fingerprint(dataset: Samples) -> Mapping[str, object]:
     """Describe a Dataset by all that can be had without reading, which could take hours, and by a few of its samples."""
     inputs, labels = take(dataset, _spread(dataset, 16))
     known, held = labels_of(dataset), dataset
-    parts = [inputs, labels] if known is None else [inputs, labels, known]
+    parts = [inputs, labels, *(() if known is None else (known,))]
     while isinstance(held, Subset):
         parts.append(torch.as_tensor(held.indices))
         held = held.dataset

@@ -182,7 +182,7 @@ def read_table(folder: Path) -> tuple[dict[str, Any], dict[str, Steps], tuple[En
         steps = {kind: Steps(**{**item, "small": tuple(item["small"])}) for kind, item in state["steps"].items()}
         facts = dict(state["facts"])
         contexts = tuple(_context(_read(path)) for path in sorted((folder / "models").glob("*.json")))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise TargetError(f"latency table is malformed: {error!r}", at=str(folder), fix=_MEASURE) from error
     return facts, steps, read_kernels(folder), contexts
 
@@ -196,8 +196,10 @@ def read_kernels(folder: Path) -> tuple[Entry, ...]:
     path = folder / "kernels.csv"
     if not path.is_file():
         return ()
-    with path.open(newline="") as file:
-        rows = list(csv.reader(file))
+    try:
+        rows = list(csv.reader(path.read_text().splitlines()))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise TargetError(f"latency table is damaged: {error}", at=str(path), fix=_MEASURE) from error
     sparse = bool(rows) and rows[0] == _columns(True)
     if not rows or rows[0] != _columns(sparse):
         raise TargetError("latency table has other columns than this version reads", at=str(path), fix=_MEASURE)

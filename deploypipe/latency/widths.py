@@ -28,6 +28,10 @@ class Steps:
     small: tuple[int, ...] = ()
     edge: int = 0
 
+    def __post_init__(self) -> None:
+        if self.step < 1 or self.align < 1:
+            raise ValueError(f"a step of {self.step} channels, aligned to {self.align}")
+
     def up(self, width: int) -> int:
         """Return the width that costs as much as `width`: the next multiple of the step."""
         return width if width in self.small else -(-width // self.step) * self.step

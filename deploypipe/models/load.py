@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -79,7 +80,7 @@ def load_model(spec: str = "demo", weights: str | Path | None = None) -> Loaded:
     kind = spec.partition(":")[0]
     notes = []
     if weights is not None:
-        path = Path(weights).expanduser()
+        path = Path(os.path.expanduser(weights))  # noqa: PTH111 - Path.expanduser raises where there is no such user
         fit_weights(built.model, read_weights(path), f"--weights {weights}", unused=_AUXILIARY if kind == "torchvision" else ())
     elif spec == "demo":
         fit_weights(built.model, read_weights(WEIGHTS), str(WEIGHTS))

@@ -1,5 +1,6 @@
 """Read a state dict without running any code from it, and fit it into a model."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ModelError: It holds something else than tensors under names.
     """
     at = f"--weights {path}"
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises where a name is too long
         advice = near_path(path.resolve(), ".safetensors, .pt or .pth file", _may_hold_weights)
         raise UsageError(f"there is no weights file '{path}'", at=at, fix=advice)
     state: Any = _read_safetensors(path, at) if path.suffix == ".safetensors" else _read_torch(path, at)
@@ -37,7 +38,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
             state = state[name]
             break
-    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    pairs = state.items() if isinstance(state, Mapping) else ()
+    if not pairs or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in pairs):
         what = f"a {type(state).__name__}" if not isinstance(state, Mapping) else f"'{', '.join(map(str, list(state)[:5]))}'"
         raise ModelError(f"the weights file holds {what}, not tensors under names", at=at, fix=_SAVE)
     return dict(state)

@@ -2,12 +2,17 @@
 
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+import onnx
+from onnx.external_data_helper import uses_external_data
 
 from deploypipe.artifact import ArtifactTimes
 from deploypipe.backends.base import SUFFIX
 from deploypipe.device import at_home
-from deploypipe.errors import UsageError
+from deploypipe.errors import ModelError, UsageError
+from deploypipe.export import load_onnx
 from deploypipe.folder import explained, require_writable
 from deploypipe.graph import trace
 from deploypipe.inspection import Inspection, inspect_graph
@@ -95,16 +100,38 @@ def bench_artifact(
     if not path.name.endswith(suffixes):
         fix = f"give a file that ends in {' or '.join(suffixes)}, or name another --target"
         raise UsageError(f"this is no model for target {device.target.name}", at=str(path), fix=fix)
-    with closing(device.runner):
+    with closing(device.runner), TemporaryDirectory(prefix="deploypipe-") as folder:
+        model = in_one_file(path, Path(folder)) if path.suffix == SUFFIX["onnx"] else path
         tell.stage("bench")
-        whole = Latency(**device.bench({"model": path})["model"])
+        whole = Latency(**device.bench({"model": model})["model"])
         if layers:
             tell.stage("profile kernels")
             layers = device.backend.times_layers
             if not layers:
                 tell.note(f"backend {device.backend.name} gives no times of single layers")
-        profiled = device.profile(path) if layers else None
+        profiled = device.profile(model) if layers else None
     return ArtifactTimes(str(path), device.target.shown, device.target.measure.threads, whole, profiled)
+
+
+def in_one_file(model: Path, folder: Path) -> Path:
+    """Return an ONNX file, or a copy in `folder` with the weights that lie in files beside it: a job takes one file along.
+
+    Raises:
+        ModelError: The weights are missing, or too large for one file.
+    """
+    try:
+        outline = onnx.load(str(model), load_external_data=False)
+    except Exception:  # the runtime says what is wrong with it
+        return model
+    if not any(map(uses_external_data, outline.graph.initializer)):
+        return model
+    whole = folder / model.name
+    try:
+        onnx.save(load_onnx(model), str(whole))
+    except ValueError as error:
+        fix = "give a model below 2 GB"
+        raise ModelError(f"model and weights do not fit into one file: {error}", at=str(model), fix=fix) from error
+    return whole
 
 
 def _summary(device: Device, table: LatencyTable, graph: Graph) -> dict[str, Any]:

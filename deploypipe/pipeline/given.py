@@ -1,7 +1,7 @@
 """What a request names, opened: the model, its data, and its graph with the groups that the user keeps whole."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from deploypipe.pipeline.request import KEPT_BY_USER, Request
 from deploypipe.pipeline.stages import real_inputs
 from deploypipe.plan import KeepPlan
 from deploypipe.progress import Reporter
+from deploypipe.training.evaluate import main_output
 from deploypipe.types import Graph
 
 
@@ -47,7 +48,17 @@ def given(request: Request, reporter: Reporter, *, trains: bool = False) -> Give
     graph = trace(loaded.model, loaded.example).keeping(request.keep, KEPT_BY_USER)
     if trains:
         _check_training(loaded.model, graph, f"--model {request.model}")
+    loaded = replace(loaded, notes=(*loaded.notes, *_class_notes(loaded, len(data.classes))))
     return Given(loaded, data, inputs, graph)
+
+
+def _class_notes(loaded: Loaded, n_classes: int) -> list[str]:
+    """Say so if the model was made for other classes: accuracies then mean something only if these are its first ones."""
+    with torch.no_grad():
+        out = main_output(loaded.model(*loaded.example))
+    if not isinstance(out, Tensor) or out.dim() != 2 or out.shape[1] == n_classes:
+        return []
+    return [f"the model has {out.shape[1]} outputs, the data {n_classes} classes: label 0 is taken to be output 0, and so on"]
 
 
 def _check_inputs(loaded: Loaded, request: Request) -> None:

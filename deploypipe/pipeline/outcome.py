@@ -25,6 +25,7 @@ from deploypipe.measurement import Latency, Round
 from deploypipe.pipeline.bundle import BUNDLE
 from deploypipe.pipeline.request import Request
 from deploypipe.plan import KeepPlan
+from deploypipe.reports.figures import BY_CHANCE, accuracy_text, standard_error
 from deploypipe.reports.pattern import TwoFour
 from deploypipe.reports.report import Arm, BudgetOutcome, Check, GroupOutcome, Report, Side
 from deploypipe.targets import NOT_RUN, Target
@@ -93,7 +94,7 @@ def assemble(request: Request, data: Data, target: Target, found: Findings) -> R
         arms=found.arms,
         two_four=found.two_four,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        notes=(*found.notes, *_gone(found), *(context.doubts if context else ()), *_drift(found), *_unproven(target)),
+        notes=(*found.notes, *_told(found, context, target, len(data.classes))),
     )
 
 
@@ -146,6 +147,20 @@ def _left(found: Findings, when: int) -> float:
     """Return what the budget counts of the weights that are not zero, before (0) or after (1) fine-tuning."""
     assert found.sparse is not None, "only for methods that leave zeros"
     return NONZERO[found.cost.unit](found.sparse[when], found.graph)
+
+
+def _told(found: Findings, context: Context | None, target: Target, n_classes: int) -> tuple[str, ...]:
+    """Return what follows from the findings, and the user should hear of."""
+    doubts = context.doubts if context else ()
+    return (*_by_chance(found, n_classes), *_gone(found), *doubts, *_drift(found), *_unproven(target))
+
+
+def _by_chance(found: Findings, n_classes: int) -> tuple[str, ...]:
+    """Say so if the dense model has nothing to lose: random weights, or labels that are not the model's."""
+    accuracy, n_test = found.accuracies["dense"], found.accuracies["n_test"]
+    if accuracy is None or n_classes < 2 or accuracy > 1 / n_classes + 2 * standard_error(1 / n_classes, n_test):
+        return ()
+    return (f"{BY_CHANCE}: {accuracy_text(accuracy, n_test)} of {n_classes} classes",)
 
 
 def _drift(found: Findings) -> tuple[str, ...]:

@@ -87,6 +87,11 @@ class Request:
     command: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.budget, str):
+            fix = 'write it as text: "50%", "3ms", "1.2M"'
+            raise UsageError(f"the budget is {self.budget!r}, a {type(self.budget).__name__}", at="budget", fix=fix)
+        if isinstance(self.keep, str):
+            raise UsageError(f"the groups to keep are '{self.keep}'", at="keep", fix=f'give them as a tuple: ("{self.keep}",)')
         if not self.value and self.algo != AUTO:
             object.__setattr__(self, "value", VALUES[0])
 
@@ -146,7 +151,7 @@ class Request:
         if len(set(names)) < len(names):
             raise UsageError("a target is named twice", at=f"--target {self.target}", fix="leave one of them out")
         found = tuple(load_target(name) for name in names)
-        found = tuple(target.replace(threads=self.threads) for target in found) if self.threads else found
+        found = tuple(target.replace(threads=self.threads) for target in found) if self.threads is not None else found
         if self.benchmark_binary:
             found = tuple(by_binary(target, self.benchmark_binary) for target in found)
         any_away = any(target.away for target in found)
@@ -183,6 +188,9 @@ class Request:
             raise UsageError(f"value_rounds is {self.value_rounds}", at="--value-rounds", fix="use 0 or more")
         if self.value_finalists < 1:
             raise UsageError(f"value_finalists is {self.value_finalists}", at="--value-finalists", fix="use 1 or more")
+        floor = self.accuracy_floor
+        if floor is not None and not 0 <= floor <= 1:
+            raise UsageError(f"accuracy_floor is {floor}", at="--accuracy-floor", fix="use a share from 0 to 1, such as 0.9")
         self._check_unused()
         parse_budget(self.budget, self.metric, float("inf"))
         algorithm = None if self.algo == AUTO else make(self.algo, self.options)

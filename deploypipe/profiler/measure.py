@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from deploypipe.backends import load_backend
-from deploypipe.backends.base import Facts
+from deploypipe.backends.base import Backend, Facts
 from deploypipe.device import at_home
 from deploypipe.errors import TargetError
 from deploypipe.folder import explained, make_folder
@@ -85,7 +85,7 @@ def profile(  # noqa: PLR0913 - the public surface, named arguments in practice
     tell = reporter or Silent()
     example = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
     graph = graph or trace(model, example)
-    backend = load_backend(chosen)
+    backend = _measuring(chosen)
     noise = Noise() if allow_noise is None else Noise(allow_noise)
     root = Path(cache_dir) if cache_dir else cache_folder() / "profiles"
     with ExitStack() as stack:
@@ -107,6 +107,19 @@ def profile(  # noqa: PLR0913 - the public surface, named arguments in practice
             tell.reused("profile model")
             return table
         return store.keep(_trusted(in_context(store.bench, model, example, graph, table, tell), noise, store.folder))
+
+
+def _measuring(target: Target) -> Backend:
+    """Return the target's backend.
+
+    Raises:
+        TargetError: It only converts.
+    """
+    backend = load_backend(target)
+    if backend.pricing == "never":
+        message = f"what is built for target {target.name} cannot be run here: there is no latency to measure"
+        raise TargetError(message, at=f"--target {target.name}", fix="plan by counts: --metric macs or params")
+    return backend
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from deploypipe.reports.figures import accuracy_text, count, microseconds, size
-from deploypipe.reports.render import Row, faster_text, latency_text, points_lost
+from deploypipe.reports.figures import accuracy_text, count, faster_text, microseconds, size
+from deploypipe.reports.render import Row, latency_text, points_lost
 from deploypipe.reports.report import GroupOutcome, Report
 
 COLUMNS = (

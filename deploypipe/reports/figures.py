@@ -5,6 +5,7 @@ from math import sqrt
 
 UNKNOWN = "not measured"
 UNVERIFIED = "UNVERIFIED"  # begins a note that must not be overlooked
+BY_CHANCE = f"{UNVERIFIED}: the dense model is right no more often than by chance"  # so that no loss can be seen
 
 
 def count(number: float) -> str:
@@ -33,6 +34,11 @@ def size(n_bytes: int) -> str:
 def amount(value: float, unit: str) -> str:
     """Return a budget's number in its own unit."""
     return microseconds(value) if unit == "us" else f"{count(value)} {unit}"
+
+
+def faster_text(speedup: float | None) -> str:
+    """Return a speed-up in words: 1.93x faster."""
+    return "" if speedup is None else f"{speedup:.2f}x faster" if speedup >= 1 else f"{1 / speedup:.2f}x slower"
 
 
 def unmeasured(source: str, profile: str = "") -> str:

@@ -6,11 +6,13 @@ from pathlib import Path
 from deploypipe.measurement import Latency
 from deploypipe.reports import pattern, runtimes
 from deploypipe.reports.figures import (
+    BY_CHANCE,
     UNKNOWN,
     UNVERIFIED,
     accuracy_text,
     amount,
     count,
+    faster_text,
     markdown_table,
     microseconds,
     size,
@@ -81,6 +83,8 @@ def next_step(report: Report) -> str:
         )
     if (lost := points_lost(report.dense, report.pruned)) is None:
         return "give --data with a test set to learn the accuracy"
+    if any(note.startswith(BY_CHANCE) for note in report.notes):
+        return "give trained --weights, and --data of the model's classes: what was lost cannot be seen"
     if lost > max(0.01, 2 * standard_error(report.pruned.accuracy, report.n_test)):
         longer = f"--epochs {max(10, 3 * report.epochs)}"
         return f"{100 * lost:.1f} points were lost: fine-tune longer ({longer}) or allow a larger --budget"
@@ -126,11 +130,6 @@ def change_text(report: Report) -> str:
     if report.speedup is not None or report.latency_source == "measured" or not before or not after:
         return faster_text(report.speedup)
     return f"{faster_text(before / after)} ({_mark(report)})"
-
-
-def faster_text(speedup: float | None) -> str:
-    """Return a speed-up in words: 1.93x faster."""
-    return "" if speedup is None else f"{speedup:.2f}x faster" if speedup >= 1 else f"{1 / speedup:.2f}x slower"
 
 
 def _mark(report: Report) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deploypipe.measurement import Latency
-from deploypipe.reports.figures import UNKNOWN, markdown_table, microseconds, size
+from deploypipe.reports.figures import UNKNOWN, faster_text, markdown_table, microseconds, size
 
 COLUMNS = ("target", "runtime", "dense", "pruned", "change", "file", "difference to torch")
 
@@ -85,6 +85,5 @@ def section(outcomes: Sequence[RuntimeOutcome]) -> str:
 
 def _row(outcome: RuntimeOutcome) -> tuple[str, ...]:
     times = (microseconds(latency.median_us) if latency else UNKNOWN for latency in (outcome.dense, outcome.pruned))
-    change = f"{outcome.speedup:.2f}x faster" if outcome.speedup else ""
     error = "not verified" if outcome.error is None else f"{outcome.error:.1e} of at most {outcome.tolerance:.0e}"
-    return (outcome.target, outcome.runtime, *times, change, size(outcome.artifact_bytes), error)
+    return (outcome.target, outcome.runtime, *times, faster_text(outcome.speedup), size(outcome.artifact_bytes), error)

@@ -114,7 +114,8 @@ def logits(model: Callable[..., Any], inputs: Tensor, labels: Tensor) -> Tensor:
         found = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
         raise ModelError(f"the model returns {found}, not logits of shape ({shape[0]}, classes)", at="forward", fix=fix)
     if int(labels.max()) >= out.shape[1] or int(labels.min()) < 0:
-        message = f"label {int(labels.max())} is out of range: the model has {out.shape[1]} outputs"
+        label = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
+        message = f"label {label} is out of range: the model has {out.shape[1]} outputs"
         raise ModelError(message, at="forward", fix="use a model made for these classes, or other data")
     return out
 

@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import onnx
+import onnx.parser
 import pytest
 import torch
 from command_line import FACTORY, arguments
@@ -136,3 +139,14 @@ def test_nothing_is_measured_afresh_without_a_device(capsys: pytest.CaptureFixtu
     fails(
         capsys, ["profile", "--model", f"{FACTORY}:net", "--target", "jetson-orin", "--fresh"], 2, "no device at hand", "--host"
     )
+
+
+def test_a_model_with_its_weights_in_another_file_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, beside = tmp_path / "net.onnx", tmp_path / "net.onnx.data"
+    text = '<ir_version: 10, opset_import: ["" : 20]> g (float[1, 64] x) => (float[1, 64] y) { y = MatMul(x, w) }'
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((64, 64), dtype=np.float32), "w"))
+    onnx.save(model, str(path), save_as_external_data=True, location=beside.name)
+    assert run(["bench", str(path), "--no-layers"]) == 0, capsys.readouterr().err
+    beside.unlink()
+    fails(capsys, ["bench", str(path), "--no-layers"], 3, "net.onnx.data")

@@ -564,7 +564,7 @@ def test_being_terminated_ends_what_was_started_too() -> None:
         fake.Request = lambda *values, **options: options
         def build(request, reporter):
             from deploypipe.runners.process import finish
-            finish(["sh", "-c", "echo $$; exec sleep 60"], 100, stdout=sys.stderr)
+            finish(["sh", "-c", "sleep 1; echo $$; exec sleep 60"], 100, stdout=sys.stderr)  # by then it is known here
         fake.build = build
         sys.modules["deploypipe.pipeline"] = fake
         from deploypipe.cli.main import main
@@ -574,7 +574,7 @@ def test_being_terminated_ends_what_was_started_too() -> None:
     assert process.stderr is not None
     child = psutil.Process(int(process.stderr.readline()))
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=100)
     assert (process.returncode, out) == (143, "")
     assert "the same command resumes" in err
     assert "Traceback" not in err

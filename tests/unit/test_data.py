@@ -479,3 +479,8 @@ def test_targets_that_are_labels_are_not_read_one_by_one():
     dataset = Slow(4)
     dataset.targets = [3, 1, 2, 0]
     assert labels_of(dataset).tolist() == [3, 1, 2, 0]
+
+
+@pytest.mark.parametrize("place", ["~nosuch/data", "x" * 300])
+def test_a_folder_that_cannot_be_is_missing(place):
+    assert "is missing" in error_of(f"imagefolder:{place}").message

@@ -393,6 +393,12 @@ def test_outputs_of_several_forms(wrap):
     assert torch.equal(logits(wrap, x, torch.tensor([0, 1, 2, 0])), x)
 
 
+def test_the_label_that_is_out_of_range_is_named():
+    for labels, wrong in (([0, -1, 2], -1), ([0, 1, 3], 3)):
+        with pytest.raises(ModelError, match=f"label {wrong} is out of range: the model has 3 outputs"):
+            logits(lambda x: x, torch.randn(3, 3), torch.tensor(labels))
+
+
 def test_models_and_data_that_do_not_fit(data):
     with pytest.raises(ModelError, match="fails on a batch of shape"):
         evaluate(nn.Conv2d(3, 4, 3), data.test)

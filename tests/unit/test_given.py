@@ -113,3 +113,11 @@ def test_volumes_are_taken_from_the_user_s_own_datasets(tmp_path: Path) -> None:
     assert found.data.input_shape == (1, 6, 6, 6)
     with pytest.raises(ModelError, match="the model takes \\(1, 6, 6, 6\\)"):
         given(Request(model=f"{path}:make"), Silent())
+
+
+@pytest.mark.parametrize(("classes", "told"), [(10, False), (7, True)])
+def test_a_model_made_for_other_classes_is_told_of(classes: int, told: bool) -> None:
+    data = TensorDataset(torch.zeros(40, 1, 16, 16), torch.arange(40) % classes)
+    notes = given(Request(data=(data, data)), Silent()).loaded.notes
+    assert [note for note in notes if f"10 outputs, the data {classes} classes" in note] == list(notes)
+    assert bool(notes) == told

@@ -269,6 +269,7 @@ def test_a_table_of_other_measurements_has_another_id(net, kernels):
         ("device.json", '"schema": 5', '"schema": 9', "schema 9, this version reads 5"),
         ("device.json", "{", "", "damaged"),
         ("device.json", '"steps"', '"stops"', "malformed"),
+        ("device.json", '"step": 8', '"step": 0', "a step of 0 channels"),
         ("kernels.csv", "n_in", "inputs", "other columns"),
         ("kernels.csv", "conv,3x3", "conv,3y3", "kernels.csv:2"),
         ("kernels.csv", ",2.750,", ",0,", "latency is 0"),
@@ -287,4 +288,12 @@ def test_damaged_tables_are_refused(net, tmp_path, file, old, new, message):
 
 def test_there_is_no_table_in_an_empty_folder(tmp_path):
     with pytest.raises(TargetError, match="cannot read latency table"):
+        LatencyTable.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00n", b"n_in\x00"])
+def test_kernels_that_are_no_text_are_refused(net, tmp_path, content):
+    LatencyTable({}, STEPS, (Entry(Shape.of(B), 8, 8, 2.75, 1.0, 3.0, 30),), (context(net),)).save(tmp_path)
+    (tmp_path / "kernels.csv").write_bytes(content)
+    with pytest.raises(TargetError, match=r"kernels.csv"):
         LatencyTable.load(tmp_path)

@@ -353,3 +353,13 @@ def test_cifar_resnets_have_the_published_sizes(name, n_parameters):
     assert sum(parameter.numel() for parameter in model.parameters()) == n_parameters
     names = set(model.state_dict())
     assert {"conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "layer3.2.bn2.bias", "linear.bias"} <= names
+
+
+@pytest.mark.parametrize("place", ["~nosuch/w.pt", "x" * 300])
+def test_weights_that_cannot_be_are_missing(place):
+    assert "there is no weights file" in error_of("demo", Path(place)).message
+
+
+def test_weights_under_numbers_are_refused(tmp_path):
+    torch.save({0: torch.zeros(2)}, tmp_path / "w.pt")
+    assert "holds '0', not tensors under names" in error_of("demo", tmp_path / "w.pt").message

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from deploypipe.latency.table import Context, LatencyTable
-from deploypipe.pipeline.outcome import _drift, _judged, _quality
+from deploypipe.pipeline.outcome import _by_chance, _drift, _judged, _quality
 from deploypipe.pipeline.request import Request
 
 
@@ -38,3 +38,9 @@ def test_only_tables_held_against_the_device_state_their_additivity(facts: dict[
     table = LatencyTable(facts, {}, (), (found,))
     assert _quality(table, found) == {"table": table.source, "table_error": pytest.approx(0.14), "table_additivity": told}
     assert _quality(None, None) == {"table": "", "table_error": None, "table_additivity": None}
+
+
+@pytest.mark.parametrize(("accuracy", "classes", "told"), [(0.1, 10, True), (0.13, 10, True), (0.2, 10, False), (0.2, 3, True)])
+def test_a_dense_model_that_guesses_is_told_of(accuracy: float, classes: int, told: bool) -> None:
+    found = SimpleNamespace(accuracies={"dense": accuracy, "n_test": 300})
+    assert bool(_by_chance(found, classes)) == told

@@ -102,6 +102,7 @@ def test_every_group_check_and_note_is_on_the_page() -> None:
     [
         ({}, "the loss is small"),
         ({"pruned": REPORT.dense}, "nothing was lost"),
+        ({"pruned": REPORT.dense, "notes": (f"{figures.BY_CHANCE}: 10 %",)}, "what was lost cannot be seen"),
         ({"pruned": replace(REPORT.pruned, accuracy=0.90)}, "7.8 points were lost: fine-tune longer (--epochs 10)"),
         ({"budget": replace(REPORT.budget, reached=61.0)}, "the budget was missed"),
         ({"checks": (Check("onnx", "compacted", 1.0, 1e-4, 8),)}, "do not ship"),

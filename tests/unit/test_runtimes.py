@@ -1,12 +1,14 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from sample_report import REPORT
 
 from deploypipe.errors import BackendError, TargetError, UsageError
 from deploypipe.measurement import Latency
 from deploypipe.pipeline.request import Request
 from deploypipe.pipeline.several import Elsewhere
+from deploypipe.profiler.measure import profile
 from deploypipe.progress import Recorder, Silent
 from deploypipe.reports.render import markdown
 from deploypipe.reports.report import Report
@@ -109,3 +111,35 @@ def test_a_host_is_for_the_targets_that_are_reached_over_a_connection(names, pla
 def test_a_target_cannot_be_named_twice():
     with pytest.raises(UsageError, match="twice"):
         Request(target="cpu,cpu").check()
+
+
+def test_a_model_that_became_slower_is_called_so():
+    (row,) = rows((replace(SLOW, pruned=took(400)),))
+    assert row[4] == "2.00x slower"
+    assert rows((SLOW,))[0][4] == "2.00x faster"
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"budget": 0.5}, 'the budget is 0.5, a float[\\s\\S]*"50%"'),
+        ({"keep": "c1"}, r"the groups to keep are 'c1'[\s\S]*\(\"c1\",\)"),
+        ({"accuracy_floor": 80}, "accuracy_floor is 80"),
+        ({"accuracy_floor": float("nan")}, "accuracy_floor is nan"),
+    ],
+)
+def test_what_python_callers_get_wrong_is_found_at_once(asked, said):
+    with pytest.raises(UsageError, match=said):
+        Request.of(**asked).check()
+
+
+def test_no_threads_are_too_few():
+    with pytest.raises(TargetError, match="threads is 0"):
+        Request(threads=0).check()
+
+
+def test_nothing_is_measured_for_a_target_that_is_only_converted_for(tmp_path):
+    model = torch.nn.Conv2d(1, 4, 3)
+    with pytest.raises(TargetError, match="no latency to measure"):
+        profile(model, torch.zeros(1, 1, 8, 8), "ios", cache_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []

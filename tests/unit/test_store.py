@@ -154,7 +154,17 @@ def test_a_damaged_result_is_noticed_and_computed_again(
     assert snapshot(tmp_path) == clean
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema": 99}', "-----BEGIN PRIVATE KEY-----"])
+def key_file(**damage: object) -> str:
+    sound = {"wanted": "a", "result": "b", "after": {}, "files": {"plan.json": [1, "c"]}, "seconds": 1.0, "done": True}
+    return json.dumps(sound | damage)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"schema": 99}', "-----BEGIN PRIVATE KEY-----",
+     key_file(files=[]), key_file(files={"plan.json": 1}), key_file(files={"plan.json": [1]}), key_file(after=[]),
+     key_file(seconds="long")],
+)  # fmt: skip
 def test_an_unreadable_key_file_is_no_result(tmp_path: Path, text: str) -> None:
     with Store(tmp_path) as store:
         store.keep("plan", [1], write("x", "plan.json"), read("plan.json"))

@@ -96,3 +96,6 @@ def test_unknown_names_suggest_the_nearest():
         load_target("cpuu")
     with pytest.raises(TargetError, match="there is no target file"):
         load_target("missing/box.toml")
+    for name in ("~nosuch/box.toml", f"{'x' * 300}.toml"):
+        with pytest.raises(TargetError, match="there is no target file"):
+            load_target(name)
