@@ -20,7 +20,7 @@ latency on ONNX Runtime, one thread. Rows:
 
 All plans are made on one latency table, then trained, then measured in turns with the dense model. The budget is a little below
 the share, so that most rows end at or below it; a build would measure the plan and make it again where it does not, which this
-bench leaves out: some rows take up to half a hundredth more. Steps lie in `--work`: the command can be stopped and run again,
+bench leaves out: some rows take up to a hundredth more. Steps lie in `--work`: the command can be stopped and run again,
 and several may run beside each other (`--until train`); measuring comes last, alone. The test set decides nothing.
 """
 
