@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,11 +11,10 @@ from torch import Tensor, nn
 
 from deploypipe.algorithms.base import filter_norms, producers, rows
 from deploypipe.ingredients.gates import norms_of
-from deploypipe.ingredients.statistics import Convolution, Transposed, evaluating, generator, trained_weights
+from deploypipe.ingredients.statistics import Plain, evaluating, first, generator, trained_weights
 from deploypipe.types import Graph, Group
 
 WEISZFELD_STEPS = 200
-Plain = Convolution | Transposed | nn.Linear  # layers whose weight reads the module's input as it is
 Scores = NDArray[np.float64]
 Judge = Callable[[Group], Scores]  # raises NotApplicable
 
@@ -136,8 +136,8 @@ def activation_scores(model: nn.Module, graph: Graph, inputs: Iterable[Tensor]) 
     return {"apoz": apoz, "entropy": {name: entropies(torch.cat(parts).double().numpy()) for name, parts in means.items()}}
 
 
-def _input(read: Callable[[Tensor], None], module: nn.Module, args: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
-    read(args[0] if args else named["input"])
+def _input(read: Callable[[Tensor], None], module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+    read(first(args, named))
 
 
 def entropies(values: Scores, bins: int = ENTROPY_BINS) -> Scores:

@@ -37,9 +37,8 @@ from deploypipe.types import Graph, Group
 RAMP, ANNEALED_FROM = 0.15, 2 / 3  # shares of the training
 WARM, COLD = 1.0, 0.1  # temperatures
 SURE = 1e-6  # probabilities stay this far from 0 and 1
-FLAT = (
-    1e-12  # smaller scales count as this: gradients have its square below them. Folding makes scales small, and q must not rise
-)
+# Smaller scales count as this: gradients divide by its square. Folding makes scales small, and must not raise probabilities.
+FLAT = 1e-12
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def evenly(model: nn.Module, graph: Graph, n_heads: int) -> list[str]:
     return [usable[place] for place in dict.fromkeys(max(place, 0) for place in places)]
 
 
-def layer_of(model: nn.Module, weight: str) -> nn.Module:
+def owner_of(model: nn.Module, weight: str) -> nn.Module:
     """Return the module that owns a weight.
 
     Raises:
@@ -87,7 +87,7 @@ class Listening:
 
     def __init__(self, model: nn.Module, weights: Sequence[str], stop_after: str | None = None) -> None:
         self._model, self._stop_after = model, stop_after
-        self._layers = {weight: layer_of(model, weight) for weight in weights}
+        self._layers = {weight: owner_of(model, weight) for weight in weights}
         self.outputs: dict[str, list[Tensor]] = {}
 
     @contextmanager
@@ -135,7 +135,7 @@ class AuxiliaryLoss(TrainHook):
         """Put the head's parameters into the model, so that they are trained, and listen to the layer."""
         for name, parameter in self._parameters():
             model.register_parameter(name, parameter)  # a module more would be run by containers such as Sequential
-        layer = layer_of(model, self._weight)
+        layer = owner_of(model, self._weight)
         self._listener = layer.register_forward_hook(lambda _, __, out: self._met.append(out.clone()))  # as in Listening
 
     def on_loss(self, model: nn.Module, loss: Tensor, labels: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from deploypipe.errors import NotApplicable, UsageError
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+Plain = Convolution | Transposed | nn.Linear  # layers whose weight reads the module's input as it is
 BATCH = 128
 BATCH_VALUES = 1 << 22  # input values in one batch, so that large images do not fill the memory
 
@@ -138,10 +139,10 @@ def layer_of(model: nn.Module, weight: str) -> nn.Module:
         NotApplicable: Something else owns it.
     """
     owner, _, attribute = weight.rpartition(".")
-    module: Any = dict(model.named_modules()).get(owner)
-    if not isinstance(module, (*Convolution.__args__, *Transposed.__args__, nn.Linear)) or attribute != "weight":
+    module = dict(model.named_modules()).get(owner)
+    if not isinstance(module, Plain) or attribute != "weight":
         raise NotApplicable(f"{weight} is read by no plain convolution or linear layer")
-    return cast("nn.Module", module)
+    return module
 
 
 def readable(model: nn.Module, weight: str) -> nn.Module:
@@ -209,8 +210,7 @@ class FeatureTap:
             if sum(map(len, self._read.values())) == stop_after:
                 raise _Enough
 
-        hooks = {name: partial(hook, name) for name in self._layers}
-        handles = [layer.register_forward_hook(hooks[name], with_kwargs=True) for name, layer in self._layers.items()]
+        handles = [layer.register_forward_hook(partial(hook, name), with_kwargs=True) for name, layer in self._layers.items()]
         try:
             with evaluating(self._model), torch.inference_mode():
                 self._model(inputs)

@@ -101,11 +101,11 @@ def _check_training(model: nn.Module, graph: Graph, at: str) -> None:
 
 def _called(model: nn.Module, graph: Graph, *, training: bool) -> set[str]:
     """Return the modules with parameters of their own that a pass over two images calls; the model stays as it is."""
-    copied, called = copy.deepcopy(model).train(training), set[str]()
-    for name, module in copied.named_modules():
+    twin, called = copy.deepcopy(model).train(training), set[str]()
+    for name, module in twin.named_modules():
         if next(module.parameters(recurse=False), None) is not None:
             module.register_forward_pre_hook(lambda _module, _args, name=name: called.add(name))
     image, *more = graph.example
     with torch.no_grad(), seeded(0):
-        copied(torch.cat([image, image]), *more)
+        twin(torch.cat([image, image]), *more)
     return called

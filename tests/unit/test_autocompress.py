@@ -17,7 +17,6 @@ from deploypipe.errors import BudgetError, UsageError
 from deploypipe.ingredients.judge import Judge
 from deploypipe.ingredients.purify import dead
 from deploypipe.plan import KeepPlan
-from deploypipe.testing.problems import Selection
 from deploypipe.training.evaluate import recalibrate
 from tests.toy_task import EVEN, accuracy, problem_of, toy_data, trained_net, trainer
 
@@ -127,23 +126,3 @@ def test_fails_at_once_and_in_words() -> None:
     with pytest.raises(UsageError, match="needs data"):
         make("autocompress").plan(replace(task, data=None))
     assert isinstance(task.model, nn.Module)
-
-
-def test_what_judges_is_not_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    task, own, trained = problem_of(trained_net(widths=EVEN), 0.4), trainer(), set[int]()
-    data = Selection(toy_data().train.tensors[0])
-    fit = own.fit
-
-    def watched(*args: Any, **named: Any) -> nn.Module:
-        data.read.clear()
-        found = fit(*args, **named)
-        trained.update(data.read)
-        return found
-
-    own._data = replace(toy_data(), train=data)
-    monkeypatch.setattr(own, "fit", watched)
-    options = {**QUICK, "train_epochs": 2, "images": 100}
-    make("autocompress", options).train(replace(task, data=data), own)
-    judging = set(Judge(task.graph, data, 100, 200, task.seed)._held_out.indices)
-    assert len(judging) == 100
-    assert trained == set(range(600)) - judging

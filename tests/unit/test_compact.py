@@ -191,3 +191,22 @@ def test_a_compacted_model_that_computes_no_numbers_is_noticed() -> None:
     graph = trace(model.eval(), (image(),))
     with pytest.raises(ModelError, match="something else"):
         compact(model, graph, KeepPlan({"a": (0, 1, 2)}))
+
+
+def test_a_plan_whose_part_alone_would_not_run_is_taken() -> None:
+    """Widths that `forward` compares may only agree once the channels under the norm are cut as well."""
+
+    class Alike(Literal):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.b(self.a(x).relu()).relu()
+            z = self.c(y)
+            assert y.shape[1] == 2 * z.shape[1]
+            return self.fc(self.norm(z.mean((2, 3))))
+
+    torch.manual_seed(0)
+    model = Alike().eval()
+    graph = trace(model, torch.randn(2, 3, 8, 8))
+    small = compact(model, graph, KeepPlan({"b": tuple(range(8)), "c": (0, 1, 2, 5)}))
+    assert (small.b.out_channels, small.fc.in_features) == (8, 4)
+    with pytest.raises(ModelError, match="does not run"):
+        compact(model, graph, KeepPlan({"b": tuple(range(8))}))
