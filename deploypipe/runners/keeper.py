@@ -30,9 +30,11 @@ _KEEP = (
     'for o in "$w"/deploypipe-"$u"-*; do [ -d "$o" ] && [ -O "$o" ] && k=$(cat "$o"/keeper 2>/dev/null) && '
     '{ kill -0 "$k" 2>/dev/null || end "$o"; }; done; '
     'd=$(mktemp -d "$w/deploypipe-$u-XXXXXX") || exit 73; '
-    'bye() { end "$d"; }; trap bye EXIT; trap "exit 0" HUP INT TERM PIPE; '
+    # A connection that breaks ends our input and hangs up, too: a signal that comes while we tidy up must not end that.
+    'leave() { trap "" HUP INT TERM PIPE; exit 0; }; '
+    'bye() { end "$d"; }; trap bye EXIT; trap leave HUP INT TERM PIPE; '
     'echo $$ > "$d"/keeper || exit 74; '
-    f'echo "{MARK}"; echo "$d"; uname -m; cat > /dev/null'
+    f'echo "{MARK}"; echo "$d"; uname -m; cat > /dev/null; leave'
 )
 
 
