@@ -2,10 +2,8 @@
 
 import contextlib
 import io
-import logging
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,20 +17,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from deploypipe.errors import ModelError, UsageError
+from deploypipe.exporter import functions_read_once, quiet, root_cause, telling_lines
 
 OLDEST_OPSET = 18  # below it the exporter logs a failed down-conversion and silently writes 18
-_NOISE = (
-    "Traceback",
-    "File ",
-    "^",
-    "~",
-    "The above exception",
-    "⬇",
-    "(Refer to",
-    "[torch.onnx]",
-    "While executing",
-    "Original ",
-)
 
 
 @dataclass(frozen=True)
@@ -115,7 +102,7 @@ def export_program(model: nn.Module, example: Any, path: str | Path) -> Path:
     path = Path(path)
     args = tuple(example) if isinstance(example, tuple | list) else (example,)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _evaluating(model), tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, _quiet():
+    with _evaluating(model), tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, quiet():
         temporary = Path(folder) / "model.pt2"
         try:
             with torch.no_grad():
@@ -140,7 +127,7 @@ def simplify_onnx(src: str | Path, dst: str | Path) -> Simplified:
     except Exception as error:  # noqa: BLE001, RUF100 - the simplifier is optional: whatever stops it is reported, not raised
         shutil.copyfile(src, temporary)
         temporary.replace(dst)
-        reason = error.message if isinstance(error, ModelError) else _last_lines(str(error)) or type(error).__name__
+        reason = error.message if isinstance(error, ModelError) else telling_lines(str(error)) or type(error).__name__
         return Simplified(dst, False, reason, before, before)
     onnx.save(simplified, str(temporary))
     temporary.replace(dst)
@@ -162,7 +149,7 @@ def load_onnx(path: str | Path) -> onnx.ModelProto:
 def _simplified(model: onnx.ModelProto) -> onnx.ModelProto:
     import onnxsim  # noqa: PLC0415 - a native module that may be absent: then simplification is skipped with that reason
 
-    with _quiet():
+    with quiet():
         simplified, same = onnxsim.simplify(model, check_n=0)
     names = [[value.name for value in part] for part in (model.graph.input, model.graph.output)]
     if names != [[value.name for value in part] for part in (simplified.graph.input, simplified.graph.output)]:
@@ -177,7 +164,7 @@ def _simplified(model: onnx.ModelProto) -> onnx.ModelProto:
 def _export(model: nn.Module, args: tuple[Any, ...], path: Path, opset: int, inputs: list[str], outputs: list[str]) -> None:
     said = io.StringIO()
     try:
-        with _quiet(said):
+        with quiet(said), functions_read_once():
             torch.onnx.export(
                 model, args, str(path), dynamo=True, external_data=False, opset_version=opset, verbose=False,
                 input_names=inputs, output_names=outputs,
@@ -185,13 +172,13 @@ def _export(model: nn.Module, args: tuple[Any, ...], path: Path, opset: int, inp
     except Exception as error:
         raise _refused("to ONNX", f"torch.onnx.export of {type(model).__name__}, operator set {opset}", error) from error
     if not path.is_file():
-        raise ModelError(f"the exporter wrote nothing: {_last_lines(said.getvalue())}", at=type(model).__name__)
+        raise ModelError(f"the exporter wrote nothing: {telling_lines(said.getvalue())}", at=type(model).__name__)
 
 
 def _refused(how: str, at: str, error: Exception) -> ModelError:
-    cause = _root(error)
+    cause = root_cause(error)
     return ModelError(
-        f"the model cannot be exported {how}: {_last_lines(str(cause) or type(cause).__name__)}",
+        f"the model cannot be exported {how}: {telling_lines(str(cause) or type(cause).__name__)}",
         at=at,
         fix="rewrite that part of forward with operations that torch.export follows (no branch on tensor values)",
     )
@@ -246,19 +233,6 @@ def _numbered(stem: str, count: int) -> list[str]:
     return [stem] if count == 1 else [f"{stem}_{index}" for index in range(count)]
 
 
-def _root(error: BaseException) -> BaseException:
-    """Follow the chain of causes to the exception that started it: the exporter wraps it several times."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _last_lines(text: str, count: int = 3, width: int = 300) -> str:
-    lines = [line.strip() for line in text.splitlines()]
-    telling = [line for line in lines if line and not line.startswith(_NOISE)]
-    return "; ".join(telling[:1] if len(telling) <= 1 else telling[:count])[:width]
-
-
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
@@ -268,17 +242,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-@contextlib.contextmanager
-def _quiet(said: io.StringIO | None = None) -> Iterator[None]:
-    """Keep the exporter's progress lines, warnings and log records off the user's screen."""
-    said = said or io.StringIO()
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)

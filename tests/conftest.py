@@ -1,5 +1,6 @@
 """Tests run on one thread: the machine is small and results should not depend on it."""
 
+import gc
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,18 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/* with what the code says now")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leave what has been imported out of garbage collections: going through all of torch takes a quarter of a second."""
+    import torch._dynamo  # noqa: F401, PLC0415 - most of it; the first export would import it
+
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import onnxsim
 import pytest
 import torch
 from torch import nn
+from torch.onnx._internal.exporter import _registration
 
 from deploypipe.errors import ModelError, UsageError
 from deploypipe.export import export_onnx, load_onnx, simplify_onnx
@@ -107,6 +108,18 @@ def test_an_operator_set_that_was_not_honoured_is_an_error(tmp_path, example, mo
     with pytest.raises(ModelError, match="asked for operator set 20, the exporter wrote 18"):
         export_onnx(Net(), example, tmp_path / "m.onnx", opset=20)
     assert not any(tmp_path.iterdir())
+
+
+def test_the_exporter_s_functions_are_read_once_and_what_it_writes_is_the_same(tmp_path, example, monkeypatch):
+    apis, calls = _registration.onnxscript_apis, []
+    read = apis.get_torchlib_ops
+    counted = lambda: calls.append(1) or read()  # noqa: E731
+    monkeypatch.setattr(apis, "get_torchlib_ops", counted)
+    net = Net().eval()
+    files = [export_onnx(net, example, tmp_path / f"{n}.onnx").path.read_bytes() for n in range(3)]
+    assert calls == [1]
+    assert apis.get_torchlib_ops is counted, "and torch is left as it was"
+    assert files[0] == files[1] == files[2]
 
 
 def test_a_model_that_cannot_be_exported_names_the_cause_and_leaves_nothing(tmp_path, example, capfd):
