@@ -77,6 +77,8 @@ def _groups(graph: Graph, layer: Layer, axis: int) -> set[str]:
     """Return the groups that a layer makes (axis 0) or reads (axis 1), fixed ones too if its weight tells them."""
     if layer.kind in {"conv", "linear"}:
         return {group.name for group, _ in graph.cuts(layer.weight, axis)}
+    if layer.kind == "transposed":  # its weight is (in, out, ...)
+        return {group.name for group, _ in graph.cuts(layer.weight, 1 - axis)}
     return {*(layer.n_in if axis else layer.n_out).groups}
 
 

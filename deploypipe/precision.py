@@ -79,9 +79,16 @@ def _fold_fills(graph: onnx.GraphProto) -> None:
         filled = _FILLS[node.op_type](node, *(numpy_helper.to_array(known[name]) for name in node.input))
         graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(filled), node.output[0]))
         graph.node.remove(node)
-    used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    used = _read_in(graph)
     for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
         graph.initializer.remove(tensor)
+
+
+def _read_in(graph: onnx.GraphProto) -> set[str]:
+    """Return all names that are read in a graph, in those inside its nodes (If, Loop) too."""
+    inner = [a.g for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    return read.union(*map(_read_in, inner))
 
 
 def _filled(node: onnx.NodeProto, shape: NDArray[np.generic]) -> NDArray[np.generic]:

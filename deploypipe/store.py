@@ -145,7 +145,7 @@ class Store:
 
     def _discard(self, stage: str, but: Path | None = None) -> None:
         for folder in (self.root / _PARTIAL).glob(f"{stage}-*"):
-            if folder != but and folder.name.rpartition("-")[0] == stage:
+            if folder != but and folder.is_dir() and folder.name.rpartition("-")[0] == stage:  # else a key, half-written
                 shutil.rmtree(folder)
 
     def _commit(self, stage: str, wanted: str, after: Mapping[str, str], folder: Path, seconds: float) -> _Record:

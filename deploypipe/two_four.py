@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from deploypipe.types import Graph, Group, Kept, Layer, Member
 
@@ -163,3 +165,28 @@ def permuted(tensor: Floats, members: Sequence[Member], order: NDArray[np.int64]
             index[list(member.slots(place))] = member.slots(channel)
         tensor = np.take(tensor, index, axis=member.axis)
     return tensor
+
+
+def reorder(model: nn.Module, graph: Graph, chosen: Sequence[str]) -> list[int]:
+    """Put the channels of every group into the order in which the chosen weights keep most; what is computed stays the same.
+
+    Returns:
+        Where each input of the last layer was before.
+    """
+    last = graph.layers[-1].weight
+    shape = graph.shapes[last]
+    slots: Floats = np.arange(float(shape[1])).reshape(-1, *[1] * (len(shape) - 2)) + np.zeros(shape)
+    named: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for group in graph.prunable:
+        weights = {name: tensor.detach().numpy() for name, tensor in named.items()}
+        columns = reads(graph, group, weights, chosen)
+        order = None if columns is None else search(columns)
+        if order is None or np.array_equal(order, np.arange(group.size)):
+            continue
+        for name in {member.param for member in group.members}:
+            members = [member for member in group.members if member.param == name]
+            moved = permuted(weights[name], members, order)
+            slots = permuted(slots, members, order) if name == last else slots
+            with torch.no_grad():
+                named[name].copy_(torch.from_numpy(np.ascontiguousarray(moved)))
+    return [int(slot) for slot in slots[0].reshape(shape[1], -1)[:, 0]]

@@ -132,11 +132,11 @@ def allocate_widths(
     start = time.monotonic()
     search = _search(graph, values, table, budget, candidates, masks)
     whole = Choice({})
-    if search.predict(whole) <= budget:
-        return search.whole, search.certificate(whole, search.value(whole), "whole", start)
-    chosen, first = search.solve(gap, start + time_limit_s)
     most = sum(float(search.values[name][list(widths)].max()) for name, widths in search.widths.items())
     most += search.value(whole) - sum(float(search.values[name][-1]) for name in search.widths)
+    if search.predict(whole) <= budget:
+        return search.whole, search.certificate(whole, most, "whole", start)
+    chosen, first = search.solve(gap, start + time_limit_s)
     bound = max(min(search.value(whole) - first.bound, most), search.value(chosen))
     status = "relaxed" if first.status == "optimal" and not search.exact else first.status
     return search.whole | chosen.kept, search.certificate(chosen, bound, status, start)

@@ -129,6 +129,8 @@ def kernels(path: str, counted: list[int]) -> list[list[Any]]:
         n_runs += event["name"] == "model_run"
         if event.get("cat") == "Node" and event["name"].endswith(suffix):
             times.setdefault((event["name"][: -len(suffix)], event["args"]["op_name"]), []).append(event["dur"])
+    if counted and n_runs <= max(counted):
+        raise SystemExit(f"ONNX Runtime recorded {n_runs} runs only, of {max(counted) + 1}: lower [measure] warmup")
     rows = []
     for (name, op), spent in times.items():
         each = len(spent) // n_runs  # above 1 inside a loop

@@ -108,7 +108,7 @@ class TensorRt(Scripted):
         rows = answer(result)["outputs"]
         return {
             name: np.stack([np.array(row[name]["values"], np.float32).reshape(row[name]["shape"]) for row in rows])
-            for name in rows[0]
+            for name in sorted(rows[0], key=lambda name: (len(name), name))  # trtexec writes them in any order
         }
 
     def told(self, target: Target, push: Mapping[str, Path | bytes]) -> Mapping[str, Any]:

@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 SPARSITY = re.compile(r"\(Sparsity\) (Found|Chose) (\d+) layer\(s\)")
+OLDER = {  # what versions before 8.5 or so say instead, followed by the layers
+    "found": "(Sparsity) Layers eligible for sparse math:",
+    "chose": "(Sparsity) TRT inference plan picked sparse implementation for layers:",
+}
 PART = re.compile(r"\bm(\d+)__")  # how the nodes of one of several models in one engine begin
 
 
@@ -30,7 +34,11 @@ def device_of(log: str) -> dict[str, str]:
 
 def sparsity_of(log: str) -> dict[str, int]:
     """Read how many layers could have used 2:4 sparse kernels, and how many did: the last word of the builder on it."""
-    found = {word.lower(): int(number) for word, number in SPARSITY.findall(log)}
+    found = {}
+    for word, says in OLDER.items():
+        for listed in re.findall(re.escape(says) + "(.*)", log):
+            found[word] = len([name for name in listed.split(", ") if name.strip()])
+    found |= {word.lower(): int(number) for word, number in SPARSITY.findall(log)}
     return {f"sparse_{word}": found[word] for word in ("found", "chose") if word in found}
 
 

@@ -250,8 +250,11 @@ def answer_of(command: list[str]) -> str:
 
 
 def way_of(request: Request) -> Any:
-    """Return how TensorRT can be used here: its program, else its Python interface."""
-    for program in (request["tool"], shutil.which("trtexec"), FALLBACK):
+    """Return how TensorRT can be used here: the program that the target names or one that is found, else Python's interface."""
+    tool = str(Path(request["tool"]).expanduser()) if request["tool"] else ""
+    if tool and not shutil.which(tool):  # another version would be measured instead
+        raise SystemExit(f"there is no program '{tool}' here\nfix: correct [build] tool in the target file, or leave it out")
+    for program in (tool, shutil.which("trtexec"), FALLBACK):
         if program and shutil.which(program):
             return Trtexec(program)
     try:

@@ -20,7 +20,9 @@ from deploypipe import __version__
 from deploypipe.cli import build, console, criteria, profile, sensitivity, show
 from deploypipe.errors import DeployPipeError, UsageError, nearest
 
-INTERRUPTED, TERMINATED = 130, 143
+INTERRUPTED = 130
+ENDING = (signal.SIGTERM, signal.SIGHUP)  # asked to end; the terminal is gone
+TERMINATED = tuple(128 + number for number in ENDING)
 _ParserError: type[Exception] = typer.BadParameter.__mro__[1]  # UsageError of whichever parser typer brings along
 
 app = typer.Typer(
@@ -76,13 +78,16 @@ def main() -> None:
     # Before torch is imported: on a shared machine, threads that spin while they wait for one that was descheduled
     # make training several times slower; threads that sleep cost little where the machine is idle.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, _terminate)
     sys.exit(run(sys.argv[1:]))
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what follows is cleaning up: asked again, end at once
-    raise _Terminated
+    for ending in ENDING:
+        signal.signal(ending, signal.SIG_DFL)  # what follows is cleaning up: asked again, end at once
+    raise _Terminated(number)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -97,14 +102,14 @@ def run(arguments: Sequence[str]) -> int:
         return UsageError.exit_code
     except KeyboardInterrupt:
         code = INTERRUPTED
-    except _Terminated:
-        code = TERMINATED
+    except _Terminated as error:
+        code = 128 + error.args[0]
     except SystemExit:  # the parser's answer to a reader that has left (`| head`), which is no failure
         code = 0
     except Exception as error:
         console.problem(str(_bug(error, arguments)))
         return DeployPipeError.exit_code
-    if code in {INTERRUPTED, TERMINATED}:
+    if code in {INTERRUPTED, *TERMINATED}:
         console.problem(str(_interrupted(arguments)))
     return int(code or 0)
 

@@ -28,7 +28,7 @@ def sensitivity(
     from deploypipe.worth import curves
 
     request = pipeline.Request(
-        model, weights, data, target or "cpu", algo, metric="latency" if target or host else "macs", seed=seed,
+        model, weights, data, target or "cpu", algo, metric="latency" if target or host or threads else "macs", seed=seed,
         options=parse_settings(settings or ()), threads=threads, keep=tuple(keep or ()), host=host,
     )  # fmt: skip
     if out is not None:

@@ -92,6 +92,7 @@ class Context:
         runs: Of the measurement of the whole.
         errors: Relative errors on whole models, each of a form that nothing was learned from when it was predicted; none if
             the model cannot be narrowed.
+        held: Groups that stood still while this was learned: nothing is known of their widths.
     """
 
     structure: str
@@ -103,6 +104,7 @@ class Context:
     foreign_load: float | None
     runs: int
     errors: tuple[float, ...] = ()
+    held: tuple[str, ...] = ()
 
     @property
     def error(self) -> float | None:

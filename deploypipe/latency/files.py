@@ -227,7 +227,8 @@ def _lines(kernels: Iterable[Entry]) -> list[str]:
 
 def _state(context: Context) -> dict[str, Any]:
     prices = {layer: vars(price) for layer, price in context.prices.items()}
-    return {**vars(context), "prices": prices, "overhead": [vars(kernel) for kernel in context.overhead]}
+    state = {**vars(context), "prices": prices, "overhead": [vars(kernel) for kernel in context.overhead]}
+    return {name: value for name, value in state.items() if name != "held" or value}
 
 
 def _columns(sparse: bool) -> list[str]:
@@ -252,7 +253,15 @@ def _context(state: dict[str, Any]) -> Context:
     state = {name: value for name, value in state.items() if name != "schema"}
     prices = {layer: Price(**price) for layer, price in state["prices"].items()}
     overhead = tuple(Overhead(**{**kernel, "layers": tuple(kernel["layers"])}) for kernel in state["overhead"])
-    return Context(**{**state, "overhead": overhead, "prices": MappingProxyType(prices), "errors": tuple(state["errors"])})
+    return Context(
+        **{
+            **state,
+            "overhead": overhead,
+            "prices": MappingProxyType(prices),
+            "errors": tuple(state["errors"]),
+            "held": tuple(state.get("held", ())),
+        }
+    )
 
 
 def _channels(layer: Layer) -> tuple[int, int]:

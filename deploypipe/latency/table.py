@@ -147,9 +147,9 @@ class LatencyTable:
 
     def known(self, graph: Graph) -> Context | None:
         """Return how the kernels add up in the model of `graph`, or in a wider form of it; None if it has not been profiled."""
-        structure, kept = structure_of(graph), graph.kept()
+        structure, kept, free = structure_of(graph), graph.kept(), {group.name for group in graph.prunable}
         work = {name: layer.n_in.at(kept) * layer.n_out.at(kept) for name, layer in graph.calls}
-        fitting = (one for one in self.contexts if one.structure == structure and one.covers(work))
+        fitting = (one for one in self.contexts if one.structure == structure and one.covers(work) and not free & {*one.held})
         return next(fitting, None)
 
     def corrected(self, graph: Graph, factor: float) -> "LatencyTable":

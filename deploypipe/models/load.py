@@ -13,6 +13,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from deploypipe.data.batches import seeded
 from deploypipe.data.images import IMAGENET, Normalise
 from deploypipe.errors import ModelError, UsageError, nearest
 from deploypipe.factory import find_factory, guarded, own_sources, source_file
@@ -92,8 +93,7 @@ def load_model(spec: str = "demo", weights: str | Path | None = None) -> Loaded:
 
 def _build(spec: str) -> _Built:
     kind, _, name = spec.partition(":")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_SEED)  # an untrained model must be the same one in every run
+    with seeded(_SEED):  # an untrained model must be the same one in every run
         if spec == "demo":
             built = _described(demo_net(), spec)
         elif kind in _ZOOS:
@@ -150,8 +150,8 @@ def _near(name: str, names: list[str], command: str) -> str:
 
 def _from_factory(spec: str) -> _Built:
     factory = find_factory(spec, option="--model", error=ModelError)
-    torch.manual_seed(_SEED)  # the import may have drawn numbers, and happens only once
-    made = factory()
+    with seeded(_SEED):  # anew: the import may have drawn numbers, and happens only once
+        made = factory()
     if isinstance(made, nn.Module):
         return _described(made, spec)
     if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module):

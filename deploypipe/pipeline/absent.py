@@ -4,6 +4,7 @@ Everything else of a run is the same: channels are chosen, trained and exported,
 the owner of a device has measured with the run's bundle (see `bundle`) counts as soon as it has been imported.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ from deploypipe.runners import load_runner
 from deploypipe.targets import Target, cache_folder, load_target
 from deploypipe.types import Graph
 
+BY_OWNER = "latencies: measured on"
 RETURNED = "returned.json"  # in the run folder: what came back from the owner of a device
 
 
@@ -64,7 +66,8 @@ class Absent(Device):
     def __init__(self, target: Target, run: Path | None = None, sparsity: str = "", asked: Sequence[str] = ()) -> None:
         super().__init__(target)
         self.sparsity = sparsity
-        self._returned = read_returned(run)
+        self._returned = of_target(read_returned(run), target)
+        self.measured = False  # by the owner; see bench
         self._own = run / "table" if run and self._returned and self._returned.get("asked") == list(asked) else None
 
     @property
@@ -104,11 +107,16 @@ class Absent(Device):
         if any(self._returned["sha256"].get(name) != found for name, found in hashes.items()):
             return {}
         found: dict[str, Any] = self._returned["latencies"]
+        self.measured = True
         return found
 
     def state(self) -> Facts:
-        """Return nothing: there is no device to ask."""
-        return {}
+        """Return how the owner's device was set while it measured; nothing without one."""
+        return dict(self._returned["passing"]) if self._returned and self.measured else {}
+
+    def remarks(self) -> tuple[str, ...]:
+        """Return who measured."""
+        return tuple(self._returned["notes"]) if self._returned and self.measured else ()
 
     def known_table(self, graph: Graph, given: str | Path | None) -> LatencyTable | None:
         """Return the table in the folder `given`, or a stored profile of such a device, or an estimate.
@@ -121,10 +129,19 @@ class Absent(Device):
         """
         return (
             super().known_table(graph, given)
-            or (LatencyTable.load(self._own) if self._own and self._own.is_dir() else None)
+            or self._own_table(graph)
             or stored_table(self.target, graph, two_four=self.sparsity == BY_CHOICE)
             or estimated(graph, self.target, sparse=bool(self.sparsity))
         )
+
+    def _own_table(self, graph: Graph) -> LatencyTable | None:
+        if not self._own or not self._own.is_dir():
+            return None
+        table = LatencyTable.load(self._own)
+        with contextlib.suppress(TargetError):  # of another model, when the user has edited its file
+            table.predict(graph)
+            return table if table.knows_two_four or not self.sparsity else None
+        return None
 
     def within_reach(self, limit: float, cost: CostTable, graph: Graph, *, share: bool) -> float:
         """Return the budget to plan for: what was asked for, mostly. What a table cannot reach, the allocator refuses.
@@ -184,6 +201,12 @@ def stored(table: LatencyTable) -> str:
     mode = str(facts.get("power_mode") or "unknown").removeprefix("NV Power Mode: ")
     date = str(facts.get("date") or "date unknown")[:16].replace("T", " ")
     return f"a {CALIBRATED if table.source == CALIBRATED else 'stored'} profile of {device} (power mode {mode}, {date})"
+
+
+def of_target(returned: dict[str, Any] | None, target: Target) -> dict[str, Any] | None:
+    """Return what came back if it was measured for this target, at this precision; else None."""
+    about = {"target": target.name, "precision": target.build.precision}
+    return returned if returned and about.items() <= returned.items() else None
 
 
 def read_returned(run: Path | None) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deploypipe.backends.base import SUFFIX
 from deploypipe.data.load import Data
 from deploypipe.export import export_onnx, export_program, simplify_onnx
-from deploypipe.pipeline.absent import read_returned
+from deploypipe.pipeline.absent import of_target, read_returned
 from deploypipe.pipeline.stages import Device, accuracies, check_files
 from deploypipe.progress import Reporter
 from deploypipe.reports.report import Check
@@ -97,9 +97,10 @@ def bench_stage(
         found = device.bench({side: file.value for side, file in files.items()}, expected_us) if runs else dict.fromkeys(files)
         (folder / "latency.json").write_text(json.dumps(found, indent=1) + "\n")
         (folder / "device.json").write_text(json.dumps(device.state(), indent=1) + "\n")
+        _note(folder / "latency-notes.json", device.remarks())
 
-    returned = None if device.present else read_returned(store.root)  # the same device may be measured again
-    key = [3, *files.values(), asdict(device.target.measure), device.facts, *([returned] if returned else [])]
+    returned = None if device.present else of_target(read_returned(store.root), device.target)  # may be measured again
+    key = [4, *files.values(), asdict(device.target.measure), device.facts, *([returned] if returned else [])]
     return store.keep("bench", key, bench, lambda root: json.loads((root / "latency.json").read_text()))
 
 
@@ -121,7 +122,7 @@ def exported_name(device: Device, side: str = "pruned") -> str:
 
 def file_notes(root: Path) -> list[str]:
     """Return what there is to say about the simplified and the built files."""
-    files = sorted([*root.glob("*-simplified.json"), *root.glob("*-built.json")])
+    files = sorted([*root.glob("*-simplified.json"), *root.glob("*-built.json"), *root.glob("latency-notes.json")])
     return list(dict.fromkeys(note for file in files for note in json.loads(file.read_text())))
 
 

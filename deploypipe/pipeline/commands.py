@@ -24,7 +24,8 @@ from deploypipe.models.load import load_model
 from deploypipe.pipeline.absent import device_of, stored
 from deploypipe.pipeline.request import Request
 from deploypipe.pipeline.stages import Device
-from deploypipe.profiler.measure import ACCEPTED, profile
+from deploypipe.profiler.measure import profile
+from deploypipe.profiler.noise import ACCEPTED
 from deploypipe.progress import Reporter, Silent
 from deploypipe.reports.figures import unmeasured
 from deploypipe.types import Graph

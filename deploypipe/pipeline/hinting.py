@@ -1,7 +1,8 @@
 """Where a pruned network and its teacher say the same thing: found by running both."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,18 @@ def find_hint(model: nn.Module, graph: Graph, plan: KeepPlan) -> Hint | None:
     return Hint(best[0], tuple(channels.tolist())) if best else None
 
 
-def hinted(model: nn.Module, graph: Graph, plan: KeepPlan, settings: TrainSettings, folder: Path) -> Hint | None:
-    """Return the hint for fine-tuning with these settings, if they ask for one; leave word of it in `folder`."""
+def hinted(
+    model: nn.Module, graph: Graph, plan: KeepPlan, settings: TrainSettings, folder: Path, order: Sequence[int] = ()
+) -> Hint | None:
+    """Return the hint for fine-tuning with these settings, if they ask for one; leave word of it in `folder`.
+
+    `order` says which of the compacted network's channels each is now, if they have been put into another order.
+    """
     if not (settings.epochs and settings.distill and settings.hint):
         return None
     hint = find_hint(model, graph, plan)
     (folder / _FILE).write_text(json.dumps({"module": hint.module if hint else None}) + "\n")
-    return hint
+    return replace(hint, channels=tuple(hint.channels[slot] for slot in order)) if hint and order else hint
 
 
 def hint_notes(root: Path) -> list[str]:

@@ -20,8 +20,10 @@ from deploypipe.data.load import Data
 from deploypipe.doctor import versions
 from deploypipe.ingredients.sparsity import NONZERO, sparse_layers
 from deploypipe.inspection import member_text
+from deploypipe.latency.estimate import ESTIMATED
 from deploypipe.latency.table import Context, LatencyTable
 from deploypipe.measurement import Latency, Round
+from deploypipe.pipeline.absent import BY_OWNER
 from deploypipe.pipeline.bundle import BUNDLE
 from deploypipe.pipeline.request import Request
 from deploypipe.plan import KeepPlan
@@ -152,7 +154,7 @@ def _left(found: Findings, when: int) -> float:
 def _told(found: Findings, context: Context | None, target: Target, n_classes: int) -> tuple[str, ...]:
     """Return what follows from the findings, and the user should hear of."""
     doubts = context.doubts if context else ()
-    return (*_by_chance(found, n_classes), *_gone(found), *doubts, *_drift(found), *_unproven(target))
+    return (*_by_chance(found, n_classes), *_gone(found), *doubts, *_drift(found), *_unproven(found, target))
 
 
 def _by_chance(found: Findings, n_classes: int) -> tuple[str, ...]:
@@ -165,7 +167,7 @@ def _by_chance(found: Findings, n_classes: int) -> tuple[str, ...]:
 
 def _drift(found: Findings) -> tuple[str, ...]:
     """Say so if the dense model's latency is not what it was when the table was measured."""
-    if found.table is None or not found.latencies:
+    if found.table is None or not found.latencies or found.table.source == ESTIMATED:
         return ()
     then, now = found.table.predict(found.graph), found.latencies["dense"]["median_us"]
     if abs(then / now - 1) <= DRIFT:
@@ -176,9 +178,9 @@ def _drift(found: Findings) -> tuple[str, ...]:
     )
 
 
-def _unproven(target: Target) -> tuple[str, ...]:
-    """Say so if this version has never met such hardware."""
-    if target.run_on_hardware:
+def _unproven(found: Findings, target: Target) -> tuple[str, ...]:
+    """Say so if this version has never met such hardware, and its owner has not measured this very run."""
+    if target.run_on_hardware or any(note.startswith(BY_OWNER) for note in found.notes):
         return ()
     return (f"{NOT_RUN}: nothing has been built or measured on a device of target {target.name} with this version",)
 

@@ -32,6 +32,7 @@ from deploypipe.worth.heldout import HeldOut
 MOST_CORRECTIONS = 2
 SLACK = 0.03  # of the budget left unused, above which the table is corrected too: it was far too careful
 ROUNDS = "plan-rounds.json"
+REFUSED = "refused.json"  # instead of a plan: after correction the budget cannot be reached
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,13 +88,21 @@ class Planner:
         return self.store.keep(
             stage,
             [1, *self.key, after],
-            lambda folder: self._choose(problem, folder, stage),
+            lambda folder: self._choose(problem, folder, stage, refusable=number > 1),
             lambda root: _read_plan(root, stage),
         )
 
-    def _choose(self, problem: Problem, folder: Path, subfolder: str = "") -> None:
+    def _choose(self, problem: Problem, folder: Path, subfolder: str = "", *, refusable: bool = False) -> None:
+        """Write the plan; if it may be, also that there is none: a run that is taken up again need not look once more."""
         (folder / subfolder).mkdir(exist_ok=True)
-        plan = choose(self.request, problem, self.meter, folder / subfolder).replace(fingerprint=problem.graph.fingerprint)
+        try:
+            plan = choose(self.request, problem, self.meter, folder / subfolder)
+        except BudgetError as error:
+            if not refusable:
+                raise
+            (folder / subfolder / REFUSED).write_text(json.dumps(vars(error)) + "\n")
+            return
+        plan = plan.replace(fingerprint=problem.graph.fingerprint)
         plan.check(problem.graph)
         plan.save(folder / subfolder / saved.PLAN)
 
@@ -160,4 +169,6 @@ def built(model: nn.Module, graph: Graph, device: Device, folder: Path) -> Path:
 
 
 def _read_plan(root: Path, subfolder: str = "") -> KeepPlan:
+    if (root / subfolder / REFUSED).is_file():
+        raise BudgetError(**json.loads((root / subfolder / REFUSED).read_text()))
     return KeepPlan.load(root / subfolder / saved.PLAN)

@@ -22,7 +22,7 @@ from deploypipe.latency.files import write_file
 from deploypipe.latency.table import LatencyTable
 from deploypipe.measurement import Latency
 from deploypipe.models.load import load_model
-from deploypipe.pipeline.absent import RETURNED
+from deploypipe.pipeline.absent import BY_OWNER, RETURNED
 from deploypipe.pipeline.bundle import ANSWER, BUNDLE, MANIFEST, SCHEMA
 from deploypipe.pipeline.sparsify import two_four_layers
 from deploypipe.plan import KeepPlan
@@ -68,10 +68,15 @@ def import_results(path: str | Path) -> dict[str, Any]:
     latencies = {side: _latency(timing) for side, timing in whole.items()}
     before = Report.load(run)
     asked = [before.algorithm, before.budget.asked, before.budget.metric]
-    state = {"facts": answer["facts"], "sha256": answer["sha256"], "asked": asked}
+    built = load_backend(target).verdict(answer["bench"]["built"]["pruned"])
+    notes = [_where(answer["facts"], before), *built]
+    about = {"target": target.name, "precision": target.build.precision, "asked": asked}
+    state = about | {"facts": answer["facts"], "sha256": answer["sha256"]}
+    state |= {"passing": answer.get("passing", {}), "notes": notes, "built": list(built)}
     state["latencies"] = {side: asdict(latency) for side, latency in latencies.items()}
     write_file(run / RETURNED, json.dumps(state, indent=1) + "\n")
-    report = _reported(run, target, latencies, answer)
+    report = _reported(before, latencies, state)
+    render.write(report, run)
     kept = _calibrated(run, target, answer["facts"], whole, profiles) if (run / "table").is_dir() else None
     row = _ledger_row(report, run, manifest, latencies, answer["facts"])
     note = ledger.append(row) if row else ""
@@ -108,30 +113,27 @@ def _latency(timing: Timing) -> Latency:
     return Latency(timing.median_us, timing.p10_us, timing.p90_us, timing.runs, timing.foreign_load)
 
 
-def _reported(run: Path, target: Target, latencies: Mapping[str, Latency], answer: Mapping[str, Any]) -> Report:
-    """Put the measured figures into the run's report."""
-    report = Report.load(run)
-    facts, budget = answer["facts"], report.budget
+def _where(facts: Mapping[str, Any], report: Report) -> str:
+    device = facts.get("gpu") or facts.get("cpu")
+    plan = f"the plan was made before that, by a table that was {report.table}"
+    return f"{BY_OWNER} {device} by its owner, {facts['runtime']} {facts['version']}; {plan}"
+
+
+def _reported(report: Report, latencies: Mapping[str, Latency], state: Mapping[str, Any]) -> Report:
+    """Return the run's report with the measured figures."""
+    budget = report.budget
     if budget.unit == "us":
         limit = parse_budget(budget.asked, budget.metric, latencies["dense"].median_us)
         budget = replace(budget, limit=limit, reached=latencies["pruned"].median_us)
-    built = load_backend(target).verdict(answer["bench"]["built"]["pruned"])
-    where = f"measured on {facts.get('gpu') or facts.get('cpu')} by its owner, {facts['runtime']} {facts['version']}"
-    report = replace(
+    return replace(
         report,
         dense=replace(report.dense, latency=latencies["dense"]),
         pruned=replace(report.pruned, latency=latencies["pruned"]),
         budget=budget,
-        machine={**facts, **answer.get("passing", {})},  # the second: how it was set while it measured
-        two_four=report.two_four and replace(report.two_four, evidence=tuple(built)),
-        notes=(
-            *(note for note in report.notes if not note.startswith((NOT_RUN, "latencies: "))),
-            f"latencies: {where}; the plan was made before that, by a table that was {report.table}",
-            *built,
-        ),
+        machine={**state["facts"], **state["passing"]},  # the second: how it was set while it measured
+        two_four=report.two_four and replace(report.two_four, evidence=tuple(state["built"])),
+        notes=(*(note for note in report.notes if not note.startswith((NOT_RUN, BY_OWNER))), *state["notes"]),
     )
-    render.write(report, run)
-    return report
 
 
 def _calibrated(

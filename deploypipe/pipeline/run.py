@@ -34,7 +34,7 @@ from deploypipe.pipeline.planning import Planner, read_rounds
 from deploypipe.pipeline.record import recorded
 from deploypipe.pipeline.request import Request
 from deploypipe.pipeline.several import Elsewhere, with_outcomes
-from deploypipe.pipeline.sparsify import MASKED, priced, sparse_hooks, sparse_notes, two_four_outcome, two_four_stage
+from deploypipe.pipeline.sparsify import MASKED, new_order, priced, sparse_hooks, sparse_notes, two_four_outcome, two_four_stage
 from deploypipe.pipeline.training import arms_stage, epochs_before, schedule, train_stage, tuned, tuning_hooks
 from deploypipe.pipeline.valuing import held_back, held_out, value_notes
 from deploypipe.plan import KeepPlan
@@ -175,12 +175,12 @@ class Run:
     @cached_property
     def tuned(self) -> Kept[nn.Module]:
         """The model after fine-tuning."""
-        settings, start = self.tuning, self.started.value
+        settings, start, plan = self.tuning, self.started.value, self.plan.value
 
         def tune(folder: Path) -> None:
-            hooks = tuning_hooks(self.algorithm, self.basis, start, self.plan.value)
-            hooks += sparse_hooks(self.request.sparsity, self.plan.value, start)
-            hint = hinted(self.basis.model, self.graph, self.plan.value, settings, folder)
+            hooks = tuning_hooks(self.algorithm, self.basis, start, plan) + sparse_hooks(self.request.sparsity, plan, start)
+            order = new_order(self.store.root, self.request.sparsity, plan)
+            hint = hinted(self.basis.model, self.graph, plan, settings, folder, order)
             small = tuned(start, self.data, settings, self.loaded.model, folder, self.reporter, hooks, hint)
             saved.save_weights(small, folder / saved.WEIGHTS)
 

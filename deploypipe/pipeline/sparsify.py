@@ -28,13 +28,14 @@ from deploypipe.reports.pattern import LayerPattern, TwoFour
 from deploypipe.store import Kept, Store
 from deploypipe.targets import Rates, Target
 from deploypipe.training.masked import MaskedWeights
-from deploypipe.two_four import IN, Eligibility, eligibility, holds, permuted, project, reads, retained, search
+from deploypipe.two_four import IN, Eligibility, eligibility, holds, project, reorder, retained
 from deploypipe.types import Graph, Layer
 from deploypipe.verify import check, outputs_of, require
 
 WEIGHTS, FOUND = "two-four.safetensors", "two-four.json"
 MASKED = "masked"  # the model with the pattern, before fine-tuning
 _EXPORTED = ("pruned.onnx", "pruned-simplified.onnx", "pruned-built.onnx")  # those that a run has
+ORDER = "order_before_last_layer"
 NOT_CHOSEN = "dense was the better choice within the budget"
 
 
@@ -86,7 +87,7 @@ def two_four_stage(
         saved.save_weights(model, folder / WEIGHTS)
         (folder / FOUND).write_text(json.dumps(found, indent=1) + "\n")
 
-    return store.keep("two-four", [2, compacted, vars(target.rates)], prune, lambda root: restore(root / WEIGHTS))
+    return store.keep("two-four", [3, compacted, vars(target.rates)], prune, lambda root: restore(root / WEIGHTS))
 
 
 def sparsified(
@@ -106,13 +107,14 @@ def sparsified(
         fix = "leave --sparsity out: this network is too narrow for it, or a larger --budget keeps more channels"
         raise ModelError(f"no layer can hold the 2:4 pattern: {listed}", at="--sparsity 2:4", fix=fix)
     before = _kept_share(made, chosen)
-    _permute(made, graph, chosen)
+    order = reorder(made, graph, chosen)
     after = _kept_share(made, chosen)
     proof = check("permuted", "compacted", outputs_of(model, inputs), outputs_of(made, inputs), COMPACT_TOLERANCE)
     require(proof, "this is a bug in deploypipe: leave --sparsity out")
     _project(made, chosen)
     rows = [{"layer": found.layer, "weight": found.weight, "reason": found.reason} for found in layers]
-    return made, {"layers": rows, "kept_magnitude": before, "kept_magnitude_permuted": after, "permutation_error": proof.error}
+    found = {"layers": rows, "kept_magnitude": before, "kept_magnitude_permuted": after, "permutation_error": proof.error}
+    return made, found | {ORDER: order}
 
 
 def patterned(model: nn.Module, example: Sequence[Any], pattern: str, plan: KeepPlan, rates: Rates) -> nn.Module:
@@ -255,6 +257,11 @@ def _reasons(root: Path) -> dict[str, str]:
     return {row["layer"]: row["reason"] for row in _rows(root)}
 
 
+def new_order(root: Path, pattern: str, plan: KeepPlan) -> list[int]:
+    """Return where each input of the last layer was before channels were put into another order; empty if none were."""
+    return list(json.loads((root / FOUND).read_text())[ORDER]) if _any(pattern, plan) else []
+
+
 def _rows(root: Path) -> list[dict[str, str]]:
     rows: list[dict[str, str]] = json.loads((root / FOUND).read_text())["layers"] if (root / FOUND).is_file() else []
     return rows
@@ -270,21 +277,6 @@ def _project(model: nn.Module, weights: Sequence[str]) -> None:
         for name, parameter in model.named_parameters():
             if name in weights:
                 parameter.copy_(torch.from_numpy(project(parameter.numpy())))
-
-
-def _permute(model: nn.Module, graph: Graph, chosen: Sequence[str]) -> None:
-    """Put the channels of every group into the order in which the chosen weights keep most; what is computed stays the same."""
-    named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for group in graph.prunable:
-        weights = {name: tensor.detach().numpy() for name, tensor in named.items()}
-        columns = reads(graph, group, weights, chosen)
-        order = None if columns is None else search(columns)
-        if order is None or np.array_equal(order, np.arange(group.size)):
-            continue
-        for name in {member.param for member in group.members}:
-            moved = permuted(weights[name], [member for member in group.members if member.param == name], order)
-            with torch.no_grad():
-                named[name].copy_(torch.from_numpy(np.ascontiguousarray(moved)))
 
 
 def _kept_share(model: nn.Module, chosen: Sequence[str]) -> float:

@@ -94,6 +94,10 @@ class Device:
         """Return how the device is reached, and what changes there from minute to minute: temperature, clocks."""
         return {"reached": self.runner.place, **self.runner.describe().passing}
 
+    def remarks(self) -> tuple[str, ...]:
+        """Return what the report should say of the measured latencies, besides these."""
+        return ()
+
     def build(self, model: Path, artifact: Path) -> tuple[str, ...]:
         """Compile an exported model into `artifact`; return what the user should know about it."""
         with tempfile.TemporaryDirectory(dir=artifact.parent, prefix=".build-") as folder:

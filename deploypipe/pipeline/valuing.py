@@ -18,6 +18,7 @@ from deploypipe.data.batches import split
 from deploypipe.data.load import Data
 from deploypipe.errors import BudgetError, UsageError
 from deploypipe.ingredients.removal import removable
+from deploypipe.latency.table import structure_of
 from deploypipe.pipeline.given import given
 from deploypipe.pipeline.hinting import find_hint
 from deploypipe.pipeline.recipe import resolved
@@ -46,7 +47,9 @@ def held_out(request: Request, model: nn.Module, key: str, graph: Graph, data: D
         data: Whose training set is split.
     """
     effort = Effort()
-    memo = cache_folder() / "sensitivity" / memo_name(key, graph.fingerprint, data.key, request.seed, effort)
+    memo = (
+        cache_folder() / "sensitivity" / memo_name(key, graph.fingerprint, structure_of(graph), data.key, request.seed, effort)
+    )
     hint = partial(find_hint, model, graph)
     training = request.training
     return HeldOut(model, graph, data, memo, seed=request.seed, effort=effort, find_hint=hint, training=training)

@@ -59,7 +59,9 @@ def learned(graph: Graph, table: LatencyTable, forms: Sequence[Form], timer_us: 
     errors = {power: [seen.error(index, fit, power) for index, fit in fits.items()] for power in _POWERS}
     power = min(errors, key=lambda power: float(np.abs(errors[power]).sum()))
     additivity = seen.additivity(turns or [(forms[0].whole, forms[0].profile)])
-    return replace(seen.exact(seen.fitted(everything), power), errors=tuple(errors[power]), additivity=additivity)
+    held = tuple(group.name for group in graph.groups if group not in graph.prunable)
+    found = seen.exact(seen.fitted(everything), power)
+    return replace(found, errors=tuple(errors[power]), additivity=additivity, held=held)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from deploypipe.profiler.context import in_context
 from deploypipe.profiler.edges import confirm, unconfirmed
 from deploypipe.profiler.export import Export, exported
 from deploypipe.profiler.learn import flat, learn_steps
-from deploypipe.profiler.noise import Noise
+from deploypipe.profiler.noise import ACCEPTED, Noise
 from deploypipe.profiler.probe import Probe
 from deploypipe.profiler.whole import fitted_table
 from deploypipe.progress import Reporter, Silent
@@ -36,7 +36,6 @@ from deploypipe.targets import ALLOW_NOISE, Target, cache_folder, load_target
 from deploypipe.types import Graph, Layer
 
 _OUT, _IN = 14, 4  # most output and input widths measured per kernel shape: time is near linear in the inputs only
-ACCEPTED = "accepted_foreign_load"  # fact: the most that others took in a measurement that stands all the same
 _ANOTHER_CACHE = "set DEPLOYPIPE_CACHE to a folder that can be written"
 _PER_JOB = 48  # kernels timed in turns by one process
 

@@ -7,6 +7,7 @@ most of them layers are fitted (see `regression`), the others judge that: a tabl
 import csv
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +27,7 @@ from deploypipe.latency.widths import Steps
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler.bench import Bench
 from deploypipe.profiler.check import random_plans
+from deploypipe.profiler.noise import ACCEPTED
 from deploypipe.profiler.regression import Fit, fit
 from deploypipe.progress import Reporter
 from deploypipe.types import Graph
@@ -75,7 +77,10 @@ def fitted_table(
     judges = [plan for plan, out in zip(plans, held, strict=True) if out]
     errors = [table.predict(graph, plan) / us - 1 for plan, us in zip(judges, times[held], strict=True)]
     table = table.with_context(replace(table.context(graph), errors=tuple(map(float, errors))))
-    _require(table.context(graph), folder)
+    if bench.noise.worst:
+        table = replace(table, facts={**table.facts, ACCEPTED: bench.noise.worst})
+    if not bench.noise.accepted:
+        _require(table.context(graph), folder)
     table.save(folder)
     return table
 
@@ -143,7 +148,8 @@ def _require(context: Context, folder: Path) -> None:
             f"layers fitted to the times of whole models are off by {context.error:.0%} on plans that the fit did not see, "
             f"more than the {MOST_ERROR:.0%} allowed",
             at=str(folder),
-            fix="measure on a quiet machine: deploypipe profile --fresh, or plan by counts: --metric macs",
+            fix="measure on a quiet machine: deploypipe profile --fresh, plan by counts: --metric macs, or accept it: "
+            "deploypipe profile --allow-noise; table and report then say so",
         )
 
 
@@ -151,8 +157,9 @@ def _known(file: Path) -> dict[str, float]:
     """Read the shares measured so far; a file of another form counts for nothing."""
     if not file.is_file():
         return {}
-    with file.open(newline="") as opened:
+    with file.open(newline="") as opened, suppress(KeyError, TypeError, ValueError):
         return {row["plan"]: float(row["share"]) for row in csv.DictReader(opened)}
+    return {}
 
 
 def _keep(file: Path, shares: dict[str, float]) -> None:

@@ -27,13 +27,16 @@ _KEEP = (
     "umask 077; w=$1; u=$(id -u); "
     'case $w in "") w=${TMPDIR:-$2};; "~/"*) w=$HOME/${w#??};; esac; '
     'end() { for p in "$1"/*.pid; do ' + _KILL + 'done; rm -rf "$1"; }; '
-    'for o in "$w"/deploypipe-"$u"-*; do [ -d "$o" ] && [ -O "$o" ] && k=$(cat "$o"/keeper 2>/dev/null) && '
-    '{ kill -0 "$k" 2>/dev/null || end "$o"; }; done; '
+    # Process numbers of before the device was started anew belong to others now: then nothing is killed.
+    "b=$(cat /proc/sys/kernel/random/boot_id 2>/dev/null); "
+    'for o in "$w"/deploypipe-"$u"-*; do [ -d "$o" ] && [ -O "$o" ] && [ -f "$o"/keeper ] && { '
+    'k=; c=; { read -r k; read -r c; } < "$o"/keeper; '
+    'if [ "$c" = "$b" ]; then kill -0 "$k" 2>/dev/null || end "$o"; else rm -rf "$o"; fi; }; done; '
     'd=$(mktemp -d "$w/deploypipe-$u-XXXXXX") || exit 73; '
     # A connection that breaks ends our input and hangs up, too: a signal that comes while we tidy up must not end that.
     'leave() { trap "" HUP INT TERM PIPE; exit 0; }; '
     'bye() { end "$d"; }; trap bye EXIT; trap leave HUP INT TERM PIPE; '
-    'echo $$ > "$d"/keeper || exit 74; '
+    '{ echo $$; echo "$b"; } > "$d"/keeper || exit 74; '
     f'echo "{MARK}"; echo "$d"; uname -m; cat > /dev/null; leave'
 )
 

@@ -37,6 +37,10 @@ _PLACE = re.compile(
     rf"(?:\[(?P<bracketed>{_ADDRESS})\]|(?P<name>[\w.][\w.-]*))(?::(?P<port>\d{{1,5}}))?|(?P<bare>{_ADDRESS})", re.ASCII
 )
 _REASONS = {  # what ssh says -> what it means, and how to fix it
+    "mktemp|write error|cannot create": (
+        "no folder can be made on the device",
+        "set [reach] workdir in the target file to a folder that exists there, is yours and has space",
+    ),
     "REMOTE HOST IDENTIFICATION HAS CHANGED": (
         "the device's host key is not the one you know: another device, or one that was set up anew",
         "find out which; if it was set up anew: ssh-keygen -R {name}, then connect once by hand: {by_hand}",
@@ -57,10 +61,6 @@ _REASONS = {  # what ssh says -> what it means, and how to fix it
     "timed out|No route to host|Network is unreachable|Host is down": (
         "the device does not answer",
         "check that it is on and in the same network; try: {by_hand}",
-    ),
-    "mktemp|write error|cannot create": (
-        "no folder can be made on the device",
-        "set [reach] workdir in the target file to a folder that exists there, is yours and has space",
     ),
 }
 

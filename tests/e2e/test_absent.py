@@ -104,6 +104,9 @@ def test_the_same_command_keeps_what_was_measured(run: Path, owner: Path, start:
     assert {name: (run / name).read_bytes() for name in files} == files
     report = Report.load(run)
     assert report.latency_source == "measured"
+    assert report.machine["clocks"] == "GPU CurrentFreq=306000000"
+    assert [note.count("by its owner") for note in report.notes if note.startswith("latencies: ")] == [1]
+    assert not [note for note in report.notes if "not run on hardware" in note or "when its latency table was measured" in note]
     assert report.pruned.latency.median_us == json.loads((owner / "results.json").read_text())["bench"]["models"]["pruned"][0]
 
 

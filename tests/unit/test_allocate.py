@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from deploypipe.allocation.allocate import allocate, allocate_widths
 from deploypipe.allocation.program import Program, Solution
 from deploypipe.cost import CostTerm
+from deploypipe.count import MacTable
 from deploypipe.errors import BudgetError, ModelError, UsageError
+from deploypipe.graph import trace
 from deploypipe.plan import Certificate, KeepPlan
 from deploypipe.types import Graph, Group, Width
 
@@ -280,3 +283,11 @@ def test_unknown_groups_and_widths_are_refused() -> None:
         allocate_widths(graph, {"a": [-np.inf, *range(8)]}, table, 50.0, candidates={"a": (0, 4)})
     with pytest.raises(UsageError, match="more than zero"):
         allocate(graph, scores(), table, 0.0)
+
+
+def test_a_budget_for_everything_proves_no_more_than_it_may() -> None:
+    graph = trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval(), torch.zeros(1, 3, 9, 9))
+    falling = {"0": np.array([0.0, 1, 2, -3, -8, -7, -6, -5, -4])}
+    kept, certificate = allocate_widths(graph, falling, MacTable(), 1e12)
+    assert (kept["0"], certificate.status, certificate.value) == (8, "whole", -4.0)
+    assert certificate.bound == 2.0, "of two channels"

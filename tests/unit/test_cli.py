@@ -557,7 +557,8 @@ def test_ctrl_c_in_a_running_build() -> None:
     assert "Traceback" not in err
 
 
-def test_being_terminated_ends_what_was_started_too() -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_being_terminated_ends_what_was_started_too(number: signal.Signals, code: int) -> None:
     process = start("""
         import sys, types
         fake = types.ModuleType("deploypipe.pipeline")
@@ -573,9 +574,9 @@ def test_being_terminated_ends_what_was_started_too() -> None:
     """)
     assert process.stderr is not None
     child = psutil.Process(int(process.stderr.readline()))
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     out, err = process.communicate(timeout=100)
-    assert (process.returncode, out) == (143, "")
+    assert (process.returncode, out) == (code, "")
     assert "the same command resumes" in err
     assert "Traceback" not in err
     assert not child.is_running()

@@ -367,3 +367,17 @@ def test_a_layer_that_ran_with_2_4_weights_teaches_the_price_of_the_kernel_that_
     )
     assert abs(ignored / truth - 1) > 0.01
     assert abs(told - truth) < 0.3 * abs(ignored - truth)
+
+
+def test_what_was_learned_while_groups_stood_still_is_not_taken_where_they_may_change(graph, table):
+    held = graph.groups[0].name
+    groups = tuple(replace(group, fixed="kept whole") if group.name == held else group for group in graph.groups)
+    still = replace(graph, groups=groups)
+    forms, _ = Machine(still).forms(table)
+    found = table.with_context(learned(still, table, forms, TIMER))
+    assert found.known(still)
+    assert found.known(graph) is None, "its width never changed"
+    forms, _ = Machine(graph).forms(table)
+    whole = table.with_context(learned(graph, table, forms, TIMER))
+    assert whole.known(graph)
+    assert whole.known(still)

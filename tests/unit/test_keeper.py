@@ -43,3 +43,31 @@ def test_a_signal_while_it_tidies_up_does_not_leave_the_folder_behind(tmp_path, 
         keeper.kill()
         keeper.stdout.close()
     assert list(work.iterdir()) == []
+
+
+def kept_alive(work):
+    keeper = subprocess.Popen(keep(str(work), "/tmp"), shell=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    lines = [keeper.stdout.readline().decode().strip() for _ in range(3)]
+    return keeper, work / lines[1].rpartition("/")[2]
+
+
+@pytest.mark.parametrize("same_boot", [True, False])
+def test_what_a_dead_keeper_left_is_removed_and_its_numbers_are_believed_until_the_device_is_started_anew(tmp_path, same_boot):
+    first, folder = kept_alive(tmp_path)
+    first.kill()
+    first.wait()
+    first.stdin.close()
+    first.stdout.close()
+    number, boot = (folder / "keeper").read_text().split("\n")[:2]
+    (folder / "keeper").write_text(f"{number}\n{boot if same_boot else 'another'}\n")
+    job = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    try:
+        (folder / "1.pid").write_text(f"{job.pid}\n")
+        second, own = kept_alive(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [own.name]
+        assert soon(lambda: job.poll() is not None, 1.0) == same_boot
+        second.communicate(timeout=20)
+    finally:
+        job.kill()
+        job.wait()
+    assert list(tmp_path.iterdir()) == []

@@ -1,7 +1,9 @@
 import os
+import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -363,3 +365,23 @@ def test_weights_that_cannot_be_are_missing(place):
 def test_weights_under_numbers_are_refused(tmp_path):
     torch.save({0: torch.zeros(2)}, tmp_path / "w.pt")
     assert "holds '0', not tensors under names" in error_of("demo", tmp_path / "w.pt").message
+
+
+def test_a_factory_that_draws_from_numpy_or_python_makes_the_same_model_every_time(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "drawn.py").write_text("""
+import random
+import numpy as np
+import torch
+from torch import nn
+
+def net():
+    made = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    made[0].weight.data = torch.from_numpy(np.random.randn(4, 3, 3, 3)).float() * random.random()
+    return made
+""")
+    spec = f"{tmp_path / 'drawn.py'}:net"
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    first, second = load_model(spec), load_model(spec)
+    assert first.key == second.key
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before, "and the caller's numbers go on as they would"

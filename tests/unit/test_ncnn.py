@@ -2,6 +2,7 @@ import importlib.util
 import subprocess
 import sys
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -133,3 +134,22 @@ def test_weights_stay_in_full_precision(tmp_path):
     job = BACKEND.run_job(built, {"input": x.numpy()}, TARGET)
     found = BACKEND.read_run(Local(Reach()).run(job, tmp_path / "run"))["output"]
     assert np.abs(found - net(x[0]).detach().numpy()[None]).max() < 2e-5
+
+
+def test_outputs_come_in_the_model_s_order_however_the_runtime_lists_them(script, tmp_path):
+    network = script.Network(packed(tmp_path / "m.zip", script.stated(PARAM, [[1, 3, 4, 4]])), {"threads": 1})
+    asked = []
+
+    class Extractor(nullcontext):
+        def input(self, name, mat):
+            return 0
+
+        def extract(self, name):
+            asked.append(name)
+            return 0, name
+
+    names = ["out2", "out10", "out0", "out1"]  # ncnn goes by the order of computation
+    network.net = SimpleNamespace(
+        input_names=network.net.input_names, output_names=lambda: names, create_extractor=lambda: Extractor(Extractor())
+    )
+    assert network.run(network.sample()) == ["out0", "out1", "out2", "out10"]

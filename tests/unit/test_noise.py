@@ -1,5 +1,7 @@
 """Disturbed measurements: counted turn by turn, repeated, refused, or accepted on record."""
 
+import os
+
 import pytest
 
 from deploypipe.backends import stopwatch
@@ -119,3 +121,13 @@ def test_the_environment_accepts_noise(monkeypatch):
     for value, accepted in (("1", True), ("0", False), ("", False), ("yes", True)):
         monkeypatch.setenv("DEPLOYPIPE_ALLOW_NOISE", value)
         assert Noise().accepted is accepted
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not pin processes")
+def test_more_threads_than_cores_that_we_may_use_are_refused():
+    allowed = os.sched_getaffinity(0)
+    with pytest.raises(
+        SystemExit, match=f"{len(allowed) + 1} threads were asked for, this process may use {len(allowed)} cores"
+    ):
+        stopwatch.Cores(len(allowed) + 1)
+    assert os.sched_getaffinity(0) == allowed

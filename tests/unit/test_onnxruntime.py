@@ -1,4 +1,6 @@
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from deploypipe.backends import stopwatch
 from deploypipe.backends.base import Timing
 from deploypipe.backends.onnxruntime import OnnxRuntime
 from deploypipe.errors import BackendError, TargetError
@@ -144,3 +147,17 @@ def test_the_measuring_script_stands_alone():
     assert "import deploypipe" not in text
     assert "from deploypipe" not in text
     assert "import onnx\n" not in text
+
+
+def test_a_profile_that_was_cut_short_is_refused(tmp_path, monkeypatch):
+    """The runtime stops to record after a million kernels; the runs that are missing would count as no time at all."""
+    monkeypatch.setitem(sys.modules, "stopwatch", stopwatch)
+    spec = importlib.util.spec_from_file_location("ort_measure", Path(stopwatch.__file__).with_name(BACKEND.script))
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    node = {"cat": "Node", "name": "a_kernel_time", "args": {"op_name": "Conv"}, "dur": 100}
+    for n in (8, 4):
+        (tmp_path / f"{n}.json").write_text(json.dumps([part for _ in range(n) for part in ({"name": "model_run"}, node)]))
+    assert script.kernels(str(tmp_path / "8.json"), [*range(8)])[0][2] == pytest.approx(100.5, abs=0.6)
+    with pytest.raises(SystemExit, match=r"recorded 4 runs only, of 8: lower \[measure\] warmup"):
+        script.kernels(str(tmp_path / "4.json"), [*range(8)])

@@ -145,6 +145,14 @@ def test_a_budget_that_turns_out_to_be_out_of_reach_is_reported_as_it_is(
     assert any("out of reach" in note for note in recorder.notes)
 
 
+def test_that_no_plan_was_left_is_found_out_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = settle(tmp_path, monkeypatch, slower=5000.0, budget="20%")
+    again = settle(tmp_path, monkeypatch, slower=5000.0, budget="20%")
+    assert not again[-1].ran
+    assert again[-1].notes == first[-1].notes
+    assert again[0].keep == first[0].keep
+
+
 def test_with_a_meter_the_loss_decides_every_plan_and_each_plan_says_what_was_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

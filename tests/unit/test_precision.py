@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -102,3 +103,19 @@ def test_the_file_is_written_whole(path, tmp_path: Path):
     written = write_typed(path, tmp_path / "half.onnx", "fp16")
     assert onnx.load(str(written)) == typed(onnx.load(str(path)), "fp16")
     assert [file.name for file in tmp_path.iterdir()] == ["half.onnx"]
+
+
+def test_weights_that_only_a_branch_reads_stay():
+    one = onnx.helper.make_tensor("w", TensorProto.FLOAT, [1], [2.0])
+    value = partial(onnx.helper.make_tensor_value_info, elem_type=TensorProto.FLOAT, shape=[1])
+
+    def branch(op):
+        return onnx.helper.make_graph([onnx.helper.make_node(op, ["x", "w"], [op])], op, [], [value(op)])
+
+    choice = onnx.helper.make_node("If", ["c"], ["y"], then_branch=branch("Mul"), else_branch=branch("Add"))
+    condition = onnx.helper.make_tensor_value_info("c", TensorProto.BOOL, [1])
+    graph = onnx.helper.make_graph([choice], "g", [value("x"), condition], [value("y")], [one])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
+    session = onnxruntime.InferenceSession(typed(model, "fp32").SerializeToString())
+    for c, wanted in ((True, 6.0), (False, 5.0)):
+        assert session.run(None, {"x": np.full(1, 3, np.float32), "c": np.array([c])})[0] == wanted

@@ -14,6 +14,7 @@ from deploypipe.latency.widths import Steps
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler import whole
 from deploypipe.profiler.check import random_plans
+from deploypipe.profiler.noise import ACCEPTED, Noise
 from deploypipe.profiler.regression import design, fit, unknowns_of
 from deploypipe.progress import Recorder
 from deploypipe.targets import load_target
@@ -102,7 +103,7 @@ class Bench:
 
     def __init__(self, folder, graph, formula):
         self.folder, self.graph, self.formula = folder, graph, formula
-        self.target, self.timed = load_target("cpu"), []
+        self.target, self.timed, self.noise = load_target("cpu"), [], Noise(accepted=False)
         self.backend = self
 
     def export(self, model, *_):
@@ -122,8 +123,9 @@ def made(net, graph, tmp_path, monkeypatch):
     """Run the measurement on made-up times; compaction and export give the widths themselves."""
     monkeypatch.setattr(whole, "compact", lambda model, graph, plan, check: graph.kept(plan))
 
-    def run(formula, fresh=False):
+    def run(formula, fresh=False, noise=None):
         bench = Bench(tmp_path, graph, formula)
+        bench.noise = noise or bench.noise
         reporter = Recorder()
         table = whole.fitted_table(bench, net, None, graph, FACTS, tmp_path / "tables", reporter, fresh)
         return table, bench
@@ -171,6 +173,23 @@ def test_times_that_no_layers_explain_are_refused(made, graph):
     random = np.random.default_rng(0)
     with pytest.raises(TargetError, match=r"off by \d+%[\s\S]*--fresh[\s\S]*--metric macs"):
         made(lambda name, kept: float(random.uniform(10, 100)))
+
+
+def test_whoever_accepts_noise_gets_such_a_table_which_says_so(made, graph):
+    random = np.random.default_rng(0)
+    table, _ = made(lambda name, kept: float(random.uniform(10, 100)), noise=Noise(accepted=True, worst=0.8))
+    assert table.context(graph).far_off
+    assert table.facts[ACCEPTED] == 0.8
+
+
+def test_plans_in_a_file_of_another_form_count_for_nothing(made, graph, tmp_path):
+    true = secret(graph)
+    made(lambda name, kept: true(kept))
+    (file,) = tmp_path.rglob("plans.csv")
+    (file.parent / "device.json").unlink()
+    for text in ("plan,us\nx,1\n", "plan,share\nx,much\n"):
+        file.write_text(text)
+        assert whole._known(file) == {}
 
 
 def test_no_plan_judges_that_was_fitted(made, graph):

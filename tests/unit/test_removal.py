@@ -248,3 +248,19 @@ def test_the_bound_holds_where_a_branch_takes_biases_and_norms_along() -> None:
         assert found.bound is not None
         assert found.bound >= best - 1e-9
     assert allocate_widths(graph, values, table, 0.7 * table.predict(graph))[1].status == "optimal", "no branch may go"
+
+
+def test_a_branch_may_go_before_a_transposed_convolution_at_the_end() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(8, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.b(F.relu(self.a(x)))
+
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Block(), nn.ConvTranspose2d(8, 3, 2, stride=2)).eval()
+    graph = trace(net, image())
+    assert removable(net, graph) == ("1.a",)
+    small = compact(net, graph, KeepPlan({"1.a": ()}))
+    assert run(small, (image(),)).shape == run(net, (image(),)).shape

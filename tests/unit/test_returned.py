@@ -2,22 +2,36 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
-from deploypipe.pipeline.absent import RETURNED, Absent
-from deploypipe.pipeline.artifacts import bench_stage
+import pytest
+import torch
+from torch import nn
+
+from deploypipe.graph import trace
+from deploypipe.latency.estimate import estimated
+from deploypipe.latency.table import LatencyTable
+from deploypipe.pipeline.absent import BY_OWNER, RETURNED, Absent
+from deploypipe.pipeline.artifacts import bench_stage, file_notes
 from deploypipe.store import Kept, Store
 from deploypipe.targets import load_target
+
+ASKED = ["l1", "50%", "latency"]
+JETSON = "jetson-orin"
+EXAMPLE = torch.zeros(1, 3, 16, 16)
 
 
 def answered(run: Path, us: dict[str, float]) -> None:
     """Leave what an import leaves: the same device, the same files, other latencies."""
     sha256 = {side: hashlib.sha256(side.encode()).hexdigest() for side in us}
     latencies = {side: {"median_us": median} for side, median in us.items()}
-    (run / RETURNED).write_text(json.dumps({"facts": {"gpu": "Orin"}, "sha256": sha256, "latencies": latencies}))
+    about = {"target": "jetson-orin", "precision": "fp16", "passing": {"clocks": "fast"}, "notes": [f"{BY_OWNER} Orin"]}
+    state = {"facts": {"gpu": "Orin"}, "sha256": sha256, "latencies": latencies, "asked": ASKED}
+    (run / RETURNED).write_text(json.dumps(about | state))
 
 
-def benched(run: Path) -> Kept:
+def benched(run: Path, target: str = "jetson-orin") -> Kept:
     def built(side: str) -> Kept[Path]:
         name = f"{side}.onnx"
         return store.keep(
@@ -26,7 +40,7 @@ def benched(run: Path) -> Kept:
 
     with Store(run) as store:
         files = {side: built(side) for side in ("dense", "pruned")}
-        return bench_stage(store, Absent(load_target("jetson-orin"), run), files, None)
+        return bench_stage(store, Absent(load_target(target), run), files, None)
 
 
 def test_a_second_measurement_on_the_same_device_replaces_the_first(tmp_path: Path) -> None:
@@ -35,3 +49,38 @@ def test_a_second_measurement_on_the_same_device_replaces_the_first(tmp_path: Pa
         answered(tmp_path, us)
         assert {side: latency["median_us"] for side, latency in benched(tmp_path).value.items()} == us
         assert benched(tmp_path).reused
+
+
+def test_the_report_keeps_who_measured_and_how_the_device_was_set(tmp_path: Path) -> None:
+    answered(tmp_path, {"dense": 1000.0, "pruned": 900.0})
+    benched(tmp_path)
+    assert json.loads((tmp_path / "device.json").read_text()) == {"clocks": "fast"}
+    assert file_notes(tmp_path) == [f"{BY_OWNER} Orin"]
+    benched(tmp_path, "jetson-orin-nano")
+    assert file_notes(tmp_path) == []
+
+
+def test_what_was_measured_on_one_target_says_nothing_of_another(tmp_path: Path) -> None:
+    """Both run the same runtime at the same precision, so that the files may be the same, byte by byte."""
+    answered(tmp_path, {"dense": 1000.0, "pruned": 900.0})
+    assert benched(tmp_path).value
+    assert benched(tmp_path, "jetson-orin-nano").value == {}
+    assert "gpu" not in Absent(load_target("jetson-orin-nano"), tmp_path).facts
+
+
+def test_a_run_s_own_table_is_used_where_it_applies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEPLOYPIPE_CACHE", str(tmp_path / "cache"))
+    answered(tmp_path, {"dense": 1000.0, "pruned": 900.0})
+    graphs = [trace(nn.Sequential(nn.Conv2d(3, n, 3), nn.ReLU(), nn.Conv2d(n, 8, 3)).eval(), EXAMPLE) for n in (32, 48)]
+    for device in (JETSON, "jetson-orin-nano"):
+        estimated(graphs[0], load_target(device)).save(tmp_path / device)
+    mark = {**LatencyTable.load(tmp_path / JETSON).facts, "mark": "own"}
+    replace(LatencyTable.load(tmp_path / JETSON), facts=mark).save(tmp_path / "table")
+
+    def marked(graph, sparsity: str = "", target: str = JETSON) -> bool:
+        return "mark" in Absent(load_target(target), tmp_path, sparsity, ASKED).known_table(graph, None).facts
+
+    assert marked(graphs[0])
+    assert not marked(graphs[1]), "the user has edited the model"
+    assert not marked(graphs[0], "auto"), "it does not price 2:4 weights"
+    assert not marked(graphs[0], target="jetson-orin-nano")

@@ -12,17 +12,21 @@ from torch import nn
 from deploypipe.algorithms.base import Problem
 from deploypipe.backends.tensorrt import TensorRt
 from deploypipe.backends.trt_hand import n_two_four, sparsity_verdict
+from deploypipe.compact import compact, mask
 from deploypipe.count import MacTable
 from deploypipe.errors import BackendError, ModelError, UsageError
 from deploypipe.export import export_onnx
 from deploypipe.graph import trace
+from deploypipe.pipeline import sparsify
+from deploypipe.pipeline.hinting import hinted
 from deploypipe.pipeline.request import Request
-from deploypipe.pipeline.sparsify import FOUND, choice, named, patterned, proven, sparse_hooks, sparsified
+from deploypipe.pipeline.sparsify import FOUND, ORDER, choice, named, patterned, proven, sparse_hooks, sparsified
 from deploypipe.pipeline.valuing import choose
 from deploypipe.plan import KeepPlan
 from deploypipe.runners.local import Local
 from deploypipe.saved import save_weights
 from deploypipe.targets import Rates, Reach, load_target
+from deploypipe.training.settings import TrainSettings
 from deploypipe.two_four import holds
 
 INPUTS = [(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(i)),) for i in range(2)]
@@ -201,3 +205,22 @@ def test_a_pattern_that_was_lost_on_the_way_is_never_reported(tmp_path):
     with pytest.raises(BackendError) as caught:
         proven(tmp_path, weights)
     assert caught.value.at.endswith("tuned.safetensors")
+
+
+def test_fine_tuning_learns_the_channels_that_were_put_into_another_order(monkeypatch, tmp_path):
+    """Before the pattern is put in, each channel at the hint says what the masked model's says that it is compared with."""
+    monkeypatch.setattr(sparsify, "_project", lambda model, weights: None)
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()]
+    model = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 8)).eval()
+    graph = trace(model, INPUTS[0])
+    plan = KeepPlan({"0": tuple(range(0, 32, 2)), "2": tuple(range(16, 64))})
+    small = compact(model, graph, plan)
+    moved, found = sparsified(small, INPUTS, UNKNOWN)
+    assert found[ORDER] != sorted(found[ORDER]), "nothing was moved: the test shows nothing"
+    hint = hinted(model, graph, plan, TrainSettings(epochs=1), tmp_path, found[ORDER])
+    said = []
+    for network in (mask(model, graph, plan), moved):
+        network.get_submodule(hint.module).register_forward_hook(lambda _module, _inputs, output: said.append(output.detach()))
+        network(*INPUTS[0])
+    torch.testing.assert_close(said[1], said[0][:, list(hint.channels)], rtol=1e-4, atol=1e-5)

@@ -236,7 +236,7 @@ def test_nothing_is_left_on_the_device_whatever_ends_this_program(ssh_server, de
 def test_a_folder_whose_keeper_was_killed_goes_at_the_next_contact(ssh, ssh_server, device, tmp_path):
     ssh.run(shell("true"), tmp_path)
     [session] = device.iterdir()
-    os.kill(int((session / "keeper").read_text()), signal.SIGKILL)
+    os.kill(int((session / "keeper").read_text().split()[0]), signal.SIGKILL)
     ssh.close()
     assert session.exists()
     ssh.run(shell("true"), tmp_path)
@@ -277,6 +277,7 @@ def test_a_key_that_is_not_accepted_and_a_folder_that_cannot_be_made(ssh_server,
         ("ssh: Could not resolve hostname nano: Name or service not known", "no host of this name"),
         ("ssh: connect to host 10.0.0.9 port 22: Connection timed out", "does not answer"),
         ("ssh: connect to host 10.0.0.9 port 22: No route to host", "does not answer"),
+        ("mktemp: failed to create directory via template '/opt/x': Permission denied", "no folder can be made"),
         ("/home/me/.ssh/config: line 3: Bad configuration option: hots", "Bad configuration option: hots"),
     ],
 )

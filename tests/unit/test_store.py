@@ -568,3 +568,10 @@ def test_key_files_say_what_a_result_was_made_from(tmp_path: Path) -> None:
     }
     assert sorted(record["files"]) == ["weights/a.bin", "weights/b.bin"]
     assert record["done"] is True
+
+
+def test_a_half_written_key_is_taken_for_no_other_stage_s_folder(tmp_path):
+    (tmp_path / "run" / ".partial").mkdir(parents=True)
+    (tmp_path / "run" / ".partial" / "plan-1.key").write_text("{")
+    with Store(tmp_path / "run") as store:
+        assert store.keep("plan", [1], write("x", "plan.json"), read("plan.json")).value.startswith("x plan.json")

@@ -28,6 +28,7 @@ from deploypipe.checkup import examine, verdict
 from deploypipe.device import facts_of
 from deploypipe.errors import BackendError, TargetError
 from deploypipe.export import export_onnx
+from deploypipe.job import JobResult
 from deploypipe.latency.files import Shape
 from deploypipe.profiler.bench import opened
 from deploypipe.profiler.probe import Probe
@@ -181,6 +182,29 @@ def test_the_engine_s_own_description_names_onnx_nodes():
 def test_the_last_word_on_sparsity_counts():
     assert trt_answers.sparsity_of(SPARSITY) == {"sparse_found": 39, "sparse_chose": 0}
     assert trt_answers.sparsity_of("nothing of the kind") == {}
+    older = """[V] [TRT] (Sparsity) Layers eligible for sparse math: Conv_0 + Relu_1, Conv_2, Gemm_9
+[V] [TRT] (Sparsity) TRT inference plan picked sparse implementation for layers: """
+    assert trt_answers.sparsity_of(older) == {"sparse_found": 3, "sparse_chose": 0}
+
+
+@pytest.mark.parametrize("tool", ["/opt/TensorRT/bin/trtexec", "~/no/trtexec"])
+def test_a_program_that_the_target_names_and_that_is_not_there_is_replaced_by_no_other(tmp_path: Path, tool: str):
+    trtexec_standin.install(tmp_path, (10, 3, 0))
+    code = f"import trt_measure; trt_measure.way_of({{'tool': {tool!r}}})"
+    folder = Path(trt_answers.__file__).parent
+    environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(folder), "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "there is no program" in done.stderr
+    assert "[build] tool" in done.stderr
+
+
+def test_outputs_are_in_the_model_s_order_whatever_the_program_s(tmp_path: Path):
+    names = ["output_10", "output_2", "output_0"]
+    rows = [{name: {"shape": [1], "values": [float(name[7:])]} for name in names}]
+    (tmp_path / "answer.json").write_text(json.dumps({"outputs": rows}))
+    found = TensorRt().read_run(JobResult(0, "", "", {"answer.json": tmp_path / "answer.json"}, 0.0))
+    assert [*found] == ["output_0", "output_2", "output_10"]
 
 
 def test_the_device_is_read_from_the_log():
