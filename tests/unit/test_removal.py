@@ -263,4 +263,4 @@ def test_a_branch_may_go_before_a_transposed_convolution_at_the_end() -> None:
     graph = trace(net, image())
     assert removable(net, graph) == ("1.a",)
     small = compact(net, graph, KeepPlan({"1.a": ()}))
-    assert run(small, (image(),)).shape == run(net, (image(),)).shape
+    assert [y.shape for y in run(small, (image(),))] == [y.shape for y in run(net, (image(),))]
