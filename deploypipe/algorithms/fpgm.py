@@ -9,7 +9,8 @@ groups, distances are divided by their group's mean, since sums of distances gro
 weights. In coupled groups the distances of all layers that make the channels are added.
 Filters that are zero are not compared with others: they go first. Training goes on from the user's model at the run's learning
 rate; the paper starts fresh, or with a tenth of the rate from a trained model. Zeroed filters are set to zero with their bias;
-batch norms are left alone while training, so that filters may grow again, and are cut with the channel at the end.
+batch norms are left alone while training, so that filters may grow again, and are cut with the channel at the end. While
+training equal shares are zeroed, whatever `widths` says. Data and training are needed only with `train_epochs`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Network Slimming: an L1 penalty on the scales of batch norms while training, then one threshold on them.
+"""Network Slimming: an L1 penalty on the scales of batch norms while training; channels with the smallest go.
 
 Liu et al., Learning Efficient Convolutional Networks through Network Slimming, ICCV 2017, arXiv:1708.06519, equation 1 and
 section 3; the step is the sub-gradient that the authors' own code takes.
