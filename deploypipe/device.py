@@ -1,6 +1,7 @@
 """What a target is like now: the facts that decide whether two measurements may be compared."""
 
 import platform
+import shutil
 from pathlib import Path
 
 from deploypipe.backends import load_backend
@@ -29,6 +30,14 @@ def facts_of(backend: Backend, runner: Runner, target: Target, folder: Path) -> 
     return {**lasting, **{name: value for name, value in answer.items() if value or name not in lasting}}
 
 
+def installed(backend: Backend, target: Target) -> tuple[bool, str]:
+    """Return whether the target's runtime is on this machine, as such or as the program that the target names; else the fix."""
+    tool = target.build.tool
+    if tool and shutil.which(Path(tool).expanduser()):
+        return True, ""
+    return backend.available()
+
+
 def at_home(target: Target) -> Target:
     """Return the target without the connection to it, if this machine is such a device and no other was named.
 
@@ -38,7 +47,7 @@ def at_home(target: Target) -> Target:
     stated, reach = target.device, target.reach
     if reach.via != "ssh" or reach.host or stated.arch == _ANY_ARCH or stated.accelerator == _NO_ACCELERATOR:
         return target
-    such = _same_arch(stated.arch, platform.machine()) and load_backend(target).available()[0]
+    such = _same_arch(stated.arch, platform.machine()) and installed(load_backend(target), target)[0]
     return target.replace(via=Reach.via) if such else target
 
 

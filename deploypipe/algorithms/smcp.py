@@ -7,7 +7,8 @@ multiple-choice knapsack is our exact allocator, which prices both ends of a lay
 narrowest legal width, and blocks do not vanish. Training goes on from the user's model, and the optimizer is the run's. Scales
 of batch norms are not changed with the masks (an option of the authors' code, off by default there too). At the end masked
 weights are set to zero, so that what was masked last scores lowest. Filters that are masked count in the importance of what
-they read, and importance is by default the sum of |w|, as in the authors' code; the paper's gradient term is `importance=taylor`.
+they read, and importance is by default the sum of |w|, as in the authors' code; the paper's gradient
+term is `importance=taylor`.
 """
 
 from collections.abc import Mapping

@@ -253,15 +253,8 @@ def _context(state: dict[str, Any]) -> Context:
     state = {name: value for name, value in state.items() if name != "schema"}
     prices = {layer: Price(**price) for layer, price in state["prices"].items()}
     overhead = tuple(Overhead(**{**kernel, "layers": tuple(kernel["layers"])}) for kernel in state["overhead"])
-    return Context(
-        **{
-            **state,
-            "overhead": overhead,
-            "prices": MappingProxyType(prices),
-            "errors": tuple(state["errors"]),
-            "held": tuple(state.get("held", ())),
-        }
-    )
+    tuples = {"errors": tuple(state["errors"]), "held": tuple(state.get("held", ()))}
+    return Context(**{**state, **tuples, "overhead": overhead, "prices": MappingProxyType(prices)})
 
 
 def _channels(layer: Layer) -> tuple[int, int]:

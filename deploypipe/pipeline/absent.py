@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from deploypipe.backends import load_backend
 from deploypipe.backends.base import Arrays, Facts
 from deploypipe.cost import CostTable
-from deploypipe.device import at_home
+from deploypipe.device import at_home, installed
 from deploypipe.errors import TargetError, UsageError
 from deploypipe.latency.estimate import CALIBRATED, ESTIMATED, estimated, launches_us
 from deploypipe.latency.table import LatencyTable
@@ -48,7 +48,7 @@ def device_of(target: Target, run: Path | None = None, sparsity: str = "", asked
         asked: Of a request: if the run was built for the same before its owner measured it, its own table is kept.
     """
     found = at_home(target)
-    at_hand = load_backend(found).available()[0] if load_runner(found).here else bool(found.reach.host)
+    at_hand = installed(load_backend(found), found)[0] if load_runner(found).here else bool(found.reach.host)
     if not at_hand and found.rates.known:
         return Absent(found, run, sparsity, asked)
     device = Device(found)

@@ -19,7 +19,7 @@ from deploypipe.compact import across_norms, mask
 from deploypipe.cost import CostTable
 from deploypipe.data.batches import count, take
 from deploypipe.data.load import Data
-from deploypipe.device import facts_of
+from deploypipe.device import facts_of, installed
 from deploypipe.errors import BackendError, ModelError
 from deploypipe.export import check_opset
 from deploypipe.latency.stale import refuse_stale
@@ -76,7 +76,7 @@ class Device:
         """
         if self.backend.source == "onnx":
             check_opset(self.target.build.opset, f"{self.target.path or self.target.name}: build.opset")
-        ready, missing = self.backend.available()
+        ready, missing = installed(self.backend, self.target)
         if self.present and self.runner.here and not ready:
             at = f"target {self.target.name}"
             raise BackendError(f"backend {self.backend.name} is not installed", at=at, fix=missing)

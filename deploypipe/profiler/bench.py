@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from deploypipe.backends.base import Backend, Facts, Profile, Timing
-from deploypipe.device import facts_of
+from deploypipe.device import facts_of, installed
 from deploypipe.errors import BackendError
 from deploypipe.latency.files import Entry
 from deploypipe.profiler.export import Export, exported
@@ -157,7 +157,7 @@ def opened(
     Raises:
         BackendError: The backend is not installed here, where the target is.
     """
-    ready, missing = backend.available()
+    ready, missing = installed(backend, target)
     if runner.here and not ready:
         raise BackendError(f"backend {backend.name} is not installed", at=f"target {target.name}", fix=missing)
     with tempfile.TemporaryDirectory(prefix="deploypipe-profile-") as folder:

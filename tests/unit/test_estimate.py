@@ -14,7 +14,7 @@ from torch import nn
 from deploypipe.allocation.allocate import allocate, allocate_widths
 from deploypipe.checkup import examine
 from deploypipe.device import at_home
-from deploypipe.errors import BudgetError, TargetError
+from deploypipe.errors import BackendError, BudgetError, TargetError
 from deploypipe.graph import trace
 from deploypipe.latency.estimate import estimated, kernel_us, launches_us
 from deploypipe.latency.files import Shape
@@ -140,6 +140,18 @@ def test_the_device_itself_needs_no_host(monkeypatch):
     assert examine(load_target("jetson")).place == "local"
     named = device_of(load_target("jetson").reached_at("nobody@192.0.2.1"))
     assert (named.runner.here, named.notes) == (False, ())
+
+
+def test_a_program_that_the_target_names_is_the_runtime(monkeypatch, tmp_path):
+    machine(monkeypatch, "aarch64", tensorrt=False)
+    monkeypatch.setattr("deploypipe.backends.tensorrt.TensorRt.available", lambda self: (False, "set [build] tool"))
+    trtexec_standin.install(tmp_path / "tools", (10, 3, 0))
+    device = device_of(load_target("jetson-orin-nano").replace(tool=str(tmp_path / "tools" / "trtexec")))
+    assert type(device) is Device
+    device.require_builder()
+    gone = load_target("jetson-orin-nano").replace(via="local", tool=str(tmp_path / "trtexec"))
+    with pytest.raises(BackendError, match="not installed"):
+        Device(gone).require_builder()
 
 
 @pytest.mark.parametrize(("arch", "tensorrt"), [("x86_64", True), ("aarch64", False)])
