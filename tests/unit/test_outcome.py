@@ -10,7 +10,7 @@ from deploypipe.pipeline.request import Request
 
 
 def findings(dense_then: float, dense_now: float, pruned_now: float) -> SimpleNamespace:
-    table = SimpleNamespace(predict=lambda graph: dense_then)
+    table = SimpleNamespace(predict=lambda graph: dense_then, source="measured")
     latencies = {"dense": {"median_us": dense_now}, "pruned": {"median_us": pruned_now}}
     return SimpleNamespace(table=table, graph=None, latencies=latencies, budget=0.5 * dense_then, sparse=None)
 
@@ -30,6 +30,12 @@ def test_drift_since_profiling_is_told(then: float, now: float, told: bool) -> N
     notes = _drift(findings(then, now, 80.0))
     assert bool(notes) == told
     assert not told or (f"{then:.0f} us" in notes[0] and f"{now:.0f} us" in notes[0])
+
+
+def test_an_estimate_is_no_measurement_that_a_device_has_drifted_from() -> None:
+    found = findings(192.4, 161.9, 80.0)
+    found.table.source = "estimated"
+    assert _drift(found) == ()
 
 
 @pytest.mark.parametrize(("facts", "told"), [({}, 0.91), ({"method": "fitted"}, 0.91), ({"source": "estimated"}, None)])
