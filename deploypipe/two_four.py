@@ -107,15 +107,26 @@ def search(columns: Floats) -> NDArray[np.int64]:
     sizes = np.abs(columns)
     if len(sizes) > _ROWS:  # the rows that have most to lose
         sizes = sizes[np.argsort(-sizes.sum(axis=1), kind="stable")[:_ROWS]]
-    order = np.arange(size)
+    order, n = np.arange(size), size // 4
+    step, moved, settled = (
+        0,
+        np.zeros(n, int),
+        np.zeros((n, n), int),
+    )  # moved: when a stripe was; settled: when a pair had no swap
     for _ in range(_PASSES):
         changed = False
-        for left, right in combinations(range(size // 4), 2):
+        for left, right in combinations(range(n), 2):
+            step += 1
+            if settled[left, right] > max(moved[left], moved[right]):
+                continue
             places = np.r_[4 * left : 4 * left + 4, 4 * right : 4 * right + 4]
             swapped = _best_swap(sizes[:, order[places]])
             if swapped is not None:
                 order[places] = order[places][swapped]
+                moved[left] = moved[right] = step
                 changed = True
+            else:
+                settled[left, right] = step
         if not changed:
             break
     better = _kept(np.abs(columns)[:, order]) > (1 + _BETTER) * _kept(np.abs(columns))
