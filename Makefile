@@ -29,10 +29,10 @@ demo: $(INSTALLED)  ## prune, prove and measure a small network on real data
 # Continuous integration sets CI and takes its time; at the desk whole builds and slow converters are left out.
 TESTS := $(if $(CI),not zoo,not slow and not zoo)
 
-test: $(INSTALLED)  ## run the tests, in about four minutes on two cores (all of them where CI is set, as in test-all)
+test: $(INSTALLED)  ## run the tests, in about three minutes on two cores (all of them where CI is set, as in test-all)
 	$(ONE_THREAD) $(BIN)/pytest -m "$(TESTS)" -n 2 --dist worksteal -q
 
-test-all:  ## run them with whole builds and slow converters, in about seven minutes
+test-all:  ## run them with whole builds and slow converters, in about six minutes
 	$(MAKE) test CI=1
 
 test-zoo: $(INSTALLED)  ## run the slow tests over the torchvision zoo

@@ -62,6 +62,7 @@ class SideBySide(nn.Module):
         return torch.cat([model(x) for model in self.models], 1)
 
 
+@pytest.mark.slow  # twenty models in one export; below, one method on every net
 def test_c7_what_every_method_leaves_is_exported_without_gates_and_equal() -> None:
     solved = {name: case.solved("residual") for name, case in CASES.items() if EXPORT in contracts_of(case)}
     assert len(solved) == len(CASES) - len(SPARSE)

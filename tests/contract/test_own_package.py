@@ -86,6 +86,7 @@ def test_an_algorithm_of_another_package_keeps_the_contracts(capsys):
     assert json.loads(capsys.readouterr().out)["does"] == "Rank filters by their largest weight."
 
 
+@pytest.mark.slow
 def test_they_are_all_that_a_build_needs(target, tmp_path, capsys):
     options = ["--metric", "macs", "--epochs", "0", "--algo", "myscore", "--budget", "70%", "--out", str(tmp_path / "run")]
     factory = str(Path(__file__).parents[1] / "e2e" / "factory.py")

@@ -89,6 +89,7 @@ def test_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (tmp_path / "run").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_accuracy_floor_fails_after_the_report_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = arguments(tmp_path / "run", accuracy_floor=1.0, epochs=0, algo="random", metric="macs", budget="30%")
     fails(capsys, argv, 6, "floor")

@@ -54,6 +54,7 @@ def target(phone, program):
     return made.replace(arch="native", workdir=str(phone), runs=3, warmup=2)
 
 
+@pytest.mark.slow
 def test_a_phone_without_python_describes_builds_and_times(target, phone, tmp_path):
     torch.manual_seed(0)
     nets = {n: nn.Sequential(nn.Conv2d(3, n, 3), nn.ReLU(), nn.Conv2d(n, n, 3)).eval() for n in (8, 96)}

@@ -565,7 +565,11 @@ def test_bindings_without_a_gpu_are_told_in_a_sentence(tmp_path, monkeypatch):
 # ---- the same jobs over SSH, to a server on the loopback address
 
 
-@pytest.fixture(scope="module", params=VERSIONS, ids=lambda version: ".".join(map(str, version)))
+@pytest.fixture(
+    scope="module",
+    params=[*(pytest.param(version, marks=pytest.mark.slow) for version in VERSIONS[:-1]), VERSIONS[-1]],
+    ids=lambda version: ".".join(map(str, version)),
+)
 def board(request, tmp_path_factory):
     """A 'device' with the stand-in on its PATH."""
     folder = tmp_path_factory.mktemp("ssh")
