@@ -1,5 +1,6 @@
 """What a target is like now: the facts that decide whether two measurements may be compared."""
 
+import os
 import platform
 import shutil
 from pathlib import Path
@@ -33,7 +34,7 @@ def facts_of(backend: Backend, runner: Runner, target: Target, folder: Path) -> 
 def installed(backend: Backend, target: Target) -> tuple[bool, str]:
     """Return whether the target's runtime is on this machine, as such or as the program that the target names; else the fix."""
     tool = target.build.tool
-    if tool and shutil.which(Path(tool).expanduser()):
+    if tool and shutil.which(os.path.expanduser(tool)):  # noqa: PTH111 - Path.expanduser raises where there is no such user
         return True, ""
     return backend.available()
 

@@ -108,11 +108,8 @@ def search(columns: Floats) -> NDArray[np.int64]:
     if len(sizes) > _ROWS:  # the rows that have most to lose
         sizes = sizes[np.argsort(-sizes.sum(axis=1), kind="stable")[:_ROWS]]
     order, n = np.arange(size), size // 4
-    step, moved, settled = (
-        0,
-        np.zeros(n, int),
-        np.zeros((n, n), int),
-    )  # moved: when a stripe was; settled: when a pair had no swap
+    step, moved = 0, np.zeros(n, int)  # at which step a stripe was last changed ...
+    settled = np.zeros((n, n), int)  # ... and a pair last found to have nothing to swap
     for _ in range(_PASSES):
         changed = False
         for left, right in combinations(range(n), 2):

@@ -58,8 +58,9 @@ def run(request: dict[str, Any]) -> Any:
     call = loaded.module()
 
     def compute(inputs: dict[str, Any]) -> list[Any]:
-        names = sorted(inputs, key=lambda name: (len(name), name))  # input_10 behind input_2
-        result: list[Any] = torch.utils._pytree.tree_leaves(call(*(torch.from_numpy(inputs[name]) for name in names)))
+        result: list[Any] = torch.utils._pytree.tree_leaves(
+            call(*(torch.from_numpy(inputs[name]) for name in stopwatch.in_order(inputs)))
+        )
         return [value.detach().numpy() for value in result]
 
     n = len(loaded.graph_signature.user_outputs)

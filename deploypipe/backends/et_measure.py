@@ -206,7 +206,7 @@ def run(request: dict[str, Any]) -> Any:
     else:
         call = opened(request["model"], request).forward
     with np.load(request["inputs"]) as arrays:
-        first = {name: torch.from_numpy(arrays[name][0]) for name in sorted(arrays.files, key=lambda name: (len(name), name))}
+        first = {name: torch.from_numpy(arrays[name][0]) for name in stopwatch.in_order(arrays.files)}
     n = len(call(list(first.values())))
     names = ["output"] if n == 1 else [f"output_{i}" for i in range(n)]  # as they are called in the exported model
 

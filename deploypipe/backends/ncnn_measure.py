@@ -120,7 +120,7 @@ class Network:
                 code = extractor.input(name, mat)
                 if code != 0:
                     raise SystemExit(f"ncnn does not take input '{name}' (return code {code})")
-            for name in sorted(self.net.output_names(), key=in_order):  # ncnn lists them as they are computed
+            for name in stopwatch.in_order(self.net.output_names()):  # ncnn lists them as they are computed
                 code, output = extractor.extract(name)
                 if code != 0:
                     raise SystemExit(f"ncnn cannot compute output '{name}' (return code {code})")
@@ -130,11 +130,6 @@ class Network:
     def sample(self) -> list[Any]:
         """Make one input for each argument."""
         return self.mats([stopwatch.sample_input([1, *shape], "f4") for shape in self.shapes])
-
-
-def in_order(name: str) -> tuple[int, str]:
-    """Sort `input_10` behind `input_2`."""
-    return len(name), name
 
 
 def bench(request: dict[str, Any]) -> Any:
@@ -165,7 +160,7 @@ def run(request: dict[str, Any]) -> Any:
     names = ["output"] if n == 1 else [f"output_{i}" for i in range(n)]  # as they are called in the exported model
 
     def compute(inputs: dict[str, Any]) -> list[Any]:
-        mats = made.mats([inputs[name] for name in sorted(inputs, key=in_order)])
+        mats = made.mats([inputs[name] for name in stopwatch.in_order(inputs)])
         return [np.array(output)[None] for output in made.run(mats)]
 
     return stopwatch.run_all(names, compute, request)

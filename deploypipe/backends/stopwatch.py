@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Dict, NamedTuple
 
@@ -21,6 +21,11 @@ REWARM = 2  # runs at the start of a turn that do not count
 SLOWER = 0.05  # a turn that took so much longer than the quickest one counts as disturbed
 
 Request = Dict[str, Any]
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sort numbered inputs or outputs as the model has them: `input_10` behind `input_2`."""
+    return sorted(names, key=lambda name: (len(name), name))
 
 
 class Window(NamedTuple):

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnx.compose
 
+from deploypipe.backends import stopwatch
 from deploypipe.backends.base import Arrays, Profile
 from deploypipe.backends.scripted import Scripted, answer
 from deploypipe.backends.trt_flags import INSTALL
@@ -108,7 +109,7 @@ class TensorRt(Scripted):
         rows = answer(result)["outputs"]
         return {
             name: np.stack([np.array(row[name]["values"], np.float32).reshape(row[name]["shape"]) for row in rows])
-            for name in sorted(rows[0], key=lambda name: (len(name), name))  # trtexec writes them in any order
+            for name in stopwatch.in_order(rows[0])  # trtexec writes them in any order
         }
 
     def told(self, target: Target, push: Mapping[str, Path | bytes]) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import platform
 import re
 import shutil
@@ -251,7 +252,7 @@ def answer_of(command: list[str]) -> str:
 
 def way_of(request: Request) -> Any:
     """Return how TensorRT can be used here: the program that the target names or one that is found, else Python's interface."""
-    tool = str(Path(request["tool"]).expanduser()) if request["tool"] else ""
+    tool = os.path.expanduser(request["tool"])  # noqa: PTH111 - Path.expanduser raises where there is no such user
     if tool and not shutil.which(tool):  # another version would be measured instead
         raise SystemExit(f"there is no program '{tool}' here\nfix: correct [build] tool in the target file, or leave it out")
     for program in (tool, shutil.which("trtexec"), FALLBACK):

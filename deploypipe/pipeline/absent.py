@@ -66,7 +66,7 @@ class Absent(Device):
     def __init__(self, target: Target, run: Path | None = None, sparsity: str = "", asked: Sequence[str] = ()) -> None:
         super().__init__(target)
         self.sparsity = sparsity
-        self._returned = of_target(read_returned(run), target)
+        self._returned = read_returned(run, target)
         self.measured = False  # by the owner; see bench
         self._own = run / "table" if run and self._returned and self._returned.get("asked") == list(asked) else None
 
@@ -203,14 +203,8 @@ def stored(table: LatencyTable) -> str:
     return f"a {CALIBRATED if table.source == CALIBRATED else 'stored'} profile of {device} (power mode {mode}, {date})"
 
 
-def of_target(returned: dict[str, Any] | None, target: Target) -> dict[str, Any] | None:
-    """Return what came back if it was measured for this target, at this precision; else None."""
-    about = {"target": target.name, "precision": target.build.precision}
-    return returned if returned and about.items() <= returned.items() else None
-
-
-def read_returned(run: Path | None) -> dict[str, Any] | None:
-    """Return what an import left in the run folder.
+def read_returned(run: Path | None, target: Target) -> dict[str, Any] | None:
+    """Return what an import left in the run folder; None if that was measured for another target, or at another precision.
 
     Raises:
         UsageError: The file is damaged.
@@ -223,4 +217,5 @@ def read_returned(run: Path | None) -> dict[str, Any] | None:
     except ValueError as error:
         fix = "import the owner's results again (profile --import), or delete the file"
         raise UsageError("what was imported from the device's owner is damaged", at=str(path), fix=fix) from error
-    return state
+    about = {"target": target.name, "precision": target.build.precision}
+    return state if about.items() <= state.items() else None

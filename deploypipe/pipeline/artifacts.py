@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deploypipe.backends.base import SUFFIX
 from deploypipe.data.load import Data
 from deploypipe.export import export_onnx, export_program, simplify_onnx
-from deploypipe.pipeline.absent import of_target, read_returned
+from deploypipe.pipeline.absent import read_returned
 from deploypipe.pipeline.stages import Device, accuracies, check_files
 from deploypipe.progress import Reporter
 from deploypipe.reports.report import Check
@@ -99,7 +99,7 @@ def bench_stage(
         (folder / "device.json").write_text(json.dumps(device.state(), indent=1) + "\n")
         _note(folder / "latency-notes.json", device.remarks())
 
-    returned = None if device.present else of_target(read_returned(store.root), device.target)  # may be measured again
+    returned = None if device.present else read_returned(store.root, device.target)  # the same device may be measured again
     key = [4, *files.values(), asdict(device.target.measure), device.facts, *([returned] if returned else [])]
     return store.keep("bench", key, bench, lambda root: json.loads((root / "latency.json").read_text()))
 

@@ -121,7 +121,7 @@ def _where(facts: Mapping[str, Any], report: Report) -> str:
 
 def _reported(report: Report, latencies: Mapping[str, Latency], state: Mapping[str, Any]) -> Report:
     """Return the run's report with the measured figures."""
-    budget = report.budget
+    budget, said = report.budget, state["notes"]
     if budget.unit == "us":
         limit = parse_budget(budget.asked, budget.metric, latencies["dense"].median_us)
         budget = replace(budget, limit=limit, reached=latencies["pruned"].median_us)
@@ -132,7 +132,7 @@ def _reported(report: Report, latencies: Mapping[str, Latency], state: Mapping[s
         budget=budget,
         machine={**state["facts"], **state["passing"]},  # the second: how it was set while it measured
         two_four=report.two_four and replace(report.two_four, evidence=tuple(state["built"])),
-        notes=(*(note for note in report.notes if not note.startswith((NOT_RUN, BY_OWNER))), *state["notes"]),
+        notes=(*(note for note in report.notes if not note.startswith((NOT_RUN, BY_OWNER)) and note not in said), *said),
     )
 
 

@@ -294,6 +294,7 @@ def test_bench_without_layers_shows_the_whole_alone(pipeline: FakePipeline, caps
         ("sensitivity", Request(algo="thinet", metric="macs")),
         ("sensitivity --target jetson --algo l2 --seed 3", Request(target="jetson", algo="l2", seed=3)),
         ("sensitivity --target jetson --host u@nano", Request(target="jetson", algo="thinet", host="u@nano")),
+        ("sensitivity --threads 2", Request(algo="thinet", threads=2)),
         ("sensitivity --host pi", Request(algo="thinet", host="pi")),
         (
             "sensitivity --set images=64 --keep stem",

@@ -18,8 +18,11 @@ from deploypipe.data.load import Data
 from deploypipe.errors import ModelError
 from deploypipe.graph import trace
 from deploypipe.ingredients.removal import removable
+from deploypipe.pipeline.request import Request
+from deploypipe.pipeline.valuing import held_out
 from deploypipe.plan import KeepPlan
 from deploypipe.progress import Recorder, Reporter, Silent
+from deploypipe.training.checkpoint import state_digest
 from deploypipe.training.evaluate import Accuracy
 from deploypipe.worth.curves import curves_table, rows
 from deploypipe.worth.heldout import Effort, HeldOut, Memo
@@ -353,3 +356,18 @@ def test_a_loss_that_is_no_number_is_an_error_in_three_parts() -> None:
         task(model).curves({}, "curves")
     assert raised.value.at
     assert raised.value.fix
+
+
+def test_two_networks_with_equal_weights_are_not_taken_for_one_another() -> None:
+    """Their fingerprints and weights are equal; what lies between the layers is not."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(60, 3, 8, 8), torch.randint(0, 4, (60,))
+    samples = TensorDataset(images, labels)
+    data = Data(samples, samples, ("0", "1", "2", "3"), "key", None, "toy")
+    layers = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+    losses = []
+    for act in (nn.ReLU(), nn.SiLU()):
+        model = nn.Sequential(layers[0], act, nn.AdaptiveAvgPool2d(1), nn.Flatten(), layers[1]).eval()
+        graph = trace(model, images[:2])
+        losses.append(held_out(Request(), model, state_digest(model), graph, data).measure(KeepPlan({})).loss)
+    assert losses[0] != losses[1]
