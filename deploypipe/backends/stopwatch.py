@@ -44,7 +44,9 @@ class Cores:
         if hasattr(os, "sched_setaffinity"):
             allowed = sorted(os.sched_getaffinity(0))
             if threads > len(allowed):  # there may be more, but not for us: a container, a batch system, taskset
-                raise SystemExit(f"{threads} threads were asked for, this process may use {len(allowed)} cores")
+                raise SystemExit(
+                    f"{threads} threads were asked for, this process may use {len(allowed)} cores: ask for fewer, or allow more"
+                )
             before = self.busy(allowed)
             time.sleep(0.1)
             after = self.busy(allowed)
