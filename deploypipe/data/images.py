@@ -42,12 +42,13 @@ class Images(Dataset[tuple[Tensor, int]]):
         pixels: (N, C, H, W) uint8.
         labels: (N,) int64.
         normalise: Mean and standard deviation per channel, applied to pixels scaled to [0, 1].
+        shape: (height, width) that they are scaled to when they are taken, where all at that size would be too many bytes.
     """
 
-    def __init__(self, pixels: Tensor, labels: Tensor, normalise: Normalise) -> None:
+    def __init__(self, pixels: Tensor, labels: Tensor, normalise: Normalise, shape: tuple[int, int] | None = None) -> None:
         assert pixels.dtype == torch.uint8
         assert len(pixels) == len(labels)
-        self.pixels, self.labels, self.normalise = pixels, labels.long(), normalise
+        self.pixels, self.labels, self.normalise, self.shape = pixels, labels.long(), normalise, shape
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in normalise)
         self._scale, self._shift = 1 / (255 * std), -mean / std
 
@@ -60,7 +61,10 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return normalised images (B, C, H, W) and their labels (B,)."""
-        return self.pixels[indices].float().mul_(self._scale).add_(self._shift), self.labels[indices]
+        pixels = self.pixels[indices]
+        if self.shape is not None:
+            pixels = _scaled(pixels, self.shape)
+        return pixels.float().mul_(self._scale).add_(self._shift), self.labels[indices]
 
 
 class Files(Dataset[tuple[Tensor, int]]):
@@ -265,17 +269,28 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def resized(images: Images, size: Size) -> Images:
     """Return in-memory images at another size: bilinear, and one channel repeated if three are asked for.
 
+    What would then be more than 1 GiB keeps its size, and is scaled when it is taken: CIFAR-10 for a model of 224 pixels.
+
     Raises:
         UsageError: The channels cannot be made to fit.
     """
     channels, *shape = size
-    pixels = images.pixels
+    pixels, later = images.pixels, None
     if list(pixels.shape[2:]) != shape:
-        pixels = F.interpolate(pixels.float(), shape, mode="bilinear", antialias=True).round_().clamp_(0, 255).to(torch.uint8)
+        if len(pixels) * channels * shape[0] * shape[1] > MEMORY_LIMIT_BYTES:
+            later = (shape[0], shape[1])
+        else:
+            pixels = torch.cat([_scaled(part, shape) for part in pixels.split(1000)])  # all as floats are four times as much
     if pixels.shape[1] == channels:
-        return Images(pixels, images.labels, images.normalise)
+        return Images(pixels, images.labels, images.normalise, later)
     if pixels.shape[1] != 1:
         fix = f"use a model with {pixels.shape[1]} input channels"
         raise UsageError(f"the images have {pixels.shape[1]} channels, the model takes {channels}", at="--data", fix=fix)
     mean, std = (values * channels if len(values) == 1 else values for values in images.normalise)
-    return Images(pixels.expand(-1, channels, -1, -1).contiguous(), images.labels, (mean, std))
+    return Images(pixels.expand(-1, channels, -1, -1).contiguous(), images.labels, (mean, std), later)
+
+
+def _scaled(pixels: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return (N, C, H, W) uint8 at another height and width."""
+    scaled = F.interpolate(pixels.float(), list(shape), mode="bilinear", antialias=True)
+    return scaled.round_().clamp_(0, 255).to(torch.uint8)

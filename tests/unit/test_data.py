@@ -104,6 +104,19 @@ def test_large_images_stay_on_disk_and_read_the_same(folder, tmp_path, monkeypat
         assert torch.equal(one[1], other[1])
 
 
+def test_small_images_for_a_model_of_large_ones_are_scaled_when_they_are_taken(monkeypatch):
+    size = (3, 48, 40)
+    eager = load_data("demo", size=size)
+    monkeypatch.setattr(deploypipe.data.images, "MEMORY_LIMIT_BYTES", 1000 * 3 * 48 * 40)
+    lazy = load_data("demo", size=size)
+    assert (lazy.key, lazy.description, lazy.input_shape) == (eager.key, eager.description, size)
+    assert lazy.train.pixels.shape[1:] == (3, 8, 8)
+    assert torch.equal(lazy.test.pixels, eager.test.pixels)  # 355 images fit
+    for one, other in zip(batches(lazy.train, 700, shuffle_seed=4), batches(eager.train, 700, shuffle_seed=4), strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
+
+
 def test_resizing_keeps_the_shape_of_things_and_the_centre(tmp_path):
     array = np.zeros((40, 80, 3), dtype=np.uint8)
     array[:, 20:60] = 255  # the central square is white
