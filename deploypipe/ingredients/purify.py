@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deploypipe.compact import compact, difference, run
 from deploypipe.ingredients.stacks import Stack, rows
+from deploypipe.ingredients.statistics import weights
 from deploypipe.plan import KeepPlan
 from deploypipe.types import Graph, Group
 
@@ -18,7 +19,7 @@ TOLERANCE = 1e-6  # of the largest output
 
 
 def unread(model: nn.Module, group: Group) -> Tensor:
-    """Return booleans (C,): every weight that reads the channel is zero there. All False if no weight reads it."""
+    """Return booleans (C,): every weight that reads the channel is zero there, fixed ones as well. All False if none reads it."""
     return _zero(model, group, "consumes")
 
 
@@ -66,9 +67,9 @@ def silenced(model: nn.Module, graph: Graph) -> nn.Module:
 
 
 def _zero(model: nn.Module, group: Group, role: str) -> Tensor:
-    named = dict(model.named_parameters())
+    named = weights(model)
     members = [m for m in group.members if m.role == role and m.param in named]
-    return _all_zero([rows(named[m.param].detach(), m) for m in members], torch.zeros(group.size, dtype=torch.bool))
+    return _all_zero([rows(named[m.param], m) for m in members], torch.zeros(group.size, dtype=torch.bool))
 
 
 def _all_zero(parts: list[Tensor], like: Tensor, nothing: bool = False) -> Tensor:

@@ -125,3 +125,22 @@ def test_a_channel_that_a_layer_norm_counts_is_neither_dead_nor_silenced() -> No
     assert unread(model, graph.group("a")).nonzero().flatten().tolist() == [3]
     assert dead(model, graph) == {}
     assert difference(run(model, graph.example), run(silenced(model, graph), graph.example)) == 0
+
+
+def test_a_channel_that_only_a_fixed_weight_reads_is_alive() -> None:
+    """A shortcut of zeros and ones, in a buffer, reads what no trained weight reads any more."""
+    model, example = TOYS["fixed_shortcut"]()
+    graph = trace(model, example)
+    fixed = [(g, m) for g in graph.prunable for m in g.members if m.role == "consumes" and m.param in graph.buffers]
+    assert fixed
+    group, named = fixed[0][0], dict(model.named_parameters())
+    assert [m for m in group.members if m.role == "consumes" and m.param in named]
+    with torch.no_grad():
+        for member in group.members:
+            if member.role == "consumes" and member.param in named:
+                named[member.param].index_fill_(member.axis, torch.tensor(member.slots(1)), 0.0)
+    before = run(model, example)
+    assert dead(model, graph) == {}
+    assert difference(before, run(silenced(model, graph), example)) < 1e-6
+    small = compact(model, graph, without({group.name: (1,)}, graph), check=False)
+    assert difference(before, run(small, example)) > 1e-3
