@@ -42,6 +42,7 @@ class AutoSlim:
     """Slim the supernet greedily: every step narrows the group without which the network still knows most."""
 
     name: ClassVar[str] = "autoslim"
+    renumbered: ClassVar[bool] = True
     train_epochs: int = option(10, "epochs in which the supernet is trained", low=0)
     start: str = option("trained", "weights that the supernet starts from", choices=("trained", "fresh"))
     n_random: int = option(2, "random sub-networks of each step, beside the largest and the smallest", low=0)

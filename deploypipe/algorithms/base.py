@@ -2,7 +2,7 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from deploypipe.allocation.allocate import allocate_widths, plan_of, ranking
+from deploypipe.allocation.allocate import allocate_widths, cheapest_widths, plan_of, ranking
 from deploypipe.allocation.pattern import mask_losses
 from deploypipe.allocation.pattern import n_readers as n_readers  # noqa: PLC0414 - part of what an algorithm may import from here
 from deploypipe.allocation.threshold import threshold_widths, uniform_widths, worth_keeping
@@ -77,6 +77,22 @@ class Problem:
     seed: int = 0
     reporter: Reporter = field(default_factory=Silent)
     allocator: Allocator = by_values
+
+
+def least_cost(problem: Problem, names: Iterable[str] | None = None) -> float:
+    """Return what the cheapest widths cost that leave no group empty: the least that steps on the way to a budget can ask for.
+
+    Args:
+        problem: What was asked.
+        names: The groups that may get narrower; all that can be without it.
+
+    Raises:
+        BudgetError: That is above the budget, and there is no other allocator, which may know how to leave out whole branches.
+    """
+    graph, table = problem.graph, problem.table
+    limit = problem.budget if problem.allocator is by_values else np.inf
+    widths = cheapest_widths(graph, [g.name for g in graph.prunable] if names is None else names, table, limit)
+    return table.predict(graph, KeepPlan.of_widths(widths)) * (1 + 1e-9)
 
 
 @dataclass(frozen=True, eq=False)

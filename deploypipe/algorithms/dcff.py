@@ -51,6 +51,11 @@ class Dcff:
     temperature: str = option("even", "how mixtures sharpen: evenly over the training, or as in the paper", choices=SCHEDULES)
     rise: float = option(10.0, "of the paper's schedule: k times the number of epochs", low=1e-3, high=500)
 
+    @property
+    def renumbered(self) -> bool:
+        """Whether the trained channels are not those of the user's model."""
+        return self.start == "fresh"
+
     def train(self, problem: Problem, trainer: Trainer) -> nn.Module:
         """Return a model of full size whose channels are the fused ones, all others dead.
 

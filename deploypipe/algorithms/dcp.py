@@ -20,11 +20,10 @@ from typing import ClassVar
 import numpy as np
 from torch import nn
 
-from deploypipe.algorithms.base import Problem, allocated, labelled
+from deploypipe.algorithms.base import Problem, allocated, labelled, least_cost
 from deploypipe.algorithms.options import option
 from deploypipe.algorithms.reconstruction import readers, reconstructed
 from deploypipe.algorithms.stages import Stages, staged
-from deploypipe.allocation.allocate import cheapest_widths
 from deploypipe.ingredients.selection import select
 from deploypipe.ingredients.stacks import Stack
 from deploypipe.plan import KeepPlan
@@ -57,7 +56,7 @@ class Dcp:
         """
         labelled(problem.data)
         reading, skipped = readers(problem)
-        cheapest_widths(problem.graph, reading, problem.table, problem.budget)  # fails now if the budget is out of reach
+        least_cost(problem, reading)  # fails now if the budget is out of reach
         stages = Stages(problem, self.heads, self.images, self.lambda_)
         orders, values = {}, {}
         with counted(problem.reporter, "dcp", len(reading)) as reporter:

@@ -19,9 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from deploypipe.algorithms.base import SHARED_OUT, Problem, by_values, judged, relative, rows, shared_out
+from deploypipe.algorithms.base import SHARED_OUT, Problem, by_values, judged, least_cost, relative, rows, shared_out
 from deploypipe.algorithms.options import option
-from deploypipe.allocation.allocate import cheapest_widths
 from deploypipe.compact import kept_slots
 from deploypipe.errors import NotApplicable
 from deploypipe.ingredients.statistics import trained_weights
@@ -56,12 +55,11 @@ class DepGraph:
             BudgetError: The budget cannot be reached.
         """
         graph, table = problem.graph, problem.table
-        dense, plan = table.predict(graph), KeepPlan({})
-        cheapest_widths(graph, [group.name for group in graph.prunable], table, problem.budget)  # else fail now
+        dense, least, plan = table.predict(graph), least_cost(problem), KeepPlan({})
         for step in range(1, self.steps + 1):
             scores, skipped = scores_after(plan, trained_weights(problem.model), graph)
             last = step == self.steps
-            budget = problem.budget if last else dense + (problem.budget - dense) * step / self.steps
+            budget = problem.budget if last else max(least, dense + (problem.budget - dense) * step / self.steps)
             goal = replace(problem, budget=budget, allocator=problem.allocator if last else by_values)
             plan = shared_out(self, goal, scores, skipped, self.widths)
         return plan

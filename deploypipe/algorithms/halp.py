@@ -10,8 +10,8 @@ a batch norm are judged by the sum of w dE/dw of their filters, the bias include
 runs only serve to judge: the plan is carried out on the trained weights and fine-tuned afterwards.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -19,16 +19,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deploypipe.algorithms.base import Problem, allocated, judged, labelled
+from deploypipe.algorithms.base import Problem, allocated, by_values, judged, labelled, least_cost
 from deploypipe.algorithms.options import option
-from deploypipe.allocation.allocate import cheapest_widths, prefix_sums, ranking
+from deploypipe.allocation.allocate import prefix_sums, ranking
 from deploypipe.compact import masked_slots
-from deploypipe.ingredients.gradients import gate_gradient
+from deploypipe.ingredients.curvature import Unit, derivatives, gates
 from deploypipe.ingredients.statistics import batch_size
 from deploypipe.plan import KeepPlan
 from deploypipe.progress import Reporter, counted
 from deploypipe.training.adapt import Adapting
-from deploypipe.types import Graph
 
 
 @dataclass(frozen=True)
@@ -48,27 +47,30 @@ class Halp:
             BudgetError: The budget cannot be reached.
             UsageError: There is no data, or the training diverges.
         """
-        graph, dense = problem.graph, problem.table.predict(problem.graph)
-        cheapest_widths(graph, [group.name for group in graph.prunable], problem.table, problem.budget)  # else fail now
+        graph, dense, least = problem.graph, problem.table.predict(problem.graph), least_cost(problem)
         images = min(self.batch, batch_size(graph.example))
         run, plan = Adapting(problem.model, labelled(problem.data), self.lr, images, problem.seed), KeepPlan({})
+        units, unjudged = judged(graph, gates(run.model, graph))
         with counted(problem.reporter, "halp", self.steps * self.interval) as reporter:
             for step in range(1, self.steps + 1):
-                saliencies, skipped = self._saliencies(run, graph, reporter, (step - 1) * self.interval)
+                saliencies, skipped = self._saliencies(run, units, reporter, (step - 1) * self.interval)
                 orders = {name: ranking(saliency) for name, saliency in saliencies.items()}
                 values = {name: prefix_sums(saliency[orders[name]]) for name, saliency in saliencies.items()}
-                goal = replace(problem, budget=budget_at(step, self.steps, dense, problem.budget))
-                plan = allocated(self, goal, orders, values, skipped)
+                goal = problem
+                if step < self.steps:  # only what is carried out is decided by another allocator
+                    budget = max(least, budget_at(step, self.steps, dense, problem.budget))
+                    goal = replace(problem, budget=budget, allocator=by_values)
+                plan = allocated(self, goal, orders, values, unjudged | skipped)
                 run.hold(masked_slots(graph, plan))
         return plan
 
     def _saliencies(
-        self, run: Adapting, graph: Graph, reporter: Reporter, done: int
+        self, run: Adapting, units: Mapping[str, Unit], reporter: Reporter, done: int
     ) -> tuple[dict[str, NDArray[np.float64]], dict[str, str]]:
         """Return the (C,) saliencies of every group, averaged over the next mini-batches, and why groups have none."""
         totals, skipped = dict[str, Tensor](), dict[str, str]()
         for batch, model in enumerate(run.steps(self.interval), 1):
-            found, skipped = judged(graph, partial(gate_gradient, model))
+            found, skipped = derivatives(model, units)
             for name, gradient in found.items():
                 # The absolute value of every batch: near a minimum the gradients of batches cancel.
                 totals[name] = totals.get(name, torch.zeros_like(gradient)) + gradient.abs() / self.interval

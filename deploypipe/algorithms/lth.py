@@ -50,6 +50,11 @@ class Lth:
     control: str = option("ticket", "what the masks of the last round are put on",
                           choices=("ticket", "reinit", "random-mask", "finetune"))  # fmt: skip
 
+    @property
+    def renumbered(self) -> bool:
+        """Whether the trained channels are not those of the user's model."""
+        return self.start == "fresh" or self.control == "reinit"
+
     def train(self, problem: Problem, trainer: Trainer) -> nn.Module:
         """Return the ticket: the weights to go back to where the masks of the last round let them live, zero elsewhere.
 

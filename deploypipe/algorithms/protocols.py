@@ -21,7 +21,11 @@ class Repairer(Algorithm, Protocol):
 
 
 class Learner(Algorithm, Protocol):
-    """An algorithm that trains before it plans. How long is its option `train_epochs`."""
+    """An algorithm that trains before it plans. How long is its option `train_epochs`.
+
+    One whose trained channels are not those of the user's model, because it sorts them or begins with fresh weights, also has
+    an attribute or property `renumbered = True`: nothing is then learnt channel by channel from the user's model.
+    """
 
     def train(self, problem: Problem, trainer: Trainer) -> nn.Module:
         """Return a trained copy of `problem.model` of the same architecture: plain modules, full width, gates folded.

@@ -64,6 +64,11 @@ class ScratchE:
         """The method whose plan is trained."""
         return make(self.inner)
 
+    @property
+    def renumbered(self) -> bool:
+        """Whether the channels that the inner method trains are not those of the user's model."""
+        return bool(getattr(self.method, "renumbered", False))
+
     def train(self, problem: Problem, trainer: Trainer) -> nn.Module:
         """Train before planning if the inner method does."""
         inner = self.method

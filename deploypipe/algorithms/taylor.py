@@ -4,12 +4,12 @@ Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, a
 the algorithm of section 3.2.
 
 Deviations: a coupled group has one gate, on every batch norm behind a layer that makes its channels (or on the layer itself if
-it has none); its score is divided by the number of those layers, as the paper divides that of a stage's trunk by its blocks.
-The paper removes a fixed number of units a step; here the cost falls by equal amounts, and one threshold over all groups
-leaves each its narrowest legal width; what it leaves of the budget is filled with the channels that come next. The second
-order takes the diagonal of the Hessian from random probes averaged over the batches of a step (0 probes: exactly, one backward
-pass for each channel). Weights that adapt meanwhile only serve to judge: the plan is carried out on the trained weights and
-fine-tuned afterwards.
+it has none; where a norm has no scale, or runs across channels, on what reads the channels); its score is divided by the
+number of those layers, as the paper divides that of a stage's trunk by its blocks. The paper removes a fixed number of units a
+step; here the cost falls by equal amounts, and one threshold over all groups leaves each its narrowest legal width; what it
+leaves of the budget is filled with the channels that come next. The second order takes the diagonal of the Hessian from random
+probes averaged over the batches of a step (0 probes: exactly, one backward pass for each channel). Weights that adapt
+meanwhile only serve to judge: the plan is carried out on the trained weights and fine-tuned afterwards.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,14 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deploypipe.algorithms.base import SHARED_OUT, Problem, by_values, judged, labelled, producers, shared_out
+from deploypipe.algorithms.base import SHARED_OUT, Problem, by_values, judged, labelled, least_cost, producers, shared_out
 from deploypipe.algorithms.options import option
-from deploypipe.allocation.allocate import cheapest_widths
 from deploypipe.compact import masked_slots
 from deploypipe.data.batches import seeded
 from deploypipe.errors import NotApplicable
-from deploypipe.ingredients.curvature import Unit, curvature
-from deploypipe.ingredients.gates import Scaled, gated_parameters
+from deploypipe.ingredients.curvature import Unit, curvature, gates
+from deploypipe.ingredients.gates import Scaled
 from deploypipe.ingredients.statistics import batch_size, generator, trained_weights
 from deploypipe.plan import KeepPlan
 from deploypipe.progress import counted
@@ -62,11 +61,13 @@ class Taylor:
             UsageError: There is no data, or the training diverges.
         """
         graph, table = problem.graph, problem.table
-        dense, plan, smooth = table.predict(graph), KeepPlan({}), dict[str, Tensor]()
-        cheapest_widths(graph, [group.name for group in graph.prunable], table, problem.budget)  # else fail now
+        dense, least = table.predict(graph), least_cost(problem)
+        plan, smooth = KeepPlan({}), dict[str, Tensor]()
         images = min(self.batch, batch_size(graph.example))
         run = Adapting(problem.model, labelled(problem.data), self.lr, images, problem.seed)
         units, skipped = self.units(run.model, graph)
+        makers, _ = judged(graph, lambda group: len(producers(group, trained_weights(run.model))))
+        shared = {name: makers.get(name, 1) for name in units}  # fixed weights that make a channel have no part in its score
         with counted(problem.reporter, "taylor", self.steps * self.interval) as reporter:
             for step in range(1, self.steps + 1):
                 met = Terms(self, units, generator(problem.seed, "probes", step))
@@ -75,10 +76,9 @@ class Taylor:
                     reporter.advance((step - 1) * self.interval + met.n)
                 smooth = smoothed(smooth, met.scores(), plan)
                 last = step == self.steps
-                budget = problem.budget if last else dense + (problem.budget - dense) * step / self.steps
+                budget = problem.budget if last else max(least, dense + (problem.budget - dense) * step / self.steps)
                 goal = replace(problem, budget=budget, allocator=problem.allocator if last else by_values)
                 without = skipped | {name: reason for name, reason in met.skipped.items() if name not in smooth}
-                shared = {name: len(producers(graph.group(name), trained_weights(run.model))) for name in smooth}
                 scores = {name: (score / shared[name]).cpu().numpy() for name, score in smooth.items()}
                 plan = shared_out(self, goal, scores, without, self.widths)
                 run.hold(masked_slots(graph, plan))
@@ -86,11 +86,11 @@ class Taylor:
 
     def units(self, model: nn.Module, graph: Graph) -> tuple[dict[str, Unit], dict[str, str]]:
         """Return for each group what is scaled to zero when a channel goes, and why groups cannot be judged."""
+        if self.on == "gate":
+            return judged(graph, gates(model, graph))
         view = trained_weights(model)
 
         def unit(group: Group) -> Unit:
-            if self.on == "gate":
-                return Unit(group.size, gated_parameters(model, graph, group))
             scaled = [Scaled(m.param, m.axis, torch.from_numpy(m.owner)) for m in producers(group, view)]
             return Unit(group.size, scaled, each=True)
 

@@ -280,7 +280,9 @@ def resized(images: Images, size: Size) -> Images:
         if len(pixels) * channels * shape[0] * shape[1] > MEMORY_LIMIT_BYTES:
             later = (shape[0], shape[1])
         else:
-            pixels = torch.cat([_scaled(part, shape) for part in pixels.split(1000)])  # all as floats are four times as much
+            pixels = torch.cat(
+                [_scaled(part, shape) for part in torch.split(pixels, 1000)]
+            )  # all as floats are four times as much
     if pixels.shape[1] == channels:
         return Images(pixels, images.labels, images.normalise, later)
     if pixels.shape[1] != 1:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from deploypipe.errors import NotApplicable
-from deploypipe.ingredients.gates import Scaled
+from deploypipe.ingredients.gates import Scaled, feeders, gated_parameters
+from deploypipe.types import Graph, Group
 
 Loss = Callable[[Callable[..., object]], Tensor]  # of a model, or what stands for it
 
@@ -56,6 +57,37 @@ class Unit:
         """Multiply the parameters in `values` by the factors."""
         for i, s in enumerate(self.scaled):
             values[s.param] = values[s.param] * factors[i] if self.each else s.times(values[s.param], factors[0])
+
+
+def gates(model: nn.Module, graph: Graph) -> Callable[[Group], Unit]:
+    """Return what tells for a group what one factor on each of its channels multiplies; one forward pass serves all groups.
+
+    The derivative of the loss by a factor z on a norm's output is `gamma dE/dgamma + beta dE/dbeta` at z = 1, by one on a
+    layer's output `sum w dE/dw + b dE/db`. A channel made or normalised in several places has one factor for all of them:
+    terms are added with their signs (Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019,
+    arXiv:1906.10771).
+
+    Raises:
+        NotApplicable: (the result) Nothing can be scaled.
+    """
+    followed = feeders(model, graph.example)
+    return lambda group: Unit(group.size, gated_parameters(model, group, followed))
+
+
+def derivatives(model: nn.Module, units: Mapping[str, Unit]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the derivatives of the loss by the factors of every group, and why groups have none.
+
+    Args:
+        model: In training mode, after `backward` of a mean loss, parameters not yet changed.
+        units: What is scaled, by group.
+    """
+    named, found, skipped = dict(model.named_parameters()), dict[str, Tensor](), dict[str, str]()
+    for name, unit in units.items():
+        try:
+            found[name] = unit.first(named)
+        except NotApplicable as reason:
+            skipped[name] = str(reason)
+    return found, skipped
 
 
 def curvature(model: nn.Module, units: Mapping[str, Unit], loss: Loss, probes: int, rng: torch.Generator) -> dict[str, Tensor]:

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from deploypipe.errors import NotApplicable
 from deploypipe.ingredients.statistics import evaluating
 from deploypipe.types import Graph, Group
+
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +65,7 @@ def norms_of(model: nn.Module, group: Group) -> list[Norm]:
 
 
 def feeders(model: nn.Module, example: tuple[object, ...]) -> dict[str, str]:
-    """Return for each batch norm that reads another module's output directly the name of that module, from one forward pass."""
+    """Return for each norm that reads another module's output directly the name of that module, from one forward pass."""
     made, found, handles = dict[int, tuple[str, object]](), dict[str, str](), list[RemovableHandle]()
 
     def produced(name: str, out: object) -> None:
@@ -76,7 +78,7 @@ def feeders(model: nn.Module, example: tuple[object, ...]) -> dict[str, str]:
     for name, module in model.named_modules():
         if not list(module.children()):
             handles.append(module.register_forward_hook(lambda m, args, out, name=name: produced(name, out)))
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, NORMS):
             handles.append(module.register_forward_pre_hook(lambda m, args, name=name: read(name, args[0])))
     try:
         with evaluating(model), torch.no_grad():
@@ -162,27 +164,39 @@ class Scaled:
         return tensor * Norm("", self.owner, len(gates)).per_slot(gates, 1.0).reshape(shape).to(tensor)
 
 
-def gated_parameters(model: nn.Module, graph: Graph, group: Group) -> list[Scaled]:
-    """Return what one gate on each channel multiplies: its batch norms, and the layers that make it without one behind them.
+def gated_parameters(model: nn.Module, group: Group, followed: Mapping[str, str]) -> list[Scaled]:
+    """Return what one gate on each channel multiplies: its norms, and the layers that make it without one behind them.
 
     In training mode that is a gate on what the readers of the channel see. A norm takes back every scale of what it reads, so
     that of several norms in a row (before and behind a depthwise layer) only the last one counts; and one positive factor on
-    all terms of a residual sum scales the sum, also behind a ReLU.
+    all terms of a residual sum scales the sum, also behind a ReLU. Where a norm has no scale to multiply, or runs across
+    channels and takes back only a part, the gate is on the readers' weights: there nothing is taken back.
+
+    Args:
+        model: The traced model.
+        group: Of its graph.
+        followed: Norm -> the layer whose output it reads, from `feeders`.
 
     Raises:
         NotApplicable: Nothing can be scaled.
     """
-    normalised, parameters = set(feeders(model, graph.example).values()), dict(model.named_parameters())
-    try:
-        norms = {norm.name for norm in norms_of(model, group)}
-    except NotApplicable:
-        norms = set()
-    found = [
-        Scaled(member.param, member.axis, torch.from_numpy(member.owner))
-        for member in group.members
-        if member.param in parameters
-        and ((owner := member.param.rpartition(".")[0]) in norms or (member.role == "produces" and owner not in normalised))
-    ]
+    parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
+    owners = [(member, member.param.rpartition(".")[0]) for member in group.members]
+    makers = {owner for member, owner in owners if member.role == "produces"}
+    norms = {norm for norm, maker in followed.items() if maker in makers}
+    norms |= {owner for _, owner in owners if isinstance(modules.get(owner), NORMS)}
+    if all(_scales(modules[norm]) for norm in norms):
+        normalised = set(followed.values())
+        chosen = [m for m, owner in owners if owner in norms or (m.role == "produces" and owner not in normalised)]
+    else:
+        chosen = [member for member in group.members if member.role == "consumes"]
+    found = [Scaled(m.param, m.axis, torch.from_numpy(m.owner)) for m in chosen if m.param in parameters]
     if not found:
         raise NotApplicable("no norm and no weight scales its channels")
     return found
+
+
+def _scales(norm: nn.Module) -> bool:
+    """Say whether a norm takes back what scales a channel, and then gives it a scale of its own."""
+    alone = isinstance(norm, _NormBase) or (isinstance(norm, nn.GroupNorm) and norm.num_groups > 1)
+    return alone and isinstance(norm.weight, nn.Parameter)

@@ -19,7 +19,7 @@ TOLERANCE = 1e-6  # of the largest output
 
 
 def unread(model: nn.Module, group: Group) -> Tensor:
-    """Return booleans (C,): every weight that reads the channel is zero there, fixed ones as well. All False if none reads it."""
+    """Return booleans (C,): every weight that reads the channel, a fixed one too, is zero there. All False if none reads it."""
     return _zero(model, group, "consumes")
 
 

@@ -21,7 +21,12 @@ _FILE = "hint.json"
 _TOLERANCE = 1e-3  # of the largest activation: far above rounding, far below what another channel says
 
 
-def find_hint(model: nn.Module, graph: Graph, plan: KeepPlan) -> Hint | None:
+def renumbered(algorithm: object) -> bool:
+    """Say whether the channels of what the algorithm trains before it plans are not those of the user's model."""
+    return bool(getattr(algorithm, "renumbered", False))
+
+
+def find_hint(model: nn.Module, graph: Graph, plan: KeepPlan, algorithm: object = None) -> Hint | None:
     """Return the last module before the classifier whose outputs have the channels that it reads, if there is one.
 
     No weighted layer lies between. Outputs with positions come before pooled ones: they say more. That channels are the same
@@ -31,7 +36,10 @@ def find_hint(model: nn.Module, graph: Graph, plan: KeepPlan) -> Hint | None:
         model: The dense network that `graph` was traced from.
         graph: Its last layer is the classifier.
         plan: Which channels stay.
+        algorithm: Whose training `model` comes from. If it renumbers channels they are not the teacher's, and there is no hint.
     """
+    if renumbered(algorithm):
+        return None
     reader = graph.layers[-1]
     if reader.kind not in ("conv", "linear"):
         return None
@@ -53,7 +61,13 @@ def find_hint(model: nn.Module, graph: Graph, plan: KeepPlan) -> Hint | None:
 
 
 def hinted(
-    model: nn.Module, graph: Graph, plan: KeepPlan, settings: TrainSettings, folder: Path, order: Sequence[int] = ()
+    algorithm: object,
+    model: nn.Module,
+    graph: Graph,
+    plan: KeepPlan,
+    settings: TrainSettings,
+    folder: Path,
+    order: Sequence[int] = (),
 ) -> Hint | None:
     """Return the hint for fine-tuning with these settings, if they ask for one; leave word of it in `folder`.
 
@@ -61,7 +75,7 @@ def hinted(
     """
     if not (settings.epochs and settings.distill and settings.hint):
         return None
-    hint = find_hint(model, graph, plan)
+    hint = find_hint(model, graph, plan, algorithm)
     (folder / _FILE).write_text(json.dumps({"module": hint.module if hint else None}) + "\n")
     return replace(hint, channels=tuple(hint.channels[slot] for slot in order)) if hint and order else hint
 

@@ -28,7 +28,7 @@ from deploypipe.pipeline.absent import device_of, stored
 from deploypipe.pipeline.artifacts import accuracy_stage, artifact_stage, bench_stage, checks_stage, file_notes
 from deploypipe.pipeline.bundle import bundle_stage
 from deploypipe.pipeline.given import given
-from deploypipe.pipeline.hinting import find_hint, hint_notes, hinted
+from deploypipe.pipeline.hinting import find_hint, hint_notes, hinted, renumbered
 from deploypipe.pipeline.outcome import Findings, assemble
 from deploypipe.pipeline.planning import Planner, read_rounds
 from deploypipe.pipeline.record import recorded
@@ -180,11 +180,11 @@ class Run:
         def tune(folder: Path) -> None:
             hooks = tuning_hooks(self.algorithm, self.basis, start, plan) + sparse_hooks(self.request.sparsity, plan, start)
             order = new_order(self.store.root, self.request.sparsity, plan)
-            hint = hinted(self.basis.model, self.graph, plan, settings, folder, order)
+            hint = hinted(self.algorithm, self.basis.model, self.graph, plan, settings, folder, order)
             small = tuned(start, self.data, settings, self.loaded.model, folder, self.reporter, hooks, hint)
             saved.save_weights(small, folder / saved.WEIGHTS)
 
-        key = [1, self.started, settings, torch.get_num_threads()]
+        key = [2 if renumbered(self.algorithm) else 1, self.started, settings, torch.get_num_threads()]
         return self.store.keep("finetune", key, tune, lambda root: self._small(root / saved.WEIGHTS))
 
     @cached_property
@@ -196,7 +196,7 @@ class Run:
         n_parameters, accuracy = params(self.graph, self.plan.value), self.accuracies.value["pruned"]
         own = Arm(self.algorithm.arm, self.tuning.seed, self.tuning.epochs, n_parameters, accuracy)
         key = [self.plan, self.data.key, torch.get_num_threads()]
-        hint = partial(find_hint, self.basis.model, self.graph, self.plan.value)
+        hint = partial(find_hint, self.basis.model, self.graph, self.plan.value, self.algorithm)
         return arms_stage(self.store, rivals, self.data, self.loaded.model, own, key, self.reporter, hint)
 
     @property

@@ -135,6 +135,18 @@ def training_leaves_plain_modules(case: AlgorithmCase, net: str) -> None:
     assert len(changed) > 4 or not case.method.train_epochs, "nothing was trained"
 
 
+def renumbered_channels_are_declared(case: AlgorithmCase, net: str) -> None:
+    """Before it has trained the channels are those of the given model, or the method says that they are not (`renumbered`)."""
+    if case.cuts and {option.low for option in options_of(type(case.method)) if option.name == "train_epochs"} == {0}:
+        problem = problem_on(net)
+        after = AlgorithmCase(dataclasses.replace(case.method, train_epochs=0)).learned(problem).model
+        weight = next(name for name, p in problem.model.named_parameters() if p.dim() == 4)
+        now, before = after.get_parameter(weight).detach(), problem.model.get_parameter(weight).detach()
+        left = now != 0  # a method may cut, and train a little in between, all the same
+        kept = bool(torch.cosine_similarity(now[left], before[left], dim=0) > 0.9)
+        assert kept != getattr(case.method, "renumbered", False), "say with `renumbered` whether channels stay what they were"
+
+
 def half_precision_leaves_single_precision(case: AlgorithmCase, net: str) -> None:
     """Training with products in bfloat16 gives weights in single precision."""
     after = case.learned(problem_on(net), "bf16").model
@@ -274,7 +286,7 @@ CUTTING: Mapping[str, Contract] = {
 }
 TRAINING: Mapping[str, Contract] = {
     **_on(NETS, training_leaves_plain_modules),
-    **_on(("residual",), half_precision_leaves_single_precision),
+    **_on(("residual",), half_precision_leaves_single_precision, renumbered_channels_are_declared),
 }
 
 

@@ -4,14 +4,12 @@ Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, a
 gate for all layers of a coupled group; scores are not divided by the number of those layers, because the loss changes once.
 """
 
-from functools import partial
-
 import numpy as np
 from numpy.typing import NDArray
 
 from deploypipe.algorithms.base import Orders, Problem, Values, judged, labelled, masks_of
 from deploypipe.allocation.allocate import allocate_widths, prefix_sums, vanishing
-from deploypipe.ingredients.gradients import gate_gradient
+from deploypipe.ingredients.curvature import derivatives, gates
 from deploypipe.ingredients.removal import removable
 from deploypipe.ingredients.statistics import batch_size
 from deploypipe.plan import Certificate
@@ -32,9 +30,10 @@ def first_order(problem: Problem) -> dict[str, NDArray[np.float64]]:
     """
     run = Adapting(problem.model, labelled(problem.data), 0.0, min(BATCH, batch_size(problem.graph.example)), problem.seed)
     sums = dict[str, NDArray[np.float64]]()
+    units, _ = judged(problem.graph, gates(run.model, problem.graph))
     with counted(problem.reporter, "first order", BATCHES) as reporter:
         for done, model in enumerate(run.steps(BATCHES), 1):
-            found, _ = judged(problem.graph, partial(gate_gradient, model))
+            found, _ = derivatives(model, units)
             for name, gradient in found.items():
                 sums[name] = sums.get(name, 0.0) + gradient.square().cpu().numpy() / BATCHES
             reporter.advance(done)

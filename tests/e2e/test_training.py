@@ -74,6 +74,16 @@ def test_the_report_says_which_activations_were_learnt_too(tmp_path: Path) -> No
     assert not (tmp_path / "run" / "hint.json").exists()
 
 
+@pytest.mark.parametrize(("algo", "taught"), [("autoslim", False), ("slimming", True)])
+def test_channels_in_another_order_learn_no_activations_of_the_dense_model(tmp_path: Path, algo: str, taught: bool) -> None:
+    """AutoSlim sorts the channels of every group: one by one they are not the dense model's any more."""
+    command = arguments(tmp_path / "run", algo=algo, **{**COUNTED, "epochs": 1})
+    command += ["--set", "train_epochs=0", "--set", "images=32"] if algo == "autoslim" else ["--set", "train_epochs=0"]
+    assert run([part for part in command if part != "--no-distill"]) == 0
+    (note,) = [note for note in report_of(tmp_path / "run")["notes"] if "activations" in note]
+    assert ("outputs only" in note) != taught
+
+
 def test_prune_trains_too() -> None:
     example = torch.zeros(2, 2, 12, 12)
     plans = [

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from deploypipe.algorithms import make
-from deploypipe.algorithms.base import Problem
+from deploypipe.algorithms.base import Problem, judged
 from deploypipe.algorithms.halp import budget_at
 from deploypipe.allocation.allocate import allocate_widths, prefix_sums
 from deploypipe.compact import compact
@@ -21,7 +21,7 @@ from deploypipe.cost import CostTerm
 from deploypipe.count import MacTable
 from deploypipe.errors import BudgetError, NotApplicable, UsageError
 from deploypipe.graph import trace
-from deploypipe.ingredients.gradients import gate_gradient
+from deploypipe.ingredients.curvature import gates
 from deploypipe.plan import KeepPlan
 from deploypipe.training.adapt import Adapting
 from deploypipe.types import Graph, Group, Width
@@ -81,6 +81,10 @@ class Gated(nn.Module):
         return self.module(x) * self.gate[:, None, None]
 
 
+def gate_gradient(model: nn.Module, graph: Graph, group: Group) -> Tensor:
+    return gates(model, graph)(group).first(dict(model.named_parameters()))
+
+
 def backward(model: nn.Module, classes: int = 4) -> None:
     x, y = samples(torch.zeros(1, 3, 8, 8), 32, classes).tensors
     F.cross_entropy(model.train()(x), y).backward()
@@ -88,7 +92,8 @@ def backward(model: nn.Module, classes: int = 4) -> None:
 
 def test_saliency_is_the_derivative_by_a_gate_behind_the_norm() -> None:
     model, example = TOYS["plain"]()
-    group = trace(model, example).group("1.0")
+    graph = trace(model, example)
+    group = graph.group("1.0")
     gate = nn.Parameter(torch.ones(12))
     model[1][1] = Gated(model[1][1], gate)
     backward(model)
@@ -96,19 +101,20 @@ def test_saliency_is_the_derivative_by_a_gate_behind_the_norm() -> None:
     expected = gamma * gamma.grad + beta * beta.grad
     torch.testing.assert_close(gate.grad, expected.detach(), atol=1e-6, rtol=1e-5)
     model[1][1] = model[1][1].module
-    torch.testing.assert_close(gate_gradient(model, group).float(), gate.grad, atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(gate_gradient(model, graph, group).float(), gate.grad, atol=1e-6, rtol=1e-3)
 
 
 def test_coupled_layers_share_a_gate_also_where_only_some_have_a_norm() -> None:
     """The residual toy adds a bare convolution with bias and a normalised one. Absolute values before the sum are wrong."""
     model, example = TOYS["residual"]()
-    group = trace(model, example).group("short")
+    graph = trace(model, example)
+    group = graph.group("short")
     gate = nn.Parameter(torch.ones(10))
     model.short, model.d2[1] = Gated(model.short, gate), Gated(model.d2[1], gate)
     backward(model)
     model.short, norm = model.short.module, model.d2[1].module
     model.d2[1] = norm
-    found = gate_gradient(model, group).float()
+    found = gate_gradient(model, graph, group).float()
     torch.testing.assert_close(found, gate.grad, atol=1e-5, rtol=1e-3)
     of_norm = (norm.weight * norm.weight.grad + norm.bias * norm.bias.grad).detach()
     of_short = (model.short.weight * model.short.weight.grad).sum((1, 2, 3)).detach() + (
@@ -130,12 +136,13 @@ def test_the_plain_weight_form_is_blind_behind_a_norm() -> None:
 def test_without_norm_the_filters_count_with_their_biases() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(conv(3, 6), nn.ReLU(), conv(6, 5), nn.ReLU(), head(5))
-    group = trace(model.eval(), (torch.randn(2, 3, 8, 8),)).group("0")
+    graph = trace(model.eval(), (torch.randn(2, 3, 8, 8),))
+    group = graph.group("0")
     gate = nn.Parameter(torch.ones(6))
     model[0] = Gated(model[0], gate)
     backward(model)
     model[0] = model[0].module
-    torch.testing.assert_close(gate_gradient(model, group).float(), gate.grad, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(gate_gradient(model, graph, group).float(), gate.grad, atol=1e-6, rtol=1e-4)
 
 
 def test_a_channel_that_nothing_reads_has_no_saliency_and_goes_first() -> None:
@@ -145,7 +152,7 @@ def test_a_channel_that_nothing_reads_has_no_saliency_and_goes_first() -> None:
         task.model[1][1].weight[[1, 7]] = 50.0
     run = Adapting(task.model, task.data, 0.0, 16, 0)
     next(run.steps(1))
-    found = gate_gradient(run.model, task.graph.group("1.0"))
+    found = gate_gradient(run.model, task.graph, task.graph.group("1.0"))
     assert found[[1, 7]].tolist() == [0.0, 0.0]
     assert (found.abs() > 0).sum() == 10
     assert {1, 7}.isdisjoint(make("halp", {**QUICK, "lr": 0}).plan(task).keep["1.0"])
@@ -155,10 +162,10 @@ def test_absolute_values_are_taken_in_every_batch() -> None:
     """Averaging signed gradients first would let batches cancel."""
     task, method = problem(), make("halp", {"interval": 4, "batch": 16, "lr": 0})
     run = Adapting(task.model, task.data, 0.0, 16, 0)
-    found = method._saliencies(run, task.graph, task.reporter, 0)[0]["1.0"]
+    found = method._saliencies(run, judged(task.graph, gates(run.model, task.graph))[0], task.reporter, 0)[0]["1.0"]
     again = Adapting(task.model, task.data, 0.0, 16, 0)
     group = task.graph.group("1.0")
-    each = torch.stack([gate_gradient(model, group) for model in again.steps(4)])
+    each = torch.stack([gate_gradient(model, task.graph, group) for model in again.steps(4)])
     np.testing.assert_allclose(found, each.abs().mean(0).numpy())
     assert np.abs(found - each.mean(0).abs().numpy()).max() > 0.2 * found.max()
 
@@ -166,7 +173,7 @@ def test_absolute_values_are_taken_in_every_batch() -> None:
 def test_a_group_without_gradient_stays_whole_with_a_reason() -> None:
     task = problem()
     with pytest.raises(NotApplicable, match="has a gradient"):
-        gate_gradient(task.model, task.graph.group("0.0"))
+        gate_gradient(task.model, task.graph, task.graph.group("0.0"))
 
     def stopped(m: Any, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -234,7 +241,7 @@ def test_a_knapsack_of_single_blocks_breaks_the_order_where_ours_cannot() -> Non
     run = Adapting(task.model, task.data, 0.0, 16, 0)
     method = make("halp", {"steps": 1, "interval": 3, "batch": 16, "lr": 0})
     plan = method.plan(task)
-    saliencies = method._saliencies(run, task.graph, task.reporter, 0)[0]
+    saliencies = method._saliencies(run, judged(task.graph, gates(run.model, task.graph))[0], task.reporter, 0)[0]
     for name, channels in plan.keep.items():
         gone = np.setdiff1d(np.arange(len(saliencies[name])), channels)
         assert not len(gone) or saliencies[name][list(channels)].min() >= saliencies[name][gone].max()

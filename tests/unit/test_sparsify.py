@@ -218,7 +218,7 @@ def test_fine_tuning_learns_the_channels_that_were_put_into_another_order(monkey
     small = compact(model, graph, plan)
     moved, found = sparsified(small, INPUTS, UNKNOWN)
     assert found[ORDER] != sorted(found[ORDER]), "nothing was moved: the test shows nothing"
-    hint = hinted(model, graph, plan, TrainSettings(epochs=1), tmp_path, found[ORDER])
+    hint = hinted(None, model, graph, plan, TrainSettings(epochs=1), tmp_path, found[ORDER])
     said = []
     for network in (mask(model, graph, plan), moved):
         network.get_submodule(hint.module).register_forward_hook(lambda _module, _inputs, output: said.append(output.detach()))

@@ -23,7 +23,8 @@ from deploypipe.data.batches import batches
 from deploypipe.data.load import Data
 from deploypipe.graph import trace
 from deploypipe.ingredients.curvature import Unit, curvature
-from deploypipe.ingredients.gates import Scaled, gated_parameters, norms_of
+from deploypipe.ingredients.curvature import gates
+from deploypipe.ingredients.gates import Scaled, norms_of
 from deploypipe.ingredients.statistics import generator
 from deploypipe.pipeline.criteria import all_scores
 from deploypipe.plan import KeepPlan
@@ -140,7 +141,7 @@ def test_the_gate_is_the_derivative_by_one_factor_on_all_that_reads_the_channel(
     """Batch norms before and behind a depthwise layer, sums and concats: all readers see the channel times its gate."""
     model, example = TOYS[toy]()
     graph = trace(model, example)
-    group, unit = graph.group(name), Unit(graph.group(name).size, gated_parameters(model, graph, graph.group(name)))
+    group, unit = graph.group(name), gates(model, graph)(graph.group(name))
     rng = torch.Generator().manual_seed(1)
     x, y = torch.randn(32, 3, 8, 8, generator=rng).double(), torch.randint(0, 4, (32,), generator=rng)
     for module in model.double().train(training).modules():
@@ -183,7 +184,7 @@ def test_a_channel_that_nobody_reads_scores_zero_and_goes_first() -> None:
 def test_curvature_by_probes_is_the_diagonal_of_the_hessian() -> None:
     model = copy.deepcopy(trained_net())
     graph = problem_of(model).graph
-    unit = Unit(16, gated_parameters(model, graph, graph.group("0.0")))
+    unit = gates(model, graph)(graph.group("0.0"))
     model = model.double().eval()
     x, y = pictures(60, noise=2.0).tensors
 
