@@ -22,8 +22,7 @@ from deploypipe.count import MacTable
 from deploypipe.data.batches import batches
 from deploypipe.data.load import Data
 from deploypipe.graph import trace
-from deploypipe.ingredients.curvature import Unit, curvature
-from deploypipe.ingredients.curvature import gates
+from deploypipe.ingredients.curvature import Unit, curvature, gates
 from deploypipe.ingredients.gates import Scaled, norms_of
 from deploypipe.ingredients.statistics import generator
 from deploypipe.pipeline.criteria import all_scores
