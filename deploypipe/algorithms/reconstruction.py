@@ -6,18 +6,20 @@ Luo et al., ThiNet, ICCV 2017, arXiv:1707.06342, equation 7. Shared by the metho
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from deploypipe.algorithms.base import Problem
 from deploypipe.branch import branches, removed_params
 from deploypipe.compact import kept_slots
 from deploypipe.errors import NotApplicable
-from deploypipe.ingredients.statistics import BATCH, FeatureTap, batch_size, images, readable, rebase_norms, weights
+from deploypipe.ingredients.statistics import BATCH, FeatureTap, batch_size, called, evaluating, images, readable, weights
 from deploypipe.plan import KeepPlan
 from deploypipe.progress import counted
 from deploypipe.types import Member
@@ -54,13 +56,57 @@ def reconstructed(small: nn.Module, problem: Problem, plan: KeepPlan, n_values: 
         for done, cut in enumerate(cuts, 1):
             tap = FeatureTap(fixed, [cut.weight], locations, problem.seed)
             met = tap.samples(inputs(problem, n_images), stop_after=cut.n_calls)
-            samples = [sample for each in met for sample in each[cut.weight]]
-            x, y = torch.cat([summed(sample.x, cut.column) for sample in samples]), torch.cat(targets[cut.weight])
+            # Summed batch by batch: a flattened image has dozens of slots for each channel.
+            x = torch.cat([summed(sample.x, cut.column) for each in met for sample in each[cut.weight]])
+            y = torch.cat(targets[cut.weight])
             scale = rescale((x.T @ x).cpu().numpy(), (x.T @ y).cpu().numpy(), share)
             _multiply(weights(fixed)[cut.weight], cut.axis, scale[cut.column])
             reporter.advance(done, cut.weight)
     rebase_norms(fixed, inputs(problem, n_images))
     return fixed
+
+
+def rebase_norms(model: nn.Module, data: Iterator[Tensor]) -> None:
+    """Give every batch norm the statistics that it really meets, in place, and leave what the model computes as it is.
+
+    The change of mean and variance is taken back by scale and shift. Afterwards a re-estimation on like data, or a step in
+    training mode, finds the statistics where they are, instead of undoing what was fitted to the old ones.
+
+    Args:
+        model: In evaluation mode it computes the same before and after, up to rounding.
+        data: Batches of the model's input.
+    """
+    norms: dict[Any, list[Any]] = {  # batch norm -> number, sum and sum of squares of what each channel met
+        m: [0, 0.0, 0.0] for m in model.modules() if isinstance(m, _BatchNorm) and m.affine and m.running_mean is not None
+    }
+
+    def hook(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].double().transpose(0, 1).flatten(1)
+        n, total, squares = norms[norm]
+        norms[norm] = [n + x.shape[1], total + x.sum(1), squares + (x * x).sum(1)]
+
+    handles = [norm.register_forward_pre_hook(hook) for norm in norms]
+    device = next(model.parameters()).device
+    try:
+        with evaluating(model), torch.inference_mode():
+            for inputs in data:
+                model(inputs.to(device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for norm, (n, total, squares) in norms.items():
+        if n:
+            mean = total / n
+            _rebase(norm, mean, (squares / n - mean * mean).clamp_min(0))
+
+
+@torch.no_grad()
+def _rebase(norm: Any, mean: Tensor, var: Tensor) -> None:
+    slope = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    norm.bias += (slope * (mean - norm.running_mean)).to(norm.bias)
+    norm.weight.copy_(slope * (var + norm.eps).sqrt())
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(var)
 
 
 def rescale(gram: Matrix, products: NDArray[np.float64], ridge: float) -> NDArray[np.float64]:
@@ -91,17 +137,24 @@ def inputs(problem: Problem, n_images: int) -> Iterator[Tensor]:
 
 def readers(problem: Problem) -> tuple[dict[str, list[Member]], dict[str, str]]:
     """Return for every prunable group the weights that read it, and why groups without any are skipped."""
-    found_by, skipped = {}, {}
+    found_by, skipped, fixed = {}, {}, problem.graph.buffers
+    known = called(problem.model, problem.graph.example)
     for group in problem.graph.prunable:
         found, reasons = [], ["no layer reads it"]
         for member in group.members:
             if member.role != "consumes":
                 continue
             try:
-                readable(problem.model, member.param)
-                found.append(member)
+                layer = readable(problem.model, member.param)
             except NotApplicable as reason:
                 reasons.append(str(reason))
+                continue
+            if member.param in fixed:
+                reasons.append(f"{member.param} is fixed")
+            elif layer not in known:
+                reasons.append(f"{member.param} is used, but its layer is not called")
+            else:
+                found.append(member)
         if found:
             found_by[group.name] = found
         else:

@@ -11,7 +11,6 @@ from zlib import crc32
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 
 from deploypipe.data.batches import count, seeded, take
@@ -20,6 +19,7 @@ from deploypipe.errors import NotApplicable, UsageError
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Plain = Convolution | Transposed | nn.Linear  # layers whose weight reads the module's input as it is
+_FORWARDS = {kind.forward for kind in (*Convolution.__args__, *Transposed.__args__, nn.Linear)}  # unless they have their own
 BATCH = 128
 BATCH_VALUES = 1 << 22  # input values in one batch, so that large images do not fill the memory
 
@@ -89,49 +89,6 @@ def images(data: Dataset[Any] | None, n_images: int, seed: int, batch: int = BAT
         yield inputs
 
 
-def rebase_norms(model: nn.Module, data: Iterator[Tensor]) -> None:
-    """Give every batch norm the statistics that it really meets, in place, and leave what the model computes as it is.
-
-    The change of mean and variance is taken back by scale and shift. Afterwards a re-estimation on like data, or a step in
-    training mode, finds the statistics where they are, instead of undoing what was fitted to the old ones.
-
-    Args:
-        model: In evaluation mode it computes the same before and after, up to rounding.
-        data: Batches of the model's input.
-    """
-    norms: dict[Any, list[Any]] = {  # batch norm -> number, sum and sum of squares of what each channel met
-        m: [0, 0.0, 0.0] for m in model.modules() if isinstance(m, _BatchNorm) and m.affine and m.running_mean is not None
-    }
-
-    def hook(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].double().transpose(0, 1).flatten(1)
-        n, total, squares = norms[norm]
-        norms[norm] = [n + x.shape[1], total + x.sum(1), squares + (x * x).sum(1)]
-
-    handles = [norm.register_forward_pre_hook(hook) for norm in norms]
-    device = next(model.parameters()).device
-    try:
-        with evaluating(model), torch.inference_mode():
-            for inputs in data:
-                model(inputs.to(device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    for norm, (n, total, squares) in norms.items():
-        if n:
-            mean = total / n
-            _rebase(norm, mean, (squares / n - mean * mean).clamp_min(0))
-
-
-@torch.no_grad()
-def _rebase(norm: Any, mean: Tensor, var: Tensor) -> None:
-    slope = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    norm.bias += (slope * (mean - norm.running_mean)).to(norm.bias)
-    norm.weight.copy_(slope * (var + norm.eps).sqrt())
-    norm.running_mean.copy_(mean)
-    norm.running_var.copy_(var)
-
-
 def layer_of(model: nn.Module, weight: str) -> nn.Module:
     """Return the convolution or linear layer that owns `weight`: what its hooks see is what the weight reads.
 
@@ -140,9 +97,22 @@ def layer_of(model: nn.Module, weight: str) -> nn.Module:
     """
     owner, _, attribute = weight.rpartition(".")
     module = dict(model.named_modules()).get(owner)
-    if not isinstance(module, Plain) or attribute != "weight":
+    if not isinstance(module, Plain) or type(module).forward not in _FORWARDS or attribute != "weight":
         raise NotApplicable(f"{weight} is read by no plain convolution or linear layer")
     return module
+
+
+def called(model: nn.Module, example: tuple[object, ...]) -> set[nn.Module]:
+    """Return the modules that a forward pass calls: of others the weights may be read, but no hook hears of it."""
+    heard = set[nn.Module]()
+    handles = [module.register_forward_pre_hook(lambda m, args: heard.add(m)) for module in model.modules()]
+    try:
+        with evaluating(model), torch.inference_mode():
+            model(*example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return heard
 
 
 def readable(model: nn.Module, weight: str) -> nn.Module:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from deploypipe.algorithms.reconstruction import rebase_norms
 from deploypipe.errors import NotApplicable, UsageError
 from deploypipe.ingredients.statistics import (
     FeatureTap,
@@ -16,7 +17,6 @@ from deploypipe.ingredients.statistics import (
     generator,
     images,
     readable,
-    rebase_norms,
     sample,
     weights,
 )
@@ -126,6 +126,23 @@ def test_layers_that_cannot_be_read_say_so() -> None:
         with pytest.raises(NotApplicable, match=weight):
             readable(net, weight)
     assert readable(net, "attention.out_proj.weight") is net["attention"].out_proj
+
+
+class Same(nn.Conv2d):
+    """Pads inside forward, as layers do that come from TensorFlow: what its weight reads is not its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
+
+
+class Renamed(nn.Conv2d):
+    """Reads its input as its parent does."""
+
+
+def test_a_layer_with_a_forward_of_its_own_is_not_read() -> None:
+    with pytest.raises(NotApplicable, match=r"0\.weight"):
+        readable(nn.Sequential(Same(3, 4, 3, 2)), "0.weight")
+    readable(nn.Sequential(Renamed(3, 4, 3)), "0.weight")
 
 
 def test_images_are_distinct_seeded_and_no_more_than_asked_for() -> None:

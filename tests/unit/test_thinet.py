@@ -1,11 +1,13 @@
 """ThiNet (Luo et al., ICCV 2017): its falsifiable tests."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from deploypipe.algorithms import make
@@ -18,7 +20,7 @@ from deploypipe.errors import UsageError
 from deploypipe.graph import trace
 from deploypipe.ingredients.statistics import FeatureTap, images
 from deploypipe.plan import KeepPlan
-from tests.toys import TOYS
+from tests.toys import TOYS, Fn, conv, head
 
 
 def net(seed: int = 0) -> nn.Sequential:
@@ -195,6 +197,38 @@ def test_depthwise_is_passed_and_flattened_slots_are_summed() -> None:
         assert not plan.skipped
         assert any(len(channels) < graph.group(group).size for group, channels in plan.keep.items())
         make("thinet", {"images": 32}).repair(compact(model, graph, plan), task, plan)(inputs)
+
+
+class Select(nn.Conv2d):
+    """A convolution whose weight is fixed, in a buffer."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out, 1, bias=False)
+        del self.weight
+        self.register_buffer("weight", torch.eye(n_out, n_in)[:, :, None, None].contiguous())
+
+
+@pytest.mark.parametrize("algo", ["thinet", "dcp"])
+def test_layers_that_are_never_called_and_fixed_weights_are_not_read(algo: str) -> None:
+    """Their groups stay whole, with the reason, and are not repaired."""
+
+    def f(m: Any, x: Tensor) -> Tensor:
+        x = F.relu(F.conv2d(F.relu(m.a(x)), m.b.weight, m.b.bias, padding=1))
+        return m.head(F.relu(m.d(F.relu(m.c(x))) + m.short(x)))
+
+    torch.manual_seed(0)
+    parts = {"a": conv(3, 8), "b": conv(8, 12), "c": conv(12, 8), "d": conv(8, 12), "short": Select(12, 12)}
+    model = Fn(f, **parts, head=head(12)).eval()
+    graph, table = trace(model, (torch.zeros(1, 3, 8, 8),)), MacTable(multiple=1)
+    task = Problem(model, graph, table, 0.8 * table.predict(graph), data())
+    method = make(algo, {"images": 32, "train_epochs": 0, "heads": 0, "parts": 2} if algo == "dcp" else {"images": 32})
+    plan = method.plan(task)
+    assert "b.weight is used, but its layer is not called" in plan.skipped["a"]
+    assert "a" not in plan.keep or len(plan.keep["a"]) == 8
+    small = method.repair(compact(model, graph, plan), task, plan)
+    left = graph.kept(plan)["b"]
+    assert torch.equal(small.short.weight, compact(model, graph, plan).short.weight)
+    assert small.b.weight.shape == (left, 8, 3, 3)
 
 
 def test_needs_data() -> None:
