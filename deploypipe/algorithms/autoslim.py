@@ -5,13 +5,14 @@ the sandwich rule with in-place distillation: Yu and Huang, Universally Slimmabl
 
 Deviations: the cost that falls is that of the table, which is measured latency by default, and the widths are those that the
 table offers. The network is the user's, not a wider one. Training starts from its trained weights, with the channels of every
-group sorted by the L2 norms of their filters, because sub-networks are always the first channels; `start=fresh` starts from
-random weights as the paper does. Batch norms of a candidate are estimated anew (the authors' code judges on one batch in
-training mode), and equal accuracy is decided by the loss. The images that judge are a part of the training data that the
-supernet is not trained on; the weights that it starts from may know them. The network found goes on from the supernet's
-weights in fine-tuning, on all the data; from scratch it is trained by the Rethinking protocol. Groups are what the paper calls
-linked layers. If no single group makes the network cheaper any more, all widths are set to the cheapest at once. Only widths
-that are trained can be chosen: those from `least` on, or all where no network of these is within the budget.
+group sorted by the L2 norms of their filters, because sub-networks are always the first channels (groups that fixed weights
+take part in keep their order); `start=fresh` starts from random weights as the paper does. Batch norms of a candidate are
+estimated anew (the authors' code judges on one batch in training mode), and equal accuracy is decided by the loss. The images
+that judge are a part of the training data that the supernet is not trained on; the weights that it starts from may know them.
+The network found goes on from the supernet's weights in fine-tuning, on all the data; from scratch it is trained by the
+Rethinking protocol. Groups are what the paper calls linked layers. If no single group makes the network cheaper any more, all
+widths are set to the cheapest at once. Only widths that are trained can be chosen: those from `least` on, or all where no
+network of these is within the budget.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from deploypipe.algorithms.options import option
 from deploypipe.allocation.allocate import cheapest_widths, ranking, unproved
 from deploypipe.errors import BudgetError
 from deploypipe.ingredients.judge import Judge
-from deploypipe.ingredients.permute import permuted
+from deploypipe.ingredients.permute import in_place, permuted
 from deploypipe.ingredients.statistics import trained_weights
 from deploypipe.ingredients.supernet import Sandwich
 from deploypipe.plan import KeepPlan
@@ -65,6 +66,8 @@ class AutoSlim:
         else:
             view = trained_weights(model)
             norms, _ = judged(graph, lambda group: filter_norms(group, view, 2).cpu().numpy())
+            if unsorted := [name for name in norms if in_place(graph, name)]:
+                problem.reporter.note(f"{', '.join(unsorted)}: channels keep their order, since fixed weights take part")
             model = permuted(model, graph, {name: ranking(norm).tolist() for name, norm in norms.items()})
         sandwich = Sandwich(graph, self.offered(problem), self.n_random, problem.seed)
         part = self._judge(problem).fit if self.train_epochs else None

@@ -83,7 +83,8 @@ class SoftZero(TrainHook):
     @torch.no_grad()
     def on_epoch_end(self, model: nn.Module, epoch: int) -> None:
         """Set them to zero: weights and biases of all layers that make the channels."""
-        view, named = trained_weights(model), dict(model.named_parameters())
+        view = trained_weights(model)
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}  # frozen ones could not grow again
         for name, n_keep in self._kept.items():
             group = self._graph.group(name)
             dropped = ranking(scores_of(filters_of(group, view), n_keep, self._norm_share))[n_keep:]

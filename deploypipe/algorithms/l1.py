@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deploypipe.algorithms.base import Criterion, Problem, Statistics, filter_norms, producers
+from deploypipe.algorithms.base import Criterion, Problem, Statistics, by_values, filter_norms, producers
 from deploypipe.algorithms.options import option
 from deploypipe.allocation.allocate import ranking
+from deploypipe.errors import UsageError
 from deploypipe.plan import KeepPlan
 from deploypipe.types import Graph, Group
 
@@ -37,7 +38,15 @@ class L1(Criterion):
         return filter_norms(group, stats.weights, 1)
 
     def plan(self, problem: Problem) -> KeepPlan:
-        """Allocate by the norms of whole filters; if `greedy`, choose as many channels again in forward order."""
+        """Allocate by the norms of whole filters; if `greedy`, choose as many channels again in forward order.
+
+        Raises:
+            BudgetError: The budget cannot be reached.
+            UsageError: `greedy`, with widths by what the channels that stay are worth: other ones would stay.
+        """
+        if self.greedy and problem.allocator is not by_values:
+            message = "greedy chooses channels anew once widths are known, so that nothing can be measured before"
+            raise UsageError(message, at="--set greedy=true", fix="leave out greedy, or take --value scores")
         plan = super().plan(problem)
         return plan.replace(keep=_greedy(problem.graph, plan, Statistics(problem).weights)) if self.greedy else plan
 

@@ -1,10 +1,11 @@
 """What the discrimination-aware methods share: training with auxiliary classifiers by stages, and the loss of each stage."""
 
+import copy
 from collections.abc import Sequence
 from math import prod
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deploypipe.algorithms.base import Problem, labelled
 from deploypipe.data.batches import count, seeded, take
@@ -32,7 +33,7 @@ def staged(problem: Problem, trainer: Trainer, n_heads: int, epochs: int) -> nn.
 
 
 class Stages:
-    """The joint losses of a model's layers, each with the classifier that comes next after it.
+    """The joint losses of a model's layers, each with the next classifier that sees it.
 
     Args:
         problem: With the model whose outputs are to be kept, and the data.
@@ -56,6 +57,7 @@ class Stages:
             logits(problem.model, self._inputs[: self._batch], self._labels[: self._batch])  # data of another kind: an error
             places = evenly(problem.model, problem.graph, n_heads) if weight else []
             self._heads = {place: self._fitted(place) for place in places}
+            self._seen = _seen(problem.model, self._inputs[:2], places)
 
     def loss(self, baseline: nn.Module, layers: Sequence[str]) -> JointLoss:
         """Return the loss of some layers' weights.
@@ -65,7 +67,7 @@ class Stages:
             layers: Names of their weights.
         """
         last = max(len(self._calls) - 1 - self._calls[::-1].index(weight) for weight in layers)
-        later = [place for place in self._heads if self._calls.index(place) >= last]
+        later = [p for p in self._heads if self._calls.index(p) >= last and self._seen[p].issuperset(layers)]
         head = (later[0], self._heads[later[0]]) if later else None
         with evaluating(baseline):
             return JointLoss(baseline, layers, self._inputs, self._labels, self._weight, head, self._batch)
@@ -81,6 +83,20 @@ class Stages:
         head = Head(channels, n_classes(model, self._problem.graph.example), self._problem.seed)
         with torch.enable_grad():
             return fitted(head, torch.cat(features), self._labels, steps=FIT_STEPS, batch=self._batch, seed=self._problem.seed)
+
+
+def _seen(model: nn.Module, inputs: Tensor, places: Sequence[str]) -> dict[str, set[str]]:
+    """Return the weights that each of these layers' outputs depends on: a shortcut does not see the branch beside it."""
+    trial = copy.deepcopy(model).requires_grad_(True)
+    named, listening = dict(trial.named_parameters()), Listening(trial, places)
+    found = dict[str, set[str]]()
+    with torch.enable_grad(), listening():
+        trial(inputs)
+        for place in places:
+            total = listening.outputs[place][-1].sum()
+            slopes = torch.autograd.grad(total, list(named.values()), retain_graph=True, allow_unused=True)
+            found[place] = {name for name, slope in zip(named, slopes, strict=True) if slope is not None}
+    return found
 
 
 def _channels(problem: Problem, weight: str) -> int:

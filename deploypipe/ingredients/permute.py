@@ -24,12 +24,17 @@ def permuted(model: nn.Module, graph: Graph, orders: Mapping[str, Sequence[int]]
     state: dict[str, Tensor] = dict([*new.named_parameters(), *new.named_buffers()])
     with torch.no_grad():
         for name, order in orders.items():
-            if any(m.param in graph.buffers and len(graph.shapes[m.param]) > 1 for m in graph.group(name).members):
+            if in_place(graph, name):
                 continue
             for member in graph.group(name).members:
                 tensor, index = state[member.param], torch.from_numpy(_index(member, order))
                 tensor.copy_(tensor.index_select(member.axis, index.to(tensor.device)))
     return new
+
+
+def in_place(graph: Graph, group: str) -> bool:
+    """Say whether fixed weights take part in a group, so that its channels cannot be put into another order."""
+    return any(m.param in graph.buffers and len(graph.shapes[m.param]) > 1 for m in graph.group(group).members)
 
 
 def _index(member: Member, order: Sequence[int]) -> NDArray[np.int64]:

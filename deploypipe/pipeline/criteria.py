@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import Subset
 
@@ -56,8 +57,9 @@ def all_scores(problem: Problem, n_images: int) -> dict[str, Scores]:
 def _taylor(problem: Problem, on: str, n_images: int) -> Scores:
     """Return the first-order Taylor scores of the model as it is."""
     method = replace(Taylor(), on=on, lr=0.0)
-    data: Any = problem.data
-    part = Subset(data, range(min(n_images, count(data))))
+    data: Any = problem.data  # drawn like the images of other criteria: folders are sorted by class
+    chosen = torch.randperm(count(data), generator=generator(problem.seed, "images"))[:n_images]
+    part = Subset(data, chosen.tolist())
     batch = min(method.batch, batch_size(problem.graph.example), count(part))
     run = Adapting(problem.model, part, 0.0, batch, problem.seed)
     units, _ = method.units(run.model, problem.graph)

@@ -15,11 +15,13 @@ from deploypipe.algorithms.autoslim import slimmed
 from deploypipe.compact import compact, difference, run
 from deploypipe.count import MacTable
 from deploypipe.errors import BudgetError, UsageError
+from deploypipe.graph import trace
 from deploypipe.ingredients.judge import Judge
 from deploypipe.plan import KeepPlan
 from deploypipe.progress import Recorder
 from deploypipe.training.evaluate import Accuracy, evaluate
 from tests.toy_task import EVEN, accuracy, problem_of, toy_data, trained_net, trainer
+from tests.toys import TOYS
 
 QUICK = {"train_epochs": 9, "images": 200, "norm_images": 200}  # 8 steps an epoch: the 200 that judge are not trained on
 GRID = (2, 4, 6, 8, 10, 12, 14, 16)
@@ -93,6 +95,20 @@ def test_the_start_is_the_same_network_with_its_strongest_channels_first() -> No
     assert torch.equal(norms, norms.sort(descending=True).values)
     anew = make("autoslim", {"train_epochs": 0, "start": "fresh"}).train(task, trainer())
     assert difference(run(task.model, example), run(anew, example)) > 0.1
+
+
+def test_groups_with_fixed_weights_keep_their_order_and_the_user_is_told() -> None:
+    model, example = TOYS["fixed_shortcut"]()
+    graph, heard = trace(model, example), Recorder()
+    task = replace(problem_of(trained_net(widths=EVEN)), model=model, graph=graph, reporter=heard)
+    task = replace(task, budget=0.5 * task.table.predict(graph))
+    start = make("autoslim", {"train_epochs": 0}).train(task, trainer())
+    norms = {name: start.get_submodule(name).weight.flatten(1).norm(dim=1) for name in ("stem.0", "a.0")}
+    in_order = {name: torch.equal(norm, norm.sort(descending=True).values) for name, norm in norms.items()}
+    assert in_order == {"stem.0": False, "a.0": True}
+    (note,) = [note for note in heard.notes if "keep their order" in note]
+    assert "stem.0" in note
+    assert "a.0" not in note
 
 
 def test_the_supernet_holds_networks_that_work_which_the_plain_one_does_not() -> None:

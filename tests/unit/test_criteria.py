@@ -2,6 +2,8 @@
 
 import copy
 import json
+import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,10 +12,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from deploypipe.algorithms.scores import activation_scores, entropies, summed_distances
 from deploypipe.graph import trace
-from deploypipe.pipeline.criteria import all_scores
+from deploypipe.pipeline.criteria import _taylor, all_scores
 from deploypipe.worth.criteria import (
     Pair,
     analyse,
@@ -130,6 +133,39 @@ def test_filters_are_compared_with_a_normal_distribution() -> None:
     assert normal.distance < 0.02 < shifted.distance
     assert abs(normal.mean) < 0.05 < shifted.mean
     assert normal.off_diagonal < 0.1 < tied.off_diagonal
+
+
+def test_filters_of_many_weights_are_compared_by_a_part_of_them() -> None:
+    """All covariances of a flattened image's linear layer would take gigabytes."""
+    rng, shared = np.random.default_rng(0), np.random.default_rng(1).normal(size=(40, 1))
+    tracemalloc.start()
+    free = normality("w", rng.normal(size=(40, 20_000)))
+    tied = normality("w", shared + 0.1 * rng.normal(size=(40, 20_000)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (free.n, free.d) == (40, 20_000)
+    assert free.off_diagonal < 0.2 < 0.9 < tied.off_diagonal < 1.1
+    assert peak < 200e6  # 3.2e9 for all of them
+
+
+def test_gradients_are_those_of_all_classes_also_where_images_are_sorted() -> None:
+    """Folders are read class by class; the first images of one are all cats."""
+    task = problem_of(copy.deepcopy(trained_net()))
+    images, labels = pictures(600).tensors
+    order = torch.argsort(labels, stable=True)
+    seen = []
+
+    class Sorted(Dataset[tuple[Tensor, int]]):
+        def __len__(self) -> int:
+            return len(labels)
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            seen.append(int(labels[order[index]]))
+            return images[order[index]], seen[-1]
+
+    _taylor(replace(task, data=Sorted()), "gate", 128)
+    assert set(seen) == {0, 1, 2, 3}
+    assert min(seen.count(label) for label in range(4)) > 15
 
 
 def test_activations_are_those_that_the_reader_meets() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from deploypipe.algorithms import make
 from deploypipe.algorithms.stages import Stages
@@ -91,6 +91,26 @@ def test_each_layer_is_judged_by_the_next_classifier() -> None:
     inputs, labels = stages._inputs, stages._labels
     expected = torch.nn.functional.cross_entropy(task.model(inputs), labels)
     assert value == pytest.approx(float(expected.detach()), rel=1e-3, abs=1e-6)  # nothing cut: no error of outputs
+
+
+def test_a_classifier_on_a_shortcut_does_not_judge_the_branch_beside_it() -> None:
+    def f(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        y = F.relu(m.a(x))
+        return m.head(m.end2(F.relu(m.end(F.relu(m.short(x) + m.b(y))))))
+
+    torch.manual_seed(0)
+    parts = {"stem": conv(3, 8), "a": conv(8, 8), "short": conv(8, 8), "b": conv(8, 8), "end": conv(8, 8), "end2": conv(8, 8)}
+    stages = Stages(problem_of(Fn(f, **parts, head=head(8))), 1, 64, 1.0)
+    assert list(stages._heads) == ["short.weight"]
+    model = stages._problem.model
+    judges = {name: stages.loss(model, [f"{name}.weight"]).head for name in ("stem", "a", "short", "b")}
+    assert {name: found[0] if found else None for name, found in judges.items()} == {
+        "stem": "short.weight",
+        "a": None,  # the shortcut is called later, but sees nothing of it
+        "short": "short.weight",
+        "b": None,
+    }
 
 
 def test_a_layer_is_heard_before_a_relu_in_place_overwrites_its_output() -> None:

@@ -118,6 +118,14 @@ def test_filters_are_zeroed_softly_and_those_zeroed_last_are_cut() -> None:
     assert [list(kept[name]) for name in ("0.0", "1.0", "2.0")] == seen[-1][1]
 
 
+def test_frozen_filters_are_not_zeroed_since_they_could_not_grow_again() -> None:
+    problem = problem_of(net(), 0.5)
+    problem.model[1][0].weight.requires_grad_(False)
+    model = make("fpgm", {"train_epochs": 2}).train(problem, Trainer(toy_data(), TrainSettings(batch_size=50, distill=0.0)))
+    assert torch.equal(model[1][0].weight, problem.model[1][0].weight)
+    assert int(model[2][0].weight.flatten(1).any(1).sum()) < 32
+
+
 def test_every_group_loses_the_same_share() -> None:
     problem = problem_of(net(), 0.5)
     plan = make("fpgm").plan(problem)

@@ -1,18 +1,20 @@
 """L1 norm (Li et al., ICLR 2017): its falsifiable tests."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from deploypipe.algorithms import make
-from deploypipe.algorithms.base import Problem, Statistics, filter_norms, log_share, rows
+from deploypipe.algorithms.base import Orders, Problem, Statistics, Values, by_values, filter_norms, log_share, rows
 from deploypipe.compact import compact
 from deploypipe.count import MacTable
-from deploypipe.errors import NotApplicable
+from deploypipe.errors import NotApplicable, UsageError
 from deploypipe.graph import trace
 from deploypipe.ingredients.statistics import weights
+from deploypipe.plan import Certificate
 from deploypipe.types import Group
 from tests.toys import TOYS
 
@@ -70,6 +72,17 @@ def test_greedy_and_independent_differ_when_heavy_inputs_are_gone() -> None:
     assert independent.keep["2"] == (0, 1)  # norms 3, 9, 2
     assert greedy.keep["2"] == (0, 2)  # norms 3, 0, 2 once channel 3 is gone
     assert greedy.options == {"greedy": True}
+
+
+def test_greedy_refuses_widths_by_what_other_channels_are_worth() -> None:
+    task = problem(TOYS["plain"]()[0], 0.5)
+
+    def measured(problem: Problem, orders: Orders, values: Values) -> tuple[dict[str, int], Certificate]:
+        return by_values(problem, orders, values)
+
+    with pytest.raises(UsageError, match="chooses channels anew"):
+        make("l1", {"greedy": True}).plan(replace(task, allocator=measured))
+    assert make("l1").plan(replace(task, allocator=measured)).keep
 
 
 def test_zero_filters_go_and_the_output_stays() -> None:

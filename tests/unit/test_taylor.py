@@ -33,7 +33,7 @@ from deploypipe.training.evaluate import evaluate
 from deploypipe.training.finetune import finetune
 from deploypipe.training.settings import TrainSettings
 from tests.toy_task import net, pictures, problem_of, trained_net, trainer
-from tests.toys import TOYS
+from tests.toys import TOYS, Fn
 
 
 def oracle(model: nn.Module, problem: Problem, data: TensorDataset) -> Tensor:
@@ -168,6 +168,20 @@ def test_joint_weight_scores_vanish_behind_a_norm_in_training_mode() -> None:
     method = make("taylor")
     gate = method.units(model, problem.graph)[0]["1.0"].first(dict(model.named_parameters())).abs().max()
     assert joint < 1e-3 * gate
+
+
+def test_channels_of_fixed_filters_are_judged_by_the_norm_behind_them() -> None:
+    def f(m: Any, x: Tensor) -> Tensor:
+        return m.head(F.relu(m.b(F.relu(m.norm(F.conv2d(x, m.filters, padding=1))))))
+
+    torch.manual_seed(0)
+    model = Fn(f, norm=nn.BatchNorm2d(8), b=conv(8, 8), head=head(8))
+    model.register_buffer("filters", torch.randn(8, 3, 3, 3))
+    task = problem_of(model, 0.6)
+    (fixed,) = [g.name for g in task.graph.groups for m in g.members if m.param == "filters" and m.role == "produces"]
+    plan = make("taylor", {"steps": 2, "interval": 2}).plan(task)
+    assert fixed not in plan.skipped
+    assert 0 < len(plan.keep[fixed]) < 8
 
 
 def test_a_channel_that_nobody_reads_scores_zero_and_goes_first() -> None:
