@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from deploypipe.errors import ModelError, UsageError
 from deploypipe.exporter import functions_read_once, quiet, root_cause, telling_lines
+from deploypipe.graph.outputs import copied
 
 OLDEST_OPSET = 18  # below it the exporter logs a failed down-conversion and silently writes 18
 
@@ -68,9 +69,9 @@ def export_onnx(model: nn.Module, example: Any, path: str | Path, opset: int = 2
     with _evaluating(model), tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
         temporary = Path(folder) / "model.onnx"
         with torch.no_grad():
-            outputs = _numbered("output", _n_tensors(model(*args)))
+            outputs = _numbered("output", _n_tensors(model(*copied(args))))
         inputs = _numbered("input", _n_tensors(args))
-        _export(model, args, temporary, opset, inputs, outputs)
+        _export(model, copied(args), temporary, opset, inputs, outputs)
         written = _read_back(temporary, opset)
         if _name_weights(written, dict(model.named_parameters())):
             onnx.save(written, str(temporary))
@@ -106,7 +107,7 @@ def export_program(model: nn.Module, example: Any, path: str | Path) -> Path:
         temporary = Path(folder) / "model.pt2"
         try:
             with torch.no_grad():
-                torch.export.save(torch.export.export(model, args), temporary)
+                torch.export.save(torch.export.export(model, copied(args)), temporary)
         except Exception as error:
             raise _refused("as a program", f"torch.export of {type(model).__name__}", error) from error
         return temporary.replace(path)

@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import importlib.util
+import os
 import sys
 import sysconfig
 import traceback
@@ -66,10 +67,15 @@ def source_file(spec: str, at: str = "") -> Path | None:
     source = spec.rpartition(":")[0]
     if not (source.endswith(".py") or "/" in source or "\\" in source):
         return None
-    path = Path(source).expanduser().resolve()
-    if not path.is_file():
+    path = Path(os.path.expanduser(source)).resolve()  # noqa: PTH111 - Path's own raise where there is no such user, or
+    if not os.path.isfile(path):  # noqa: PTH113 - a name is too long, or a folder may not be read
         advice = near_path(path, "Python file", lambda entry: entry.suffix == ".py" and entry.is_file())
         raise UsageError(f"there is no file '{source}'", at=at or spec, fix=advice)
+    try:
+        path.open("rb").close()
+    except OSError as failure:
+        message = f"the file '{source}' cannot be read: {failure.strerror}"
+        raise UsageError(message, at=at or spec, fix=f"allow it: chmod u+r '{path}'") from failure
     return path
 
 
@@ -106,7 +112,10 @@ def _imported(source: Path, package: str) -> list[str]:
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and (package or not node.level):
-            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            try:
+                base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            except ImportError:  # beyond the top: an attempt that the file itself gives up
+                continue
             found += [base, *(f"{base}.{alias.name}" for alias in node.names)]
     parts = [name.split(".") for name in found]
     return [".".join(part[:n]) for part in parts for n in range(1, len(part) + 1)]
@@ -125,10 +134,13 @@ def near_path(path: Path, what: str, fits: Callable[[Path], bool]) -> str:
         fits: Whether an entry of the folder is one.
     """
     parent = path.parent
-    if not parent.is_dir():
-        missing = next(folder for folder in (parent, *parent.parents) if folder.parent.is_dir())
+    if not os.path.isdir(parent):  # noqa: PTH112 - Path.is_dir raises where a folder may not be read
+        missing = next(folder for folder in (parent, *parent.parents) if os.path.isdir(folder.parent))  # noqa: PTH112
         return f"the folder '{missing}' does not exist either"
-    names = [entry.name for entry in parent.iterdir() if fits(entry) and not entry.name.startswith(".")]
+    try:
+        names = [entry.name for entry in parent.iterdir() if fits(entry) and not entry.name.startswith(".")]
+    except OSError as failure:
+        return f"the folder '{parent}' cannot be looked at: {failure.strerror}"
     is_top = parent == parent.parent  # its entries are the system's: named only if they look like what was typed
     close = get_close_matches(path.name, names, n=_LISTED, cutoff=_ALIKE if is_top else 0)
     return nearest(path.name, close) if close else f"there is no {what} {'of such a name ' if names else ''}in '{parent}'"

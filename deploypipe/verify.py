@@ -19,8 +19,8 @@ def check(
 ) -> Check:
     """Compare outputs; the first axis of every array counts the inputs.
 
-    The error is the largest absolute difference over all outputs and inputs, each output relative to its own largest
-    reference value. Different shapes or values that are no numbers give an infinite error.
+    The error is the largest absolute difference over all outputs and inputs, each output relative to its own largest finite
+    reference value. Different shapes or values that are no numbers give an infinite error; equal infinities do not differ.
     """
     worst = 0.0
     n_inputs = len(reference[0]) if reference else 0
@@ -28,8 +28,11 @@ def check(
         return Check(stage, against, float("inf"), tolerance, n_inputs)
     for a, b in zip(reference, found, strict=True):
         if a.size:
-            scale = max(float(np.abs(a.astype(np.float64)).max()), 1e-12)
-            error = float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max()) / scale
+            size = np.abs(a.astype(np.float64))
+            scale = max(float(np.where(np.isinf(size), 0.0, size).max()), 1e-12)
+            with np.errstate(invalid="ignore"):  # of equal infinities, which do not differ
+                apart = np.abs(a.astype(np.float64) - b.astype(np.float64))
+            error = float(np.where(a == b, 0.0, apart).max()) / scale
             worst = max(worst, error if np.isfinite(error) else float("inf"))
     return Check(stage, against, worst, tolerance, n_inputs)
 

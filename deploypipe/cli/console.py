@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 from deploypipe.progress import Reporter
@@ -50,7 +50,13 @@ def pairs(rows: Iterable[Sequence[str]]) -> None:
 def problem(text: str) -> None:
     """Write an error; its first word is red on a colour terminal."""
     word, colon, rest = text.partition(":")
-    print(_styled(word + colon, _RED, sys.stderr) + rest, file=sys.stderr, flush=True)
+    _told(sys.stderr, _styled(word + colon, _RED, sys.stderr) + rest)
+
+
+def _told(out: TextIO, text: str) -> None:
+    """Write what is no answer. A reader that has left (`2> >(head)`) ends nothing: the work goes on."""
+    with suppress(BrokenPipeError):
+        print(text, file=out, flush=True)
 
 
 def unanswered() -> redirect_stdout[TextIO]:
@@ -133,7 +139,7 @@ class Lines:
         self._name = ""
 
     def _write(self, text: str) -> None:
-        print(text, file=self._out, flush=True)
+        _told(self._out, text)
 
 
 class Bars:

@@ -104,8 +104,8 @@ def run(arguments: Sequence[str]) -> int:
         code = INTERRUPTED
     except _Terminated as error:
         code = 128 + error.args[0]
-    except SystemExit:  # the parser's answer to a reader that has left (`| head`), which is no failure
-        code = 0
+    except SystemExit:  # the parser's answer to a reader that has left: of its own help (`| head`) that is no failure
+        code = 0 if "--help" in arguments else DeployPipeError.exit_code
     except Exception as error:
         console.problem(str(_bug(error, arguments)))
         return DeployPipeError.exit_code

@@ -216,7 +216,7 @@ def labels_of(dataset: Samples) -> Tensor | None:
     if isinstance(dataset, Images | Files):
         return dataset.labels
     if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
-        return dataset.tensors[1].long()
+        return _classes_in(dataset.tensors[1])
     targets = getattr(dataset, "targets", None)  # torchvision's habit
     if isinstance(targets, list | Tensor) and len(targets) == count(dataset):
         return _classes_in(targets)

@@ -13,20 +13,20 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from deploypipe.data.batches import Augment, CropFlip, Data, Samples, count, labels_of, seeded, split, take
+from deploypipe.data.cifar import CIFAR_CLASSES, cifar_folder, cifar_records
 from deploypipe.data.images import (
     DIGITS_NORMALISE,
     DIGITS_SIZE,
     IMAGENET,
     SMALL,
     Images,
-    Listing,
     Normalise,
     Size,
-    list_images,
     load_images,
     native_size,
     resized,
 )
+from deploypipe.data.listing import Listing, list_images, looking
 from deploypipe.errors import UsageError, nearest
 from deploypipe.factory import find_factory, near_path, own_sources
 from deploypipe.progress import Reporter, Silent
@@ -37,7 +37,6 @@ __all__ = ["KINDS", "Data", "load_data"]
 _TEST_FOLDERS = ("test", "val", "valid", "validation")
 _SEED = 0  # of what the user's own code draws while data is made and described: not the run's, which decides splits only
 _SCANNED = 2000  # samples looked at to learn the classes of a Dataset that does not name them
-_CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 def load_data(
@@ -76,7 +75,7 @@ def load_data(
         return _digits(size, _fitting(size, normalise or DIGITS_NORMALISE, "--data demo"))
     if kind in ("imagefolder", "cifar10"):
         root = _folder(place, spec)
-        binary = _cifar_binary(root, spec) if kind == "cifar10" else None
+        binary = cifar_folder(root, spec) if kind == "cifar10" else None
         if binary is not None:
             return _cifar10(binary, wanted or (3, 32, 32), normalise or IMAGENET)
         return _image_folder(root, wanted, normalise, cache or cache_folder() / "images", reporter or Silent())
@@ -168,7 +167,8 @@ def _folder(place: str, spec: str) -> Path:
 
 
 def _image_folder(root: Path, size: Size | None, normalise: Normalise | None, cache: Path, reporter: Reporter) -> Data:
-    train_list, test_list = list_images(_train_folder(root)), list_images(_test_folder(root))
+    with looking(root):
+        train_list, test_list = list_images(_train_folder(root)), list_images(_test_folder(root))
     if train_list.classes != test_list.classes:
         raise _class_mismatch(train_list, test_list)
     size = size or native_size(train_list)
@@ -215,39 +215,13 @@ def _class_mismatch(train: Listing, test: Listing) -> UsageError:
     return UsageError(message, at=str(train.root.parent), fix=fix)
 
 
-def _cifar_binary(root: Path, spec: str) -> Path | None:
-    """Return the folder with CIFAR-10's binary files, or None if `root` is laid out as an image folder."""
-    for folder in (root, root / "cifar-10-batches-bin"):
-        if (folder / "data_batch_1.bin").is_file():
-            return folder
-    if (root / "train").is_dir():
-        return None
-    python = any((folder / "data_batch_1").is_file() for folder in (root, root / "cifar-10-batches-py"))
-    message = "these are CIFAR-10's Python files, which are pickles and are not read" if python else "there is no CIFAR-10"
-    fix = "unpack CIFAR-10's binary version (cifar-10-batches-bin), or lay images out as train/CLASS/ and test/CLASS/"
-    raise UsageError(message, at=f"--data {spec}", fix=fix)
-
-
 def _cifar10(folder: Path, size: Size, normalise: Normalise) -> Data:
     names = [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]
     fitting = _fitting((3, *size[1:]), normalise, "--data cifar10")
-    train, test = (resized(Images(*_cifar_records(folder, part), fitting), size) for part in names)
+    train, test = (resized(Images(*cifar_records(folder, part), fitting), size) for part in names)
     facts = [(name, (folder / name).stat().st_size, (folder / name).stat().st_mtime_ns) for part in names for name in part]
     description = _described("CIFAR-10", train, test, 10, size)
-    return Data(train, test, _CIFAR_CLASSES, _key("cifar10", facts, size, normalise), _augment(size, normalise), description)
-
-
-def _cifar_records(folder: Path, names: list[str]) -> tuple[Tensor, Tensor]:
-    """Read records of one label byte and 3x32x32 pixel bytes."""
-    parts = []
-    for name in names:
-        path = folder / name
-        if not path.is_file() or path.stat().st_size == 0 or path.stat().st_size % 3073:
-            what = "damaged" if path.is_file() else "missing"
-            raise UsageError(f"'{name}' is {what}", at=str(path), fix="unpack cifar-10-binary.tar.gz again")
-        parts.append(np.fromfile(path, dtype=np.uint8).reshape(-1, 3073))
-    records = torch.from_numpy(np.concatenate(parts))
-    return records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[:, 0].long()
+    return Data(train, test, CIFAR_CLASSES, _key("cifar10", facts, size, normalise), _augment(size, normalise), description)
 
 
 def _from_datasets(given: Any, seed: int, name: str, sources: Sequence[bytes] = ()) -> Data:

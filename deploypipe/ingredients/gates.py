@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from deploypipe.errors import NotApplicable
+from deploypipe.graph.outputs import copied
 from deploypipe.ingredients.statistics import evaluating
 from deploypipe.types import Graph, Group
 
@@ -82,7 +83,7 @@ def feeders(model: nn.Module, example: tuple[object, ...]) -> dict[str, str]:
             handles.append(module.register_forward_pre_hook(lambda m, args, name=name: read(name, args[0])))
     try:
         with evaluating(model), torch.no_grad():
-            model(*example)
+            model(*copied(example))
     finally:
         for handle in handles:
             handle.remove()

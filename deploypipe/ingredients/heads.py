@@ -15,6 +15,7 @@ from torch.optim import SGD
 
 from deploypipe.data.batches import seeded
 from deploypipe.errors import NotApplicable
+from deploypipe.graph.outputs import copied
 from deploypipe.ingredients.statistics import Convolution, Transposed, evaluating, generator
 from deploypipe.training.evaluate import main_output
 from deploypipe.training.settings import TrainHook
@@ -179,5 +180,5 @@ def fitted(head: Head, features: Tensor, labels: Tensor, *, steps: int, batch: i
 def n_classes(model: nn.Module, example: Sequence[Any]) -> int:
     """Return the number of logits of a classifier."""
     with evaluating(model), torch.no_grad():
-        out = model(*example)
+        out = model(*copied(example))
     return int(main_output(out).shape[-1])

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from deploypipe.data.batches import count, seeded, take
 from deploypipe.errors import NotApplicable, UsageError
+from deploypipe.graph.outputs import copied
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -108,7 +109,7 @@ def called(model: nn.Module, example: tuple[object, ...]) -> set[nn.Module]:
     handles = [module.register_forward_pre_hook(lambda m, args: heard.add(m)) for module in model.modules()]
     try:
         with evaluating(model), torch.inference_mode():
-            model(*example)
+            model(*copied(example))
     finally:
         for handle in handles:
             handle.remove()

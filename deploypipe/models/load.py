@@ -17,6 +17,7 @@ from deploypipe.data.batches import seeded
 from deploypipe.data.images import IMAGENET, Normalise
 from deploypipe.errors import ModelError, UsageError, nearest
 from deploypipe.factory import find_factory, guarded, own_sources, source_file
+from deploypipe.graph.outputs import copied
 from deploypipe.models.demo import WEIGHTS, demo_net
 from deploypipe.models.weights import fit_weights, read_weights
 from deploypipe.training.checkpoint import state_digest
@@ -24,6 +25,7 @@ from deploypipe.training.checkpoint import state_digest
 KINDS = ("demo", "torchvision:NAME", "timm:NAME", "file.py:factory", "package.module:factory")
 _SEED = 0
 DEFAULT_SHAPE = (1, 3, 224, 224)
+_TRANSFORMING = ("googlenet", "inception_v3")  # trained on inputs of another mean and deviation, which the model makes itself
 _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # of Inception and GoogLeNet: for training only, never exported
 
 
@@ -78,11 +80,14 @@ def load_model(spec: str = "demo", weights: str | Path | None = None) -> Loaded:
     torch.Size([1, 1, 16, 16])
     """
     built = _build(spec)
-    kind = spec.partition(":")[0]
+    kind, _, name = spec.partition(":")
     notes = []
     if weights is not None:
         path = Path(os.path.expanduser(weights))  # noqa: PTH111 - Path.expanduser raises where there is no such user
         fit_weights(built.model, read_weights(path), f"--weights {weights}", unused=_AUXILIARY if kind == "torchvision" else ())
+        if kind == "torchvision" and name in _TRANSFORMING:
+            built.model.transform_input = True  # type: ignore[assignment]
+            notes.append(f"{name} changes its inputs as torchvision's does with published weights (transform_input)")
     elif spec == "demo":
         fit_weights(built.model, read_weights(WEIGHTS), str(WEIGHTS))
     elif kind in _ZOOS:
@@ -117,7 +122,7 @@ def _from_torchvision(name: str, spec: str) -> _Built:
             fix=_near(name, names, "torchvision.models.list_models()"),
         )
     # Auxiliary classifiers exist in training only: eval mode never runs them, so nothing could keep them in step with pruning.
-    extra = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    extra = {"aux_logits": False, "init_weights": True} if name in _TRANSFORMING else {}
     model = torchvision.models.get_model(name, weights=None, **extra)
     published = list(torchvision.models.get_model_weights(name))
     transforms = published[-1].transforms() if published else None
@@ -215,7 +220,7 @@ def _run_once(built: _Built, spec: str) -> None:
         fix = "this input is only the default: set input_size = (channels, height, width) or example_inputs on the module"
     with torch.no_grad():
         guarded(
-            partial(built.model, *built.example),
+            partial(built.model, *copied(built.example)),
             f"the model cannot be run on an input of {shapes}",
             f"--model {spec}",
             ModelError,
@@ -242,4 +247,6 @@ def _key(spec: str, built: _Built) -> str:
             digest.update(source.name.encode() + source.read_bytes())
     digest.update(state_digest(built.model).encode())
     digest.update(repr(([tuple(part.shape) for part in built.example], built.normalise)).encode())
+    if getattr(built.model, "transform_input", False) is True:
+        digest.update(b"transform_input")
     return digest.hexdigest()[:16]

@@ -13,6 +13,7 @@ from deploypipe.data.load import Data, load_data
 from deploypipe.errors import ModelError
 from deploypipe.factory import guarded
 from deploypipe.graph import trace
+from deploypipe.graph.outputs import copied
 from deploypipe.models.load import Loaded, load_model
 from deploypipe.pipeline.request import KEPT_BY_USER, Request
 from deploypipe.pipeline.stages import real_inputs
@@ -47,6 +48,9 @@ def given(request: Request, reporter: Reporter, *, trains: bool = False) -> Give
     inputs = real_inputs(data, loaded.example)
     graph = trace(loaded.model, loaded.example).keeping(request.keep, KEPT_BY_USER)
     if trains:
+        if not any(parameter.requires_grad for parameter in loaded.model.parameters()):
+            fix = "set requires_grad on its parameters, or leave training out: --epochs 0"
+            raise ModelError("the model has nothing to train: all of it is frozen", at=f"--model {request.model}", fix=fix)
         _check_training(loaded.model, graph, f"--model {request.model}")
     loaded = replace(loaded, notes=(*loaded.notes, *_class_notes(loaded, len(data.classes))))
     return Given(loaded, data, inputs, graph)
@@ -55,7 +59,7 @@ def given(request: Request, reporter: Reporter, *, trains: bool = False) -> Give
 def _class_notes(loaded: Loaded, n_classes: int) -> list[str]:
     """Say so if the model was made for other classes: accuracies then mean something only if these are its first ones."""
     with torch.no_grad():
-        out = main_output(loaded.model(*loaded.example))
+        out = main_output(loaded.model(*copied(loaded.example)))
     if not isinstance(out, Tensor) or out.dim() != 2 or out.shape[1] == n_classes:
         return []
     return [f"the model has {out.shape[1]} outputs, the data {n_classes} classes: label 0 is taken to be output 0, and so on"]
@@ -67,7 +71,7 @@ def _check_inputs(loaded: Loaded, request: Request) -> None:
         return
     with torch.no_grad():
         guarded(
-            lambda: loaded.model(loaded.example[0]),
+            lambda: loaded.model(*copied(loaded.example[:1])),
             f"the model takes {len(loaded.example)} inputs, and does not run with the first alone: --data gives no more",
             f"--model {request.model}",
             ModelError,

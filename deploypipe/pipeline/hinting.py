@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from deploypipe.compact import compact, kept_slots, mask
+from deploypipe.graph.outputs import copied
 from deploypipe.plan import KeepPlan
 from deploypipe.training.hints import Hint
 from deploypipe.training.layout import in_mode
@@ -118,7 +119,7 @@ def _outputs_before(model: nn.Module, reader: str, graph: Graph) -> dict[str, Te
     handles += [modules[name].register_forward_pre_hook(stop if name == reader else forget) for name in layers]
     try:
         with in_mode(model, training=False), torch.inference_mode():
-            model(*graph.example)
+            model(*copied(graph.example))
     except _Reached:
         return found
     finally:

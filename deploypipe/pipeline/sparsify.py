@@ -233,8 +233,10 @@ def proven(root: Path, weights: Sequence[str]) -> tuple[str, ...]:
     """
     files = {saved.WEIGHTS: load_file(root / saved.WEIGHTS)} if weights else {}
     for path in (root / name for name in (_EXPORTED if weights else ()) if (root / name).is_file()):
-        tensors = onnx.load(str(path)).graph.initializer
-        files[path.name] = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in tensors if tensor.name in weights}
+        exported = onnx.load(str(path)).graph
+        turned = {node.input[1] for node in exported.node if node.op_type == "MatMul"}  # (inputs, outputs), as `x @ w` reads it
+        arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in exported.initializer if tensor.name in weights}
+        files[path.name] = {name: array.T if name in turned else array for name, array in arrays.items()}
     for file, found in files.items():
         lost = [name for name in weights if name in found and not holds(found[name])]
         if lost:

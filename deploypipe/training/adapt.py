@@ -74,7 +74,7 @@ class Adapting:
                 inputs, labels = (part.to(device) for part in next(self._stream))
                 self.latest = (inputs, labels)
                 self._optimizer.zero_grad()
-                loss = F.cross_entropy(logits(self.model, inputs, labels), labels)
+                loss = F.cross_entropy(logits(self.model, inputs.clone(), labels), labels)
                 loss.backward()  # type: ignore[no-untyped-call]
             if not torch.isfinite(loss):
                 at = f"step {self._step + 1}, learning rate {self._optimizer.param_groups[0]['lr']:g}"

@@ -171,7 +171,7 @@ class _Trainer:
 
     def _loss(self, run: nn.Module, teacher: nn.Module | None, inputs: Tensor, labels: Tensor, step: int) -> Tensor:
         inputs = laid_out(inputs, self.layout)
-        out = logits(run, inputs, labels)
+        out = logits(run, inputs.clone(), labels)  # a model may write into what it is given
         loss = F.cross_entropy(out, labels, label_smoothing=self.settings.label_smoothing)
         if teacher is None or not self.settings.distill:
             return loss

@@ -3,11 +3,14 @@
 Channels-last is 1.4 times faster for convolutions on a CPU, and what tensor cores want; but not every network can.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from deploypipe.data.batches import seeded
 
 _BLOCKS = {"AVX512": 16}  # channels per vector register of oneDNN's convolutions; 8 on all other processors
 
@@ -42,8 +45,21 @@ def lay_out(model: nn.Module, inputs: Tensor) -> torch.memory_format:
     layout = torch.contiguous_format
     if not volumes and not has_narrow_shortcut(model):
         layout = fast_layout(model.to(memory_format=torch.channels_last), inputs)
+        if layout is torch.channels_last and not _trains_in(model, inputs, layout):
+            layout = torch.contiguous_format
     model.to(memory_format=layout)
     return layout
+
+
+def _trains_in(model: nn.Module, inputs: Tensor, layout: torch.memory_format) -> bool:
+    """Say whether a copy of the model runs in training mode as well, where it may have further branches."""
+    try:
+        twin = copy.deepcopy(model).train()
+        with torch.no_grad(), seeded(0):
+            twin(laid_out(inputs[:2].to(device_of(model)), layout))
+    except Exception:  # as in fast_layout
+        return False
+    return True
 
 
 def has_narrow_shortcut(model: nn.Module) -> bool:

@@ -1,5 +1,6 @@
 """The command line: what it passes on, what it shows, and how every failure ends."""
 
+import errno
 import io
 import json
 import os
@@ -26,6 +27,7 @@ from deploypipe.artifact import ArtifactTimes
 from deploypipe.backends.base import KernelTime, Profile
 from deploypipe.cli import console
 from deploypipe.cli.build import parse_settings
+from deploypipe.cli.console import Lines
 from deploypipe.cli.main import app, run
 from deploypipe.errors import BackendError, BudgetError, DeployPipeError, ModelError, TargetError, UsageError
 from deploypipe.inspection import GroupFacts, Inspection, LayerFacts
@@ -594,6 +596,25 @@ def test_a_reader_that_leaves_early_is_no_failure(line: str) -> None:
     _, err = process.communicate(timeout=60)
     assert err == ""
     assert process.returncode == 0
+
+
+def test_a_reader_of_progress_that_leaves_does_not_end_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Left(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    lines = Lines(Left(), every_s=0.0)
+    lines.stage("profile", 2)
+    lines.advance(1)
+    lines.note("go on")
+    lines.close()
+    monkeypatch.setattr(sys, "stderr", Left())
+    console.problem("error: something")
+
+
+def test_work_that_a_broken_pipe_ends_all_the_same_has_not_succeeded(pipeline: FakePipeline) -> None:
+    pipeline.answer = BrokenPipeError(errno.EPIPE, "Broken pipe")
+    assert run(["build"]) == 1
 
 
 def test_starting_imports_nothing_heavy_and_is_fast() -> None:

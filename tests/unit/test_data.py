@@ -167,6 +167,13 @@ def test_an_unlabelled_test_folder_gives_way_to_val(folder, tmp_path):
     assert "train + val" in load(folder, tmp_path).description
 
 
+def test_labels_of_a_dataset_that_are_no_integers_are_refused_before_it_is_split():
+    images = torch.randn(20, 3, 4, 4)
+    for labels in (torch.eye(4)[torch.arange(20) % 4], torch.arange(20)[:, None], torch.rand(20)):
+        with pytest.raises(UsageError, match="not integers"):
+            load_data(TensorDataset(images, labels))
+
+
 def test_cifar10_binary(tmp_path):
     root = tmp_path / "cifar-10-batches-bin"
     root.mkdir()

@@ -85,6 +85,14 @@ def test_layers_of_training_mode_that_could_not_follow_are_named_before_anything
     assert given(Request(model=f"{path}:make"), Silent(), trains=True), "they read the input alone"
 
 
+def test_a_model_that_is_frozen_whole_is_refused_before_anything_slow(tmp_path: Path) -> None:
+    path = tmp_path / "net.py"
+    path.write_text(AUXILIARY.format(width=8, read="y.mean((2, 3))").replace("Net(),", "Net().requires_grad_(False),"))
+    with pytest.raises(ModelError, match="nothing to train"):
+        given(Request(model=f"{path}:make"), Silent(), trains=True)
+    assert given(Request(model=f"{path}:make"), Silent()).graph.prunable
+
+
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
 def test_data_of_another_type_than_the_model_takes_is_refused(kind: torch.dtype) -> None:
     data = TensorDataset(torch.zeros(40, 1, 16, 16, dtype=kind), torch.arange(40) % 10)

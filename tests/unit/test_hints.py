@@ -12,6 +12,7 @@ from torch import nn
 
 from deploypipe.compact import compact, mask
 from deploypipe.graph import trace
+from deploypipe.graph.outputs import copied
 from deploypipe.pipeline.hinting import find_hint
 from deploypipe.plan import KeepPlan
 from deploypipe.progress import Silent
@@ -49,7 +50,7 @@ def said(network: nn.Module, hint: Hint, example) -> torch.Tensor:
     heard = []
     handle = network.get_submodule(hint.module).register_forward_hook(lambda _module, _inputs, output: heard.append(output))
     with torch.no_grad():
-        network(*example)
+        network(*copied(example))
     handle.remove()
     return heard[-1]
 

@@ -53,6 +53,28 @@ def test_a_network_that_views_its_channels_runs_and_trains(training, channels, a
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
 
 
+class ViewedInTraining(nn.Module):
+    """A branch for training only, which the trial in eval mode does not meet, needs the plain layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.last, self.aux = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2), nn.Linear(144, 2)
+
+    def forward(self, x: torch.Tensor) -> object:
+        y = self.norm(self.conv(x))
+        out = self.last(y.mean((2, 3)))
+        return (out, self.aux(y.view(len(y), -1))) if self.training else out
+
+
+def test_branches_of_training_mode_are_tried_too():
+    model, data = ViewedInTraining(), noise(8)
+    before = copy.deepcopy(model.state_dict())
+    assert fast_layout(model, torch.randn(4, 3, 8, 8)) == torch.channels_last
+    assert lay_out(model, torch.randn(4, 3, 8, 8)) == torch.contiguous_format
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    finetune(model, data, TrainSettings(epochs=1, batch_size=32))
+
+
 def test_the_trial_leaves_statistics_and_modes_alone():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout()).train()
     model[1].eval()

@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from deploypipe.data.load import load_data
 from deploypipe.errors import DeployPipeError, ModelError, UsageError
+from deploypipe.graph import trace
 from deploypipe.models.load import load_model
 
 torch.set_num_threads(1)
@@ -278,6 +280,74 @@ def test_advice_lists_what_could_be_meant_and_nothing_else(net, tmp_path):
         error_of(f"{net}:plain", folder / "no" / "such" / "net.pt").fix == f"the folder '{folder / 'no'}' does not exist either"
     )
     assert error_of(f"{net}:plain", Path("/zzz-net.pt")).fix.startswith("there is no"), "the system's folders are no answer"
+
+
+def test_a_relative_import_that_the_file_gives_up_is_no_error(tmp_path, monkeypatch):
+    package = tmp_path / "sole"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "net.py").write_text(
+        "from torch import nn\ntry:\n    from ..common import f\nexcept ImportError:\n    f = None\n"
+        "def make():\n    net = nn.Conv2d(3, 4, 3); net.input_size = 8; return net\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert load_model("sole.net:make").example[0].shape == (1, 3, 8, 8)
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not hasattr(os, "seteuid"), reason="the system's owner may read everything")
+@pytest.mark.parametrize("locked", ["folder", "file"])
+def test_what_may_not_be_read_is_the_users_to_allow(net, tmp_path, locked):
+    folder = tmp_path / "locked"
+    folder.mkdir()
+    (folder / "net.py").write_text(FACTORIES)
+    tmp_path.chmod(0o755)
+    (folder if locked == "folder" else folder / "net.py").chmod(0)
+    owner = os.geteuid()
+    if owner == 0:
+        for above in (tmp_path, *tmp_path.parents[:3]):
+            above.chmod(above.stat().st_mode | 0o055)
+        os.seteuid(65534)
+    try:
+        found = [error_of(f"{folder / 'net.py'}:plain"), error_of("demo", folder / "w.pt")]
+        with pytest.raises(UsageError) as caught:
+            load_data(f"imagefolder:{folder}")
+    finally:
+        os.seteuid(owner)
+        folder.chmod(0o755)
+    assert [error.exit_code for error in found] == [2, 2]
+    if locked == "folder":
+        assert "cannot be looked at" in found[0].fix
+        assert "cannot be looked at" in caught.value.message
+    else:
+        assert "cannot be read" in found[0].message
+
+
+@pytest.mark.parametrize("place", ["~nosuchuser/net.py", "x" * 300 + ".py"])
+def test_paths_that_cannot_be_are_missing(place):
+    assert "there is no file" in error_of(f"{place}:make").message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_published_weights_of_inception_get_the_inputs_that_they_were_trained_on(name, tmp_path):
+    """torchvision's own rule: ImageNet's mean and deviation outside, those of TensorFlow inside."""
+    plain = load_model(f"torchvision:{name}")
+    save_file(plain.model.state_dict(), tmp_path / "w.safetensors")
+    loaded = load_model(f"torchvision:{name}", tmp_path / "w.safetensors")
+    assert any("transform_input" in note for note in loaded.notes)
+    x = plain.example[0][:, :, :96, :96]
+    mean, std = (torch.tensor(values)[:, None, None] for values in plain.normalise)
+    heard = []
+    for model in (loaded.model, plain.model):
+        first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+        first.register_forward_pre_hook(lambda _, args: heard.append(args[0]))
+    with torch.no_grad():
+        loaded.model(x), plain.model(((x * std + mean) - 0.5) / 0.5), plain.model(x)
+    torch.testing.assert_close(heard[0], heard[1])
+    assert (heard[0] - heard[2]).abs().max() > 0.5
+    assert loaded.key != plain.key
+    graph = trace(loaded.model, (x,))
+    assert len(graph.prunable) == len(trace(plain.model, (x,)).prunable)
 
 
 def test_failing_factories_point_into_the_users_file(net):

@@ -207,6 +207,34 @@ def test_a_pattern_that_was_lost_on_the_way_is_never_reported(tmp_path):
     assert caught.value.at.endswith("tuned.safetensors")
 
 
+class Positions(nn.Module):
+    """Linear layers on channels-last images: the exporter writes their weights the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.up, self.down = nn.Conv2d(3, 32, 3, padding=1), nn.Linear(32, 64), nn.Linear(64, 32)
+        self.square, self.head = nn.Linear(32, 32), nn.Linear(32, 8)
+
+    def forward(self, x):
+        y = self.conv(x).permute(0, 2, 3, 1)
+        return self.head(self.square(y + self.down(torch.relu(self.up(y)))).mean((1, 2)))
+
+
+def test_the_pattern_is_found_in_weights_that_are_exported_the_other_way_round(tmp_path):
+    torch.manual_seed(0)
+    sparse, found = sparsified(Positions().eval(), INPUTS, UNKNOWN)
+    weights = [row["weight"] for row in found["layers"] if not row["reason"]]
+    assert {"up.weight", "down.weight", "square.weight"} <= set(weights)
+    save_weights(sparse, tmp_path / "tuned.safetensors")
+    export_onnx(sparse, INPUTS[0], tmp_path / "pruned.onnx", 18)
+    assert proven(tmp_path, weights) == ("tuned.safetensors", "pruned.onnx")
+    with torch.no_grad():
+        sparse.square.weight.copy_(sparse.square.weight.T.clone())  # along the other axis
+    export_onnx(sparse, INPUTS[0], tmp_path / "pruned.onnx", 18)
+    with pytest.raises(BackendError, match=r"square\.weight should hold"):
+        proven(tmp_path, weights)
+
+
 def test_fine_tuning_learns_the_channels_that_were_put_into_another_order(monkeypatch, tmp_path):
     """Before the pattern is put in, each channel at the hint says what the masked model's says that it is compared with."""
     monkeypatch.setattr(sparsify, "_project", lambda model, weights: None)
