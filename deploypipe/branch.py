@@ -84,7 +84,7 @@ def _groups(graph: Graph, layer: Layer, axis: int) -> set[str]:
 
 def _why_not(graph: Graph, found: list[Layer], gone: set[str]) -> str:
     """Return why these layers do not stand and fall with the groups alone; empty if they do."""
-    modules = {module for layer in found for module in (layer.name, layer.norm)}
+    modules = {module for layer in found for module in (layer.name, layer.norm) if module}  # the root owns no branch
     groups = [graph.group(name) for name in gone]
     if fixed := next((group for group in groups if group.fixed), None):
         return f"it carries all of '{fixed.name}', which is fixed: {fixed.fixed}"

@@ -20,6 +20,7 @@ from deploypipe.plan import KeepPlan
 from deploypipe.types import Graph
 from deploypipe.zeros import CONVOLUTIONS, NORMS, Zeros
 
+_FORWARDS = {norm.forward for norm in NORMS}  # a norm with a forward of its own may give something for nothing
 ALIVE = 1e-6  # relative change of the output by which it is known to depend on the input
 CHECK_TOLERANCE = 1e-3  # far above rounding, far below what a wrongly cut channel does
 
@@ -159,7 +160,8 @@ def _set_attributes(small: nn.Module, graph: Graph, plan: KeepPlan) -> None:
 def replaceable(model: nn.Module, branch: Branch) -> bool:
     """Say whether `Zeros` can stand for all layers of a branch, and nothing for its norms."""
     layers = [type(model.get_submodule(path)) in (*CONVOLUTIONS, nn.Linear) for path in branch.layers]
-    return all(layers) and all(isinstance(model.get_submodule(path), NORMS) for path in branch.norms)
+    norms = [model.get_submodule(path) for path in branch.norms]
+    return all(layers) and all(isinstance(norm, NORMS) and type(norm).forward in _FORWARDS for norm in norms)
 
 
 def alive(model: nn.Module, graph: Graph, plan: KeepPlan) -> bool:

@@ -17,8 +17,8 @@ def macs(graph: Graph, plan: KeepPlan | None = None) -> int:
 
     Counted are convolutions, linear layers and matrix products with a weight; norms, activations and biases are not.
     """
-    kept = graph.kept(plan)
-    return sum(layer_macs(layer, kept) for layer in graph.layers)
+    kept, gone = graph.kept(plan), {layer for branch in branches(graph, plan).values() for layer in branch.layers}
+    return sum(layer_macs(layer, kept) for layer in graph.layers if layer.name not in gone)
 
 
 def params(graph: Graph, plan: KeepPlan | None = None) -> int:
@@ -52,7 +52,7 @@ class MacTable:
     unit: str = "MACs"
 
     def terms(self, graph: Graph) -> tuple[CostTerm, ...]:
-        """Return one term for each layer call."""
+        """Return one term for each layer call; layers further down an empty branch are priced, so too high, never too low."""
         dense = graph.kept()
         return tuple(CostTerm(layer.name, layer.n_in, layer.n_out, _mac_price(layer, dense)) for layer in graph.layers)
 

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-from safetensors.torch import load_model as read_weights
-from safetensors.torch import save_model as write_weights
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from deploypipe.compact import compact
 from deploypipe.errors import ModelError, UsageError
@@ -36,8 +35,16 @@ def save_origin(folder: Path, origin: Origin) -> None:
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write a model's parameters and persistent buffers as safetensors; shared tensors are written once."""
-    write_weights(model, str(path))
+    """Write a model's parameters and persistent buffers as safetensors; a tensor of several names is written once.
+
+    What is only a part of a larger tensor is written by itself: a buffer may be a slice.
+    """
+    tensors, written = dict[str, Tensor](), set[int]()
+    for name, tensor in _persistent(model).items():
+        if id(tensor) not in written:
+            written.add(id(tensor))
+            tensors[name] = tensor.detach().contiguous().clone()
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def load_weights(model: nn.Module, path: Path) -> nn.Module:
@@ -47,11 +54,33 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
         ModelError: The file is missing or damaged, or holds other tensors.
     """
     try:
-        read_weights(model, str(path))
+        _fill(model, load_file(path))
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         why = " ".join(str(error).split())[:300]
         raise ModelError(f"cannot read weights: {why}", at=str(path), fix="run the same build command again") from error
     return model
+
+
+def _persistent(model: nn.Module) -> dict[str, Tensor]:
+    """Return all that is saved of a model, under each of its names."""
+    saved = model.state_dict().keys()
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {name: tensor for name, tensor in named if name in saved}
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy tensors into a model; one name is enough for a tensor that has several.
+
+    Raises:
+        RuntimeError: A tensor is missing, left over or of another shape.
+    """
+    wanted = _persistent(model)
+    present = {id(wanted[name]) for name in state if name in wanted}
+    missing = [name for name, tensor in wanted.items() if id(tensor) not in present]
+    left_over = [name for name in state if name not in wanted]
+    if missing or left_over:
+        raise RuntimeError(f"missing: {', '.join(missing) or 'nothing'}; left over: {', '.join(left_over) or 'nothing'}")
+    model.load_state_dict(state, strict=False)
 
 
 def load(run: str | Path) -> nn.Module:

@@ -542,6 +542,15 @@ def pixel_shuffle() -> Toy:
 
 
 @toy
+def pixel_shuffle_sum() -> Toy:
+    def f(m: Any, x: Tensor) -> Tensor:
+        y = F.pixel_shuffle(m.stem(x), 2) + m.skip(F.interpolate(x, scale_factor=2.0))
+        return m.head(y * torch.sigmoid(m.gate(y)))
+
+    return Fn(f, stem=cbr(3, 16), skip=conv(3, 4), gate=conv(4, 1), head=head(4)), (image(),)
+
+
+@toy
 def unfolds() -> Toy:
     f = lambda m, x: m.fc(F.unfold(m.stem(x), 3).transpose(1, 2))  # noqa: E731
     return Fn(f, stem=cbr(3, 6), fc=nn.Linear(54, 4)), (image(),)

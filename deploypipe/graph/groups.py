@@ -25,8 +25,9 @@ def build_graph(state: State, ops: Mapping[str, int], example: tuple[Any, ...]) 
     channels = _Channels(state)
     groups = channels.groups()
     widths = _Widths(channels, groups)
+    norms = {i: norm for i, norm in state.norms.items() if state.norm_calls[norm] == 1}  # else it is of other layers, too
     return Graph(
-        layers=tuple(widths.layer(call, state.norms.get(i, "")) for i, call in enumerate(state.layers)),
+        layers=tuple(widths.layer(call, norms.get(i, "")) for i, call in enumerate(state.layers)),
         groups=groups,
         attributes=tuple(widths.attributes()),
         shapes=dict(state.shapes),

@@ -103,7 +103,7 @@ def split(state: State, call: Call) -> list[Layers]:
 
 def cat(state: State, call: Call) -> Layers:
     """Concatenation of labels; parts without channels count as constants. Also stack."""
-    tensors = call.args["tensors"]
+    tensors = [tensor for tensor in call.args["tensors"] if tensor.shape != (0,)]  # torch lets a list begin with an empty one
     found = [state.layers_of(tensor) for tensor in tensors]
     if not any(found):
         return ()

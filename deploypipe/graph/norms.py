@@ -8,8 +8,10 @@ from deploypipe.graph.tracer import Call, Layers, State
 
 
 def _carry(state: State, call: Call, vector: Vector, attribute: str) -> None:
-    for key in ("weight", "bias", "running_mean", "running_var"):
-        tensor = call.args.get(key)
+    tensors = [call.args.get(key) for key in ("weight", "bias", "running_mean", "running_var")]
+    for owner in {tensor.name.rpartition(".")[0] for tensor in tensors if tensor is not None}:
+        state.norm_calls[owner] += 1
+    for tensor in tensors:
         state.attach(tensor, 0, vector, "carries", call.where)
         if tensor is not None and tensor.name and call.args["input"].layer >= 0:
             state.norms[call.args["input"].layer] = tensor.name.rpartition(".")[0]

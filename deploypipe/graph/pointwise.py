@@ -69,3 +69,8 @@ def overwrite(state: State, call: Call) -> Layers:
     """Writing into (a part of) another tensor: what is written and what is written to stay whole."""
     state.freeze_all(tensors_in(tuple(call.args.values())), f"{call.where}: written in place by position")
     return same(state, call)
+
+
+def unlabelled(state: State, call: Call) -> Layers:
+    """Something new that has nothing of the tensor but its type; sizes that were read off it are seen where they are read."""
+    return ()

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from deploypipe.graph.dims import Dim
-from deploypipe.graph.labels import Labels, drop_axes, flat, tighten, varies
+from deploypipe.graph.labels import Labels, drop_axes, expand_along, flat, tighten, varies
 from deploypipe.graph.tracer import Call, Seen, State
 
 Layers = tuple[Labels, ...]
@@ -115,11 +115,17 @@ def follows(state: State, call: Call, size: Any, labels: Labels) -> bool:
 
 
 def pixel_shuffle(state: State, call: Call) -> Layers:
-    """(C r r, H, W) -> (C, H r, W r): the r*r channels of one output channel meet in space."""
+    """(C r r, H, W) -> (C, H r, W r): the r*r channels of one output channel meet in space, and go together."""
     r = int(call.args["upscale_factor"])
     layers = []
     for labels in state.layers_of(call.args["self"]):
         *lead, c, h, w = labels.shape
+        if varies(labels) == (len(lead),):
+            vector = state.collapse(labels, len(lead), call.where)
+            first = vector.reshape(-1, r * r)[:, 0]
+            state.ledger.tie_flat(vector, np.repeat(first, r * r), f"{call.where}: channels of one pixel")
+            layers.append(expand_along(first, len(lead), call.out.shape))
+            continue
         view = labels.reshape(*lead, c // (r * r), r, r, h, w)
         n = len(lead)
         moved = view.permute(*range(n), n, n + 3, n + 1, n + 4, n + 2)

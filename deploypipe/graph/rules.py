@@ -4,7 +4,7 @@ import torch
 
 from deploypipe.graph.movement import by_position, cat, chunk, expand, glu, index, move, pad_constant, slice_, split
 from deploypipe.graph.norms import group_norm, layer_norm, per_channel_norm
-from deploypipe.graph.pointwise import elementwise, overwrite, same
+from deploypipe.graph.pointwise import elementwise, overwrite, same, unlabelled
 from deploypipe.graph.reductions import along_axis, attention, grid_sample, over_space, reads_values, reduce, unfold
 from deploypipe.graph.reshape import channel_shuffle, pixel_shuffle, pixel_unshuffle, reshape
 from deploypipe.graph.tracer import Rule
@@ -49,6 +49,7 @@ RULES: dict[str, Rule] = {
     "constant_pad_nd": pad_constant,
     **_rows(expand, "expand expand_as broadcast_to"),
     **_rows(reshape, "view reshape flatten unflatten _unsafe_view view_as reshape_as ravel"),
+    **_rows(unlabelled, "new_zeros new_ones new_empty new_full"),
     "pixel_shuffle": pixel_shuffle,
     "pixel_unshuffle": pixel_unshuffle,
     **_rows(channel_shuffle, "channel_shuffle native_channel_shuffle"),

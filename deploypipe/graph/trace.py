@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -28,6 +29,7 @@ from deploypipe.graph.labels import Labels, varies
 from deploypipe.graph.outputs import copied, output_tensors
 from deploypipe.graph.rules import MOVES, rule_for
 from deploypipe.graph.tracer import Call, Rule, Seen, State, tensors_in
+from deploypipe.graph.untouched import looked_at
 from deploypipe.types import Graph
 
 _TRACES = count()
@@ -81,15 +83,12 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Graph:
         [('0', 8)]
     """
     example = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    if lazy := next((name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)), None):
+        raise ModelError(f"'{lazy}' has no size yet", at="trace", fix="run the model once on an input: it has lazy layers")
     state, inputs = State(model), copied(example)
     tracer = _Tracer(state)
-    training = [module for module in state.modules.values() if module.training]
-    fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
-        if training:
-            model.eval()
-        torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel hides the layers inside
-        with torch.inference_mode(), _Sizes(tracer), tracer:
+        with looked_at(state.modules.values()), _Sizes(tracer), tracer:
             outputs = model(*inputs)
     except ModelError:
         raise
@@ -100,10 +99,6 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Graph:
             at=f"module '{failed_in(error, tracer.paths) or '(root)'}', input shapes {shapes}",
             fix="give an input that the model accepts (the factory may return (model, example_inputs))",
         ) from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        for module in training:
-            module.training = True
     tensors = output_tensors(outputs)
     if not tensors:
         fix = "return tensors, in containers or objects if you like"
@@ -253,8 +248,9 @@ class _Sizes(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             return self._attention(func, args, kwargs)
         if func in _SIZED:
-            written = [*args[_SIZED[func] :], *kwargs.values()]
-            if self.measured and not self._layers(args[0]):  # no rule will look at it: a width must not leave this way
+            sized = args[0] if args else kwargs["input"]
+            written = [*args[_SIZED[func] :], *(value for key, value in kwargs.items() if key != "input")]
+            if self.measured and not self._layers(sized):  # no rule will look at it: a width must not leave this way
                 self._let_go((args[1:], kwargs), func)
             nested = bool(written) and isinstance(written[0], (tuple, list))
             if func in (torch.Tensor.split, torch.split):

@@ -4,6 +4,7 @@ Rules are asked after the operations, many at a time: right after a convolution 
 runs at a third of its speed. So they see what is left of a tensor then, its shape and its labels.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -121,6 +122,7 @@ class State:
         self.roles: dict[tuple[str, int], Role] = {}
         self.layers: list[LayerCall] = []
         self.norms: dict[int, str] = {}  # layer call -> module of the norm that its output goes straight into
+        self.norm_calls = Counter[str]()  # of the same module
         self.attributes: list[AttributeUse] = []
         self.owner_axis: list[tuple[int, int, tuple[str, int]]] = []  # label ranges born on a parameter axis
         self.added: list[tuple[int, int]] = []  # labels of two weights whose sum is used as one

@@ -253,21 +253,68 @@ def test_padding_with_more_behind_is_stated_for_both_sides() -> None:
     assert layer.padding == (1, 1, 1, 2)
 
 
-def test_what_a_module_keeps_of_one_trace_means_nothing_in_the_next() -> None:
+def test_what_a_module_keeps_of_one_trace_is_taken_out_again() -> None:
+    """Tensors of inference mode may take no part in training, and a second trace would not see what makes them."""
+
     class Lazy(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.weight, self.scale = nn.Parameter(torch.randn(8, 3, 3, 3)), nn.Parameter(torch.ones(8, 1, 1, 1))
-            self.head, self.fused = nn.Conv2d(8, 4, 1), None
+            self.head, self.fused, self.calls = nn.Conv2d(8, 4, 1), None, 0
+            self.register_buffer("window", torch.zeros(1))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
             if self.fused is None:
                 self.fused = self.weight * self.scale
+            self.size, self.window, self.seen = x.shape[1], torch.ones(1), x
             return self.head(nn.functional.conv2d(x, self.fused))
 
     model, example = Lazy().eval(), torch.randn(1, 3, 8, 8)
     assert [group.name for group in trace(model, example).prunable] == ["weight"]
-    assert not trace(model, example).prunable, "the second time no parameter is seen to make the channels"
+    assert [group.name for group in trace(model, example).prunable] == ["weight"]
+    assert (model.fused, model.calls, float(model.window)) == (None, 2, 0.0)
+    assert "size" not in vars(model)
+    model.train()(example).sum().backward()
+    assert model.weight.grad is not None
+
+
+def test_a_list_of_parts_may_begin_with_an_empty_tensor() -> None:
+    def joined(m: Any, x: torch.Tensor) -> torch.Tensor:
+        parts = torch.Tensor()
+        for layer in (m.a, m.b):
+            parts = torch.cat([parts, layer(x)], 1)
+        return m.head(parts)
+
+    model = Fn(joined, a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(3, 6, 1), head=nn.Conv2d(10, 2, 1)).eval()
+    assert [(group.name, group.size) for group in trace(model, torch.randn(1, 3, 4, 4)).prunable] == [("a", 4), ("b", 6)]
+
+
+def test_sizes_may_be_given_by_name() -> None:
+    def named(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = m.a(x)
+        return m.head(torch.reshape(input=y, shape=(y.shape[0], y.shape[1], -1)).mean(2))
+
+    model = Fn(named, a=nn.Conv2d(3, 4, 1), head=nn.Linear(4, 2)).eval()
+    assert [group.name for group in trace(model, torch.randn(1, 3, 4, 4)).prunable] == ["a"]
+
+
+def test_what_is_shuffled_into_pixels_may_meet_a_skip_and_a_mask() -> None:
+    model, example = TOYS["pixel_shuffle_sum"]()
+    assert [(group.name, group.size) for group in trace(model, example).prunable] == [("stem.0", 4)]
+
+
+def test_lazy_layers_are_run_first() -> None:
+    model = nn.Sequential(nn.LazyConv2d(4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    with pytest.raises(ModelError, match=r"'0\.weight' has no size yet"):
+        trace(model, torch.randn(1, 3, 4, 4))
+    model(torch.randn(1, 3, 4, 4))
+    assert [group.name for group in trace(model, torch.randn(1, 3, 4, 4)).prunable] == ["0"]
+
+
+def test_new_tensors_of_a_written_size_do_not_hold_channels() -> None:
+    model = Fn(lambda m, x: m.head(m.a(x) + m.a(x).new_ones(1)), a=nn.Conv2d(3, 4, 1), head=nn.Conv2d(4, 2, 1)).eval()
+    assert [group.name for group in trace(model, torch.randn(1, 3, 4, 4)).prunable] == ["a"]
 
 
 def test_a_model_without_outputs_is_told() -> None:

@@ -152,6 +152,18 @@ def test_macs_are_those_of_the_layers_that_run(name: str) -> None:
     assert macs(graph, plan) == macs(trace(small, example)) == MacTable().predict(graph, plan)
 
 
+def test_layers_further_down_an_empty_branch_do_not_count() -> None:
+    """They keep their channels under the plan, but nothing arrives there, and they are left out as well."""
+    model, example = trained(bottleneck)
+    graph = trace(model, example)
+    plan = KeepPlan({"1.conv1": ()})
+    assert graph.kept(plan)["1.conv2"]
+    small = compact(model, graph, plan)
+    assert (
+        macs(graph, plan) == macs(trace(small, example)) < sum(term.under(graph.kept(plan)) for term in MacTable().terms(graph))
+    )
+
+
 def test_the_exported_model_has_nothing_of_the_branch(tmp_path: Path) -> None:
     for make, gone, n_convs in ((bottleneck, ("1.conv1",), 4), (inverted, ("1.expand.0", "2.expand.0"), 2)):
         model, example = trained(make)
@@ -195,6 +207,48 @@ def test_why_a_group_must_stay(make: Callable[[], Toy], group: str, why: str) ->
     model, example = make()
     with pytest.raises(ModelError, match=why):
         branch_of(trace(model, example), group)
+
+
+def twice(m: Any, x: Tensor) -> Tensor:
+    x = m.stem(x)
+    x = x + m.norm(m.b2(F.relu(m.b1(x))))
+    return m.head(x + m.norm(m.c2(F.relu(m.c1(x)))))
+
+
+def test_a_norm_that_other_branches_pass_too_stays_when_one_goes() -> None:
+    parts = {name: conv(*sizes) for name, sizes in {"b1": (8, 4), "b2": (4, 8), "c1": (8, 4), "c2": (4, 8)}.items()}
+    model, example = trained(lambda: (Fn(twice, stem=cbr(3, 8), norm=nn.BatchNorm2d(8), **parts, head=head(8)), (image(),)))
+    graph = trace(model, example)
+    for gone in removable(model, graph):
+        small = compact(model, graph, KeepPlan({gone: ()}))
+        assert isinstance(small.norm, nn.BatchNorm2d)
+        masked = mask(model, graph, KeepPlan({gone: ()}))
+        assert difference(run(masked, example), run(small, example)) < 1e-6
+        assert params(graph, KeepPlan({gone: ()})) == sum(p.numel() for p in small.parameters())
+
+
+def test_branches_with_a_norm_that_adds_something_of_its_own_stay() -> None:
+    class Loud(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).sigmoid()
+
+    class Quiet(nn.BatchNorm2d):
+        pass
+
+    model, example = trained(bottleneck)
+    model[1].bn3, model[2].bn3 = Loud(8).eval(), Quiet(8).eval()
+    assert set(removable(model, trace(model, example))) == {"2.conv1", "2.conv2"}
+
+
+def test_a_parameter_of_the_whole_model_inside_a_branch_is_in_the_way() -> None:
+    def f(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        return m.head(x + m.b2(F.relu(m.b1(x) + m.shift)))
+
+    model = Fn(f, stem=cbr(3, 8), b1=conv(8, 4), b2=conv(4, 8), head=head(8), shift=nn.Parameter(torch.randn(4, 1, 1))).eval()
+    graph = trace(model, image())
+    with pytest.raises(ModelError, match="shift belongs to no layer or norm"):
+        branch_of(graph, "b1")
 
 
 def test_layers_of_a_class_of_their_own_stay() -> None:
