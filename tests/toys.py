@@ -779,6 +779,19 @@ def attention_over_positions() -> Toy:
 
 
 @toy
+def matmul_of_views() -> Toy:
+    """Weights as (outputs, inputs), turned around where they are used; one is scaled on the way."""
+
+    def f(m: Any, x: Tensor) -> Tensor:
+        y = F.relu(m.stem(x)).permute(0, 2, 3, 1)
+        y = F.relu(y @ m.wide.t()).mean((1, 2))
+        return F.relu(y @ (m.narrow * m.scale[:, None]).T) @ m.out.mT
+
+    weights = {"wide": (12, 8), "narrow": (10, 12), "out": (4, 10), "scale": (10,)}
+    return Fn(f, stem=conv(3, 8), **{name: nn.Parameter(torch.randn(size)) for name, size in weights.items()}), (image(),)
+
+
+@toy
 def matmul_computed() -> Toy:
     def f(m: Any, x: Tensor) -> Tensor:
         y = m.stem(x).flatten(2).transpose(1, 2)

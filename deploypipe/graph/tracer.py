@@ -174,6 +174,10 @@ class State:
             if any(start <= first < end for first in firsts):
                 self._set_role(key, role)
 
+    def born(self, labels: Vector) -> str:
+        """Return the parameter on whose axis these labels were born; empty if on none."""
+        return next((name for start, end, (name, _) in self.owner_axis if start <= labels[0] < end), "")
+
     def attach(self, tensor: Seen | None, axis: int, vector: Vector, role: Role, where: str) -> None:
         """State that the channels `vector` meet `axis` of `tensor` (a parameter, or something computed from one)."""
         if tensor is None:

@@ -169,11 +169,11 @@ def matmul(state: State, call: Call) -> tuple[Labels, ...]:
         tensor, summed = ((a, a.dim() - 1), (b, b.dim() - 2))[side]
         view = drop_axes(labels, [summed]).expand(*call.out.shape[: -tensor.dim()], *_out_shape(call.out, tensor, side))
         results.append(view)
-        if tensor.name:
+        if tensor.name or (tensor.weight and not (a, b)[1 - side].weight):
             state.set_role_by_labels(labels, "produces")
     _batch_axes(state, call, (a, b), passing)
     for weight, other, summed_labels in ((b, a, contracted[0]), (a, b, contracted[1])):
-        if weight.name and weight.dim() == 2:
+        if weight.dim() == 2 and (weight.name or (weight.weight and not other.weight)):
             _record_product(state, call, weight, other, summed_labels)
             break
     return tuple(results)
@@ -215,12 +215,15 @@ def _batch_axes(state: State, call: Call, pair: tuple[Seen, Seen], passing: list
 
 
 def _record_product(state: State, call: Call, weight: Seen, other: Seen, contracted: Labels | None) -> None:
-    """Record a matrix product with a parameter as a layer; its output axis is the one that is not summed."""
-    name = weight.name
-    right = weight is _operands(call)[1]
+    """Record a matrix product with a parameter, or a view of one, as a layer; its output axis is the one that is not summed."""
+    right = int(weight is _operands(call)[1])
     summed = other.dim() - 1 if right else other.dim() - 2
     vec = constant(other.shape[summed]) if contracted is None else state.collapse(contracted, summed, call.where)
-    out_vec = state.axis(name, 1 if right else 0, "produces")
+    in_vec, out_vec = state.along(weight, 1 - right, call.where, "consumes"), state.along(weight, right, call.where, "produces")
+    born = [state.born(vector) for vector in (in_vec, out_vec) if vector is not None]
+    name = weight.name or next((name for name in born if len(state.shapes.get(name, ())) == 2), "")
+    if out_vec is None or not name:
+        return  # made of no matrix
     geometry = {"batch": other.shape[0], "positions": other.numel() // other.shape[summed]}
     state.layers.append(LayerCall(name, "matmul", name, "", geometry, vec, out_vec, 1, None))
 

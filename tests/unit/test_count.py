@@ -34,6 +34,8 @@ COUNTED = [
     "buffers",
     "shared_module",
     "option_a_shortcut",
+    "matmul_parameter",
+    "matmul_of_views",
 ]
 
 

@@ -131,7 +131,7 @@ def test_what_cannot_be_pruned_says_why(toy: str, group: str, words: str) -> Non
         ("norm_of_read_size", {"stem.0": 8}),
         ("non_local", {"stem.0": 8, "v": 4}),
         ("attention_over_positions", {"v.0": 8}),
-        ("matmul_computed", {"stem.0": 8}),
+        ("matmul_computed", {"stem.0": 8, "w1": 10}),
         ("windows_of_space", {"stem.0": 8}),
         ("views_in_place", {"stem.0": 8, "a": 6}),
         ("activations_in_place", {"a": 8, "b": 6}),
@@ -302,6 +302,13 @@ def test_sizes_may_be_given_by_name() -> None:
 def test_what_is_shuffled_into_pixels_may_meet_a_skip_and_a_mask() -> None:
     model, example = TOYS["pixel_shuffle_sum"]()
     assert [(group.name, group.size) for group in trace(model, example).prunable] == [("stem.0", 4)]
+
+
+def test_products_with_views_of_weights_are_layers() -> None:
+    model, example = TOYS["matmul_of_views"]()
+    graph = trace(model, example)
+    assert [(layer.name, layer.kind) for layer in graph.layers[1:]] == [(n, "matmul") for n in ("wide", "narrow", "out")]
+    assert [(group.name, group.size) for group in graph.prunable] == [("stem", 8), ("wide", 12), ("narrow", 10)]
 
 
 def test_lazy_layers_are_run_first() -> None:
