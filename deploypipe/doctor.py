@@ -71,7 +71,7 @@ def diagnose() -> Diagnosis:
 def _backend(name: str) -> BackendState:
     try:
         ready, reason = resolve(name, BACKENDS, ENTRY_POINTS, what="backend", error=TargetError)().available()
-    except ImportError as error:
+    except (ImportError, TargetError) as error:
         return BackendState(name, False, str(error))
     return BackendState(name, ready, reason)
 

@@ -25,10 +25,17 @@ def resolve(
     """Import the plug-in called `name`; `also` are names that the user may have meant and that are none.
 
     Raises:
-        error: No row has this name; the message suggests the nearest one.
+        error: No row has this name; the message suggests the nearest one. Or another package's plug-in cannot be loaded.
     """
     rows = known(table, entry_point_group)
     if name not in rows:
         raise error(f"unknown {what} '{name}'", at=f"--{what} {name}", fix=nearest(name, {*rows, *also}))
     module, _, attribute = rows[name].partition(":")
-    return getattr(import_module(module), attribute)
+    try:
+        return getattr(import_module(module), attribute)
+    except Exception as failure:
+        if name in table:
+            raise
+        reason = f"{type(failure).__name__}: {failure}"
+        message, fix = f"{what} '{name}' of another package cannot be loaded: {reason}", "update or uninstall that package"
+        raise error(message, at=rows[name], fix=fix) from failure

@@ -77,7 +77,7 @@ class Store:
     """
 
     def __init__(self, root: str | Path, reporter: Reporter | None = None) -> None:
-        self.root = Path(root).expanduser().absolute()
+        self.root = Path(os.path.expanduser(root)).absolute()  # noqa: PTH111 - Path's own raises where there is no such user
         self._reporter: Reporter = reporter or Silent()
         self._lock: int | None = None
         self._made = False  # was the folder not there before? Then it goes again if nothing comes of it

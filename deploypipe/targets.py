@@ -66,8 +66,7 @@ class MeasureSpec:
 
     `batch` may be stated as 1 and is nothing to set: the model's example inputs decide how many images a run takes.
 
-    A run of a model that is faster than `least_us` is as many as fit in, so that a short disturbance weighs no more than for a
-    slow one.
+    A run of a model faster than `least_us` is as many as fit in: a short disturbance then weighs no more than for a slow one.
     """
 
     warmup: int = 10
@@ -148,6 +147,11 @@ class Target:
     rates: Rates = field(default_factory=Rates)
     path: str = field(default="", metadata={"file": False})
 
+    def __post_init__(self) -> None:
+        if self.reach.host and not self.away:
+            message = f"host is '{self.reach.host}', and via '{self.reach.via}' is this machine"
+            raise TargetError(message, at="reach.host", fix='write via = "ssh" or "adb" beside it, or leave the host out')
+
     @property
     def shown(self) -> str:
         """The name, with the device if it is not this machine."""
@@ -168,12 +172,10 @@ class Target:
         Raises:
             TargetError: No fact has this name.
         """
-        whole = {name for name in _names(Target) if name in changes}
-        state: dict[str, Any] = {name: changes.pop(name) for name in whole}
+        state: dict[str, Any] = {name: changes.pop(name) for name in _names(Target) if name in changes}
         for section in ("device", "reach", "build", "measure"):
             part = state.get(section, getattr(self, section))
-            own = {name: changes.pop(name) for name in _names(type(part)) if name in changes}
-            state[section] = dataclasses.replace(part, **own)
+            state[section] = dataclasses.replace(part, **{n: changes.pop(n) for n in _names(type(part)) if n in changes})
         if changes:
             known = [name for part in (Device, Reach, BuildSpec, MeasureSpec) for name in _names(part)]
             raise TargetError(f"a target has no '{next(iter(changes))}'", at=self.name, fix=nearest(next(iter(changes)), known))
@@ -205,7 +207,7 @@ def _whole(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     state = _state(path)
     if not isinstance(state.get("like"), str) or not state["like"]:
         return state
-    whole = _whole(_find(state["like"]), (*seen, path))
+    whole = _whole(_find(state["like"], path.parent), (*seen, path))
     for key, value in state.items():
         before = whole.get(key)
         whole[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
@@ -235,12 +237,13 @@ def _folders() -> Iterator[Path]:
     return (folder for folder in (Path("targets"), _PACKAGE / "_data" / "targets", _PACKAGE.parent / "targets"))
 
 
-def _find(name: str) -> Path:
+def _find(name: str, beside: Path = Path()) -> Path:
     if name.endswith(".toml") or "/" in name or "\\" in name:
-        path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raise where there is no such user, or a name is too long
-        if not os.path.isfile(path):  # noqa: PTH113
+        place = os.path.expanduser(name)  # noqa: PTH111 - Path's own raise where there is no such user, or a name is too long
+        found = [path for path in (beside / place, Path(place)) if os.path.isfile(path)]  # noqa: PTH113
+        if not found:
             raise TargetError(f"there is no target file '{name}'", at=f"--target {name}", fix=nearest(name, list_targets()))
-        return path
+        return found[0]
     known = list_targets()
     if name not in known:
         raise TargetError(f"unknown target '{name}'", at=f"--target {name}", fix=nearest(name, known))

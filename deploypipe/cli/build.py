@@ -11,8 +11,18 @@ from deploypipe.cli import console
 from deploypipe.errors import UsageError
 
 Budget = Annotated[str, typer.Option(help="At most this: 50% of the dense model, 3ms, 800us; with --metric 1.2M, 300k.")]
+
+
+def _named(host: str | None) -> str | None:
+    """Refuse an empty name, as an unset shell variable gives: it would be this machine."""
+    if host is not None and not host.strip():
+        raise UsageError("the host has no name", at="--host", fix="name the device, or leave --host out")
+    return host
+
+
 HostName = Annotated[
-    str | None, typer.Option("--host", help="Which device: [user@]host[:port] over SSH, or a serial number over adb.")
+    str | None,
+    typer.Option("--host", callback=_named, help="Which device: [user@]host[:port] over SSH, or a serial number over adb."),
 ]
 Binary = Annotated[
     Path | None,

@@ -1,5 +1,6 @@
 """The program: its commands, and how every failure becomes an exit code and a message."""
 
+import io
 import logging
 import os
 import re
@@ -21,6 +22,7 @@ from deploypipe.cli import build, console, criteria, profile, sensitivity, show
 from deploypipe.errors import DeployPipeError, UsageError, nearest
 
 INTERRUPTED = 130
+_SHOWN = 120  # characters of a path in a message
 ENDING = (signal.SIGTERM, signal.SIGHUP)  # asked to end; the terminal is gone
 TERMINATED = tuple(128 + number for number in ENDING)
 _ParserError: type[Exception] = typer.BadParameter.__mro__[1]  # UsageError of whichever parser typer brings along
@@ -81,6 +83,9 @@ def main() -> None:
     for number in ENDING:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # in a locale without the sign, an answer with ? is better than none
     sys.exit(run(sys.argv[1:]))
 
 
@@ -107,11 +112,22 @@ def run(arguments: Sequence[str]) -> int:
     except SystemExit:  # the parser's answer to a reader that has left: of its own help (`| head`) that is no failure
         code = 0 if "--help" in arguments else DeployPipeError.exit_code
     except Exception as error:
-        console.problem(str(_bug(error, arguments)))
-        return DeployPipeError.exit_code
+        told = _unusable(error, arguments) or _bug(error, arguments)
+        console.problem(str(told))
+        return told.exit_code
     if code in {INTERRUPTED, *TERMINATED}:
         console.problem(str(_interrupted(arguments)))
     return int(code or 0)
+
+
+def _unusable(error: Exception, arguments: Sequence[str]) -> UsageError | None:
+    """Say so if the system refuses a path that the user named: too long a name, a folder that may not be read."""
+    path = str(error.filename or "") if isinstance(error, OSError) else ""
+    named = (os.path.expanduser(part.rpartition("=")[2]) for part in arguments)  # noqa: PTH111 - Path's own raises
+    if not path or not any(len(part) > 1 and part in path for part in named):
+        return None
+    shown = path if len(path) <= _SHOWN else f"{path[:_SHOWN]}..."
+    return UsageError(f"'{shown}' cannot be used: {error.strerror}", at=shown, fix="name another path, or allow it to be read")  # type: ignore[attr-defined]
 
 
 def _interrupted(arguments: Sequence[str]) -> DeployPipeError:

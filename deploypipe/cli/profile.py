@@ -36,7 +36,8 @@ def profile(
 
     if results:
         _refuse_others(context)
-        found = pipeline.import_results(results)
+        with console.unanswered():
+            found = pipeline.import_results(results)
         console.answer_json(found) if as_json else console.pairs((k.replace("_", " "), str(v)) for k, v in found.items())
         return
     with console.progress() as reporter:

@@ -15,7 +15,7 @@ from deploypipe.pipeline.stages import Device
 from deploypipe.plan import KeepPlan
 from deploypipe.reports.figures import microseconds, unmeasured
 from deploypipe.store import Kept, Store
-from deploypipe.targets import Rates, list_targets
+from deploypipe.targets import Rates, Target, list_targets
 from deploypipe.types import Graph
 
 BUNDLE, MANIFEST, ANSWER, SCHEMA = "bundle", "bundle.json", "results.json", 1
@@ -72,13 +72,19 @@ def _manifest(
     return {
         "schema": SCHEMA,
         "run": str(run),
-        "target": device.target.name if device.target.name in list_targets() else str(Path(device.target.path).resolve()),
+        "target": _found_again(device.target),
         "precision": device.target.build.precision,
         "sha256": {side: hashlib.sha256(kept.value.read_bytes()).hexdigest() for side, kept in files.items()},
         "predicted_us": predicted,
         "latency_source": unmeasured(table.value.source, stored(table.value)) if table else "",
         "table": table.value.id if table else "",
     }
+
+
+def _found_again(target: Target) -> str:
+    """Return what finds the target's file again: its name, unless that is another file's."""
+    path, known = Path(target.path).resolve(), list_targets().get(target.name)
+    return target.name if known is not None and known.resolve() == path else str(path)
 
 
 def _readme(device: Device, manifest: Mapping[str, Any], command: str, by_hand: str) -> str:

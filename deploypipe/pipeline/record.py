@@ -26,14 +26,19 @@ def recorded(report: Report, run: Path, table: LatencyTable | None, graph: Graph
     """
     if table is None or not report.budget.rounds:
         return report
+    note = written(_entry(report, run, table.id, table.predict(graph), report.budget.rounds[0]))
+    return replace(report, notes=(*report.notes, note)) if note else report
+
+
+def written(entry: ledger.Entry) -> str:
+    """Append a row to the ledger; return a note for the user, also where it cannot be written, mostly empty."""
     try:
-        note = ledger.append(_entry(report, run, table.id, table.predict(graph), report.budget.rounds[0]))
+        return ledger.append(entry)
     except OSError as error:
-        note = (
+        return (
             f"the run could not be written into the ledger in {data_folder()} ({error.strerror}): "
             "set DEPLOYPIPE_DATA to a folder that can be written"
         )
-    return replace(report, notes=(*report.notes, note)) if note else report
 
 
 def _entry(report: Report, run: Path, table: str, predicted_dense_us: float, first: Round) -> ledger.Entry:

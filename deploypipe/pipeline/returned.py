@@ -24,6 +24,8 @@ from deploypipe.measurement import Latency
 from deploypipe.models.load import load_model
 from deploypipe.pipeline.absent import BY_OWNER, RETURNED
 from deploypipe.pipeline.bundle import ANSWER, BUNDLE, MANIFEST, SCHEMA
+from deploypipe.pipeline.record import written
+from deploypipe.pipeline.several import runtime_of
 from deploypipe.pipeline.sparsify import two_four_layers
 from deploypipe.plan import KeepPlan
 from deploypipe.profiler.fit import DENSE, Form, learned
@@ -63,6 +65,12 @@ def import_results(path: str | Path) -> dict[str, Any]:
     run = Path(manifest["run"]) if (Path(manifest["run"]) / saved.PLAN).is_file() else folder.parent
     _require_same(run, manifest["sha256"])
     target = load_target(manifest["target"])
+    if manifest["precision"] != target.build.precision:
+        raise UsageError(
+            f"the bundle's models are of {manifest['precision']}, and target {target.name} is of {target.build.precision} now",
+            at=str(folder / MANIFEST),
+            fix="put the target's file back as it was, or build again",
+        )
     require_arch(target, str(answer["facts"]["arch"]), "run the bundle's command on such a device")
     whole, profiles = _parsed(target, answer, {side: folder / f"{side}.onnx" for side in manifest["sha256"]})
     latencies = {side: _latency(timing) for side, timing in whole.items()}
@@ -79,7 +87,7 @@ def import_results(path: str | Path) -> dict[str, Any]:
     render.write(report, run)
     kept = _calibrated(run, target, answer["facts"], whole, profiles) if (run / "table").is_dir() else None
     row = _ledger_row(report, run, manifest, latencies, answer["facts"])
-    note = ledger.append(row) if row else ""
+    note = written(row) if row else ""
     return _summary(manifest, latencies, report, kept, profiles, note)
 
 
@@ -125,8 +133,15 @@ def _reported(report: Report, latencies: Mapping[str, Latency], state: Mapping[s
     if budget.unit == "us":
         limit = parse_budget(budget.asked, budget.metric, latencies["dense"].median_us)
         budget = replace(budget, limit=limit, reached=latencies["pruned"].median_us)
+    answered = runtime_of(state["facts"])
     return replace(
         report,
+        runtimes=tuple(
+            replace(row, runtime=answered, dense=latencies["dense"], pruned=latencies["pruned"])
+            if row.target == report.target
+            else row
+            for row in report.runtimes
+        ),
         dense=replace(report.dense, latency=latencies["dense"]),
         pruned=replace(report.pruned, latency=latencies["pruned"]),
         budget=budget,

@@ -8,7 +8,7 @@ from deploypipe.reports.render import Row, latency_text, points_lost
 from deploypipe.reports.report import GroupOutcome, Report
 
 COLUMNS = (
-    *("run", "algorithm", "budget", "met", "accuracy", "lost", "predicted", "latency", "faster"),
+    *("run", "target", "algorithm", "budget", "met", "accuracy", "lost", "predicted", "latency", "faster"),
     *("file", "parameters", "MACs"),
 )
 
@@ -43,6 +43,9 @@ def _notes(reports: list[Report], n_alone: int, nothing: bool) -> list[str]:
     notes = []
     if len(models) > 1:
         notes.append(f"the runs are of different models ({', '.join(models)}): groups are matched by name alone")
+    data = sorted({report.data for report in reports})
+    if len(data) > 1:
+        notes.append(f"accuracies are of different data ({'; '.join(data)})")
     if n_alone:
         notes.append(f"{n_alone} group{'s' * (n_alone != 1)} left out that not every run has")
     if nothing:
@@ -58,6 +61,7 @@ def _outcome_row(name: str, report: Report) -> Row:
     pruned, lost = report.pruned, points_lost(report.dense, report.pruned)
     return (
         name,
+        report.target if report.threads == 1 else f"{report.target}, {report.threads} threads",
         report.method,
         f"{report.budget.asked} {report.budget.metric}",
         "yes" if report.budget.met else "no",

@@ -29,7 +29,7 @@ SUMMARY_COLUMNS = ("", "dense", "pruned", "change")
 def write(report: Report, folder: Path) -> None:
     """Write `report.json` and `report.md` into the folder."""
     report.save(folder / JSON_NAME)
-    (folder / MARKDOWN_NAME).write_text(markdown(report))
+    (folder / MARKDOWN_NAME).write_text(markdown(report), encoding="utf-8")
 
 
 def title(report: Report) -> str:

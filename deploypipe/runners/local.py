@@ -1,6 +1,7 @@
 """Run a job on this machine, in a folder of its own."""
 
 import errno
+import os
 import shutil
 import sys
 import tempfile
@@ -22,8 +23,8 @@ class Local:
     place = "local"
 
     def __init__(self, reach: Reach) -> None:
-        self.workdir = reach.workdir or None
-        self.python = str(Path(reach.python).expanduser()) if reach.python else sys.executable
+        self.workdir = os.path.expanduser(reach.workdir) or None  # noqa: PTH111 - Path's own raises where there is no such user
+        self.python = os.path.expanduser(reach.python) or sys.executable  # noqa: PTH111
 
     def run(self, job: Job, into: Path) -> JobResult:
         """Carry out `job`; the pulled files lie in the folder `into`.

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from deploypipe.pipeline.bundle import _readme
+from deploypipe.pipeline.bundle import _found_again, _readme
 from deploypipe.targets import load_target
 
 
@@ -18,6 +18,15 @@ def test_paths_are_quoted_for_the_shell(run: str) -> None:
     copied, imported = (shlex.split(re.search(rf"`({start}.*?)`", text)[1]) for start in ("scp -r", "deploypipe profile"))
     assert copied == ["scp", "-r", str(Path(run, "bundle")), "USER@DEVICE:"]
     assert imported == ["deploypipe", "profile", "--import", str(Path(run, "bundle"))]
+
+
+def test_a_copy_of_a_target_s_file_is_found_again_by_its_path(tmp_path: Path) -> None:
+    """It may keep the name, and state another precision."""
+    known = load_target("jetson-orin")
+    assert _found_again(known) == "jetson-orin"
+    copy = tmp_path / "jetson-orin.toml"
+    copy.write_text(Path(known.path).read_text().replace("fp16", "fp32"))
+    assert _found_again(load_target(copy)) == str(copy.resolve())
 
 
 def test_what_was_typed_by_hand_cannot_be_imported_and_that_is_said() -> None:

@@ -612,6 +612,28 @@ def test_a_reader_of_progress_that_leaves_does_not_end_the_work(monkeypatch: pyt
     console.problem("error: something")
 
 
+@pytest.mark.parametrize("line", [f"report {'x' * 300}", f"bench {'x' * 300}.onnx", f"compare {'x' * 300} b"])
+def test_paths_that_the_system_refuses_are_the_users_to_change(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(line.split()) == 2
+    assert "a bug" not in (err := capsys.readouterr().err)
+    assert len(err) < 900
+
+
+@pytest.mark.parametrize("command", ["build", "profile", "bench a.onnx", "doctor --target cpu", "sensitivity"])
+def test_a_host_without_a_name_is_refused(command: str, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    """As an unset variable of the shell gives: `--host "$BOARD"` would be this machine."""
+    assert run([*command.split(), "--host", ""]) == 2
+    assert "the host has no name" in capsys.readouterr().err
+    assert not pipeline.got
+
+
+def test_a_locale_without_the_sign_ends_no_answer() -> None:
+    code = "from deploypipe.cli import console, main; main.run = lambda _: console.answer('90 \\u00b1 1 %'); main.main()"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=60, check=True)
+    assert done.stdout == b"90 ? 1 %\n"
+
+
 def test_work_that_a_broken_pipe_ends_all_the_same_has_not_succeeded(pipeline: FakePipeline) -> None:
     pipeline.answer = BrokenPipeError(errno.EPIPE, "Broken pipe")
     assert run(["build"]) == 1

@@ -26,6 +26,15 @@ def test_the_most_accurate_run_comes_first() -> None:
     assert (last["predicted"], last["latency"], last["accuracy"]) == ("none", "not measured", "not measured")
 
 
+def test_runs_on_other_targets_and_other_data_are_told_apart() -> None:
+    here, there = with_groups(STEM), replace(with_groups(STEM), target="jetson-orin", threads=4, data="other images")
+    rows = compare.outcome_rows({"a": here, "b": there})
+    column = compare.COLUMNS.index("target")
+    assert [row[column] for row in rows] == [REPORT.target, "jetson-orin, 4 threads"]
+    (note,) = [note for note in compare.widths({"a": here, "b": there}).notes if "different data" in note]
+    assert "other images" in note
+
+
 def test_widths_are_those_of_groups_that_some_run_pruned() -> None:
     found = compare.widths(
         {

@@ -91,6 +91,24 @@ def test_what_does_not_fit_is_named(tmp_path, text, message):
         load_target(write(tmp_path, text))
 
 
+def test_a_host_without_a_way_there_is_refused(tmp_path):
+    """This machine's latencies would stand under the board's name."""
+    path = tmp_path / "board.toml"
+    path.write_text('name = "board"\nlike = "cpu"\n[reach]\nhost = "pi@raspberrypi.local"\n')
+    with pytest.raises(TargetError, match="is this machine") as caught:
+        load_target(path)
+    assert caught.value.at == f"{path}: reach.host"
+    path.write_text('name = "board"\nlike = "cpu"\n[reach]\nvia = "ssh"\nhost = "pi@raspberrypi.local"\n')
+    assert load_target(path).shown == "board at pi@raspberrypi.local"
+
+
+def test_like_names_files_as_the_file_sees_them(tmp_path, monkeypatch):
+    (tmp_path / "base.toml").write_text('name = "base"\nlike = "cpu"\n[measure]\nruns = 7\n')
+    (tmp_path / "mine.toml").write_text('name = "mine"\nlike = "base.toml"\n')
+    monkeypatch.chdir("/")
+    assert load_target(tmp_path / "mine.toml").measure.runs == 7
+
+
 def test_unknown_names_suggest_the_nearest():
     with pytest.raises(TargetError, match="did you mean 'cpu'"):
         load_target("cpuu")
