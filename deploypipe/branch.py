@@ -54,6 +54,19 @@ def removed_params(graph: Graph, gone: Iterable[Branch]) -> frozenset[str]:
     return frozenset(name for name in graph.shapes if _owner(name) in modules) if modules else frozenset()
 
 
+def idle_groups(graph: Graph, name: str) -> set[str]:
+    """Return the groups that do nothing once `name` is empty: nothing reaches them, or all that reads them does nothing."""
+    idle = {group.name for group in graph.groups} - _reached(graph, name)
+    while True:
+        awake = [layer for layer in graph.layers if not (layer.n_out.groups and idle >= {*layer.n_out.groups})]
+        read = {group for layer in awake for group in layer.n_in.groups}
+        ever = {group for layer in graph.layers for group in layer.n_in.groups}
+        more = {group.name for group in graph.prunable} & ever - read - idle
+        if not more:
+            return idle
+        idle |= more
+
+
 def _owner(param: str) -> str:
     return param.rpartition(".")[0]
 

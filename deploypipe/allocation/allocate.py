@@ -91,7 +91,7 @@ def first_channels(orders: Mapping[str, ArrayLike], kept: Mapping[str, int]) -> 
     return {name: tuple(sorted(np.asarray(order)[: kept[name]].tolist())) for name, order in orders.items() if name in kept}
 
 
-def allocate_widths(
+def allocate_widths(  # noqa: PLR0913 - named arguments in practice
     graph: Graph,
     values: Mapping[str, ArrayLike],
     table: CostTable,
@@ -99,6 +99,7 @@ def allocate_widths(
     *,
     candidates: Mapping[str, tuple[int, ...]] | None = None,
     masks: Mapping[str, float] | None = None,
+    together: Mapping[str, Sequence[str]] | None = None,
     gap: float = 1e-3,
     time_limit_s: float = 60.0,
 ) -> tuple[dict[str, int], Certificate]:
@@ -108,9 +109,9 @@ def allocate_widths(
     `table.predict(...) <= budget`. The solver stops when the value given up (against keeping everything) is within `gap` of the
     least possible; the certificate's own `gap` is `(bound - value) / |value|`. The answer is deterministic as long as the time
     limit is not hit. Certificate.status is "whole" (everything fits), "optimal", "relaxed" (large concats, or all where
-    branches may go, were priced too low in the proof: the bound is valid, not tight), "time limit" (the best answer so far) or
-    "infeasible" (the terms do not fit, the table's own prediction does). Layers behind such concats are offered no masks; the
-    proof is about the others.
+    branches may go, were priced too low in the proof, or the solver's own answer was over budget by a hair: the bound is valid,
+    not tight), "time limit" (the best answer so far) or "infeasible" (the terms do not fit, the table's own prediction does).
+    Layers behind such concats are offered no masks; the proof is about the others.
 
     Args:
         graph: The traced model.
@@ -122,6 +123,7 @@ def allocate_widths(
         candidates: Group -> numbers of channels to choose from, instead of the table's. The full width is always one.
         masks: Layer -> value given up by making its weights 2:4, for layers that may have them; the table's terms say what that
             saves. The certificate names those chosen.
+        together: Group -> groups that must have no channel either where it has none.
         gap: Relative gap of the value given up at which the solver may stop.
         time_limit_s: Seconds after which the best answer so far is returned.
 
@@ -130,7 +132,7 @@ def allocate_widths(
         UsageError: Values of wrong shape or not finite, or candidates out of range.
     """
     start = time.monotonic()
-    search = _search(graph, values, table, budget, candidates, masks)
+    search = _search(graph, values, table, budget, candidates, masks, together)
     whole = Choice({})
     most = sum(float(search.values[name][list(widths)].max()) for name, widths in search.widths.items())
     most += search.value(whole) - sum(float(search.values[name][-1]) for name in search.widths)
@@ -138,7 +140,9 @@ def allocate_widths(
         return search.whole, search.certificate(whole, most, "whole", start)
     chosen, first = search.solve(gap, start + time_limit_s)
     bound = max(min(search.value(whole) - first.bound, most), search.value(chosen))
-    status = "relaxed" if first.status == "optimal" and not search.exact else first.status
+    lost = search.value(whole) - search.value(chosen)
+    tight = search.exact and (1 - gap) * lost <= first.bound + 1e-6 * max(abs(first.bound), abs(lost))
+    status = "relaxed" if first.status == "optimal" and not tight else first.status
     return search.whole | chosen.kept, search.certificate(chosen, bound, status, start)
 
 
@@ -184,6 +188,7 @@ def _search(
     budget: float,
     candidates: Mapping[str, tuple[int, ...]] | None,
     masks: Mapping[str, float] | None = None,
+    together: Mapping[str, Sequence[str]] | None = None,
 ) -> Search:
     if not budget > 0:
         raise UsageError(f"budget must be more than zero, not {budget}", at="allocate", fix="give a share or an amount")
@@ -207,7 +212,32 @@ def _search(
     sizes = {group.name: group.size for group in graph.groups}
     terms = table.terms(graph)
     known = {term.name: masks[term.name] for term in terms if term.two_four and masks and term.name in masks}
-    return Search(graph, table, budget, widths, curves, sizes, terms, Program(widths, sizes, terms, known))
+    vanishes = {name for name, choice in widths.items() if choice[0] == 0}
+    tied = {name: tuple(vanishes & {*others}) for name, others in (together or {}).items() if name in vanishes}
+    program = Program(widths, sizes, terms, known)
+    for name, others in tied.items():
+        for other in others:
+            program.imply(name, other)
+    return Search(graph, table, budget, widths, curves, sizes, terms, program, tied)
+
+
+def charged_once(values: Mapping[str, Values], together: Mapping[str, Sequence[str]]) -> dict[str, Values]:
+    """Return values in which groups that only go together lose once what their branch is worth: the most that one of them says.
+
+    Args:
+        values: Group -> (C + 1,) value of keeping the first w channels.
+        together: As in `allocate_widths`.
+    """
+    found, seen = {name: np.array(value) for name, value in values.items()}, set[str]()
+    for name, others in together.items():
+        mutual = [name, *(other for other in others if name in together.get(other, ()))]
+        members = [member for member in mutual if member in found]
+        if name not in seen and name in found and len(members) > 1:
+            seen |= {*members}
+            worth = max(float(found[member][-1] - found[member][0]) for member in members)
+            for member in members:
+                found[member][0] = found[member][-1] - (worth if member == name else 0.0)
+    return found
 
 
 def _vector(given: Any, what: str, length: int, first: int = 0) -> Values:

@@ -39,7 +39,7 @@ def parse_budget(text: str, metric: str, dense: float) -> float:
     if unit == "%":
         if number > 100:
             raise _refuse(text, metric, "is more than the whole model")
-        return dense * number / 100
+        return dense if number == 100 else dense * number / 100  # which may round to less than all of it
     if unit not in UNITS[metric]:
         raise _refuse(text, metric, f"has the unit '{match[2]}', not one of {metric}" if unit else "has no unit")
     return number * UNITS[metric][unit]

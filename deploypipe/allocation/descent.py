@@ -18,6 +18,7 @@ class Descent:
         values: Group -> value of keeping w channels, by w.
         sizes: Size of every group.
         terms: What the model costs.
+        together: Group -> groups that must have no channel either where it has none.
     """
 
     def __init__(
@@ -26,8 +27,10 @@ class Descent:
         values: Mapping[str, NDArray[np.float64]],
         sizes: Mapping[str, int],
         terms: Sequence[CostTerm],
+        together: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self._widths, self._values, self._whole, self._terms = widths, values, dict(sizes), terms
+        self._together = together or {}
         self._of: dict[str, list[CostTerm]] = {name: [] for name in widths}
         for term in terms:
             for name in {*term.n_in.groups, *term.n_out.groups} & self._of.keys():
@@ -44,14 +47,15 @@ class Descent:
             steps = []
             for name, widths in self._widths.items():
                 below = reversed(widths[: widths.index(kept[name])])
-                savings = ((-self._change(kept, name, width), width) for width in below)
-                saved, width = next(((saved, width) for saved, width in savings if saved > 0), (0.0, 0))  # off the plateau
+                moves = (self._move(kept, name, width) for width in below)
+                savings = ((-self._change(kept, move), move) for move in moves)
+                saved, move = next(((saved, move) for saved, move in savings if saved > 0), (0.0, {}))  # off the plateau
                 if saved > 0:
-                    steps.append((self._gain(name, width, kept[name]) / saved, saved, name, width))
+                    steps.append((-self._gain(kept, move) / saved, saved, move))
             if not steps:
                 break
-            _, saved, name, width = min(steps, key=lambda step: step[0])
-            kept[name] = width
+            _, saved, move = min(steps, key=lambda step: step[0])
+            kept |= move
             cost -= saved
         return kept
 
@@ -61,14 +65,14 @@ class Descent:
         cost = _sum(self._terms, self._whole | kept)
         while True:
             gains = []
-            for name, width in self._steps(kept, 1):
-                gain, more = self._gain(name, kept[name], width), self._change(kept, name, width)
+            for move in self._steps(kept, 1):
+                gain, more = self._gain(kept, move), self._change(kept, move)
                 if gain > 0 and cost + more <= limit:
-                    gains.append((gain, more, name, width))
+                    gains.append((gain, more, move))
             if not gains:
                 return kept
-            _, more, name, width = max(gains, key=lambda step: step[0])
-            kept[name] = width
+            _, more, move = max(gains, key=lambda step: step[0])
+            kept |= move
             cost += more
 
     def cheapened(self, kept: Choice) -> Choice:
@@ -76,24 +80,39 @@ class Descent:
         kept = dict(kept)
         while True:
             moves = [*self._steps(kept, -1), *self._steps(kept, 1)]
-            changes = [(self._change(kept, name, width), name, width) for name, width in moves]
-            change, name, width = min(changes, key=lambda move: move[0], default=(0.0, "", 0))
+            changes = [(self._change(kept, move), move) for move in moves]
+            change, move = min(changes, key=lambda one: one[0], default=(0.0, {}))
             if change >= 0:
                 return kept
-            kept[name] = width
+            kept |= move
 
-    def _steps(self, kept: Choice, step: int) -> Iterator[tuple[str, int]]:
+    def _steps(self, kept: Choice, step: int) -> Iterator[Choice]:
         for name, widths in self._widths.items():
             k = widths.index(kept[name]) + step
             if 0 <= k < len(widths):
-                yield name, widths[k]
+                yield self._move(kept, name, widths[k])
 
-    def _change(self, kept: Choice, name: str, width: int) -> float:
-        now = self._whole | kept
-        return _sum(self._of[name], now | {name: width}) - _sum(self._of[name], now)
+    def _move(self, kept: Choice, name: str, width: int) -> Choice:
+        """Return all that changes with the width of a group: what goes or comes with it where it loses its last channels."""
+        move, waiting = {name: width}, [name]
+        while waiting:
+            here = waiting.pop()
+            along = dict.fromkeys(self._together.get(here, ()), 0) if not move[here] else {}
+            if move[here]:
+                without = (n for n, others in self._together.items() if here in others and not (kept | move)[n])
+                along = {other: self._widths[other][1] for other in without}
+            for other, least in along.items():
+                if bool((kept | move)[other]) != bool(least):
+                    move[other] = least
+                    waiting.append(other)
+        return move
 
-    def _gain(self, name: str, narrow: int, wide: int) -> float:
-        return float(self._values[name][wide]) - float(self._values[name][narrow])
+    def _change(self, kept: Choice, move: Choice) -> float:
+        now, terms = self._whole | kept, {id(term): term for name in move for term in self._of[name]}
+        return _sum([*terms.values()], now | move) - _sum([*terms.values()], now)
+
+    def _gain(self, kept: Choice, move: Choice) -> float:
+        return sum(float(self._values[name][width]) - float(self._values[name][kept[name]]) for name, width in move.items())
 
 
 def _sum(terms: Sequence[CostTerm], kept: Mapping[str, int]) -> float:

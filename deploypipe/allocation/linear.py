@@ -1,6 +1,7 @@
 """A mixed-integer linear program under construction: variables, rows, and the solver."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,24 @@ from deploypipe.allocation.quiet import stdout_to_stderr
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Variables of which exactly one is 1: column `columns[k]` says that the total is `totals[k]`."""
+
+    totals: Ints
+    columns: Ints
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What the solver found: widths, or None; and a lower limit of the objective."""
+
+    kept: dict[str, int] | None
+    bound: float
+    status: str  # "optimal", "time limit" or "infeasible"
+    two_four: frozenset[str] = frozenset()  # layers
 
 
 class Linear:

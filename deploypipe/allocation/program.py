@@ -16,14 +16,13 @@ exactly the saving of the chosen pair is taken off the cost.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import reduce
 from math import gcd
 
 import numpy as np
 
 from deploypipe.allocation.hull import lower_hull, touches
-from deploypipe.allocation.linear import Floats, Ints, Linear
+from deploypipe.allocation.linear import Floats, Ints, Linear, Selector, Solution
 from deploypipe.cost import CostTerm, Price
 from deploypipe.types import Width
 
@@ -33,24 +32,6 @@ End = tuple[Key, int, int]  # a width: (key, factor, const) stands for const + f
 MAX_PAIRS = 4096  # entries of a price matrix with a total on one side, above which the envelope is used
 COST_SCALE = 1e3  # the budget row is scaled to this, which puts the solver's tolerance of 1e-6 at 1e-9 of the budget
 LOSS_SCALE = 1e2
-
-
-@dataclass(frozen=True)
-class Selector:
-    """Variables of which exactly one is 1: column `columns[k]` says that the total is `totals[k]`."""
-
-    totals: Ints
-    columns: Ints
-
-
-@dataclass(frozen=True)
-class Solution:
-    """What the solver found: widths, or None; and a lower limit of the objective."""
-
-    kept: dict[str, int] | None
-    bound: float
-    status: str  # "optimal", "time limit" or "infeasible"
-    two_four: frozenset[str] = frozenset()  # layers
 
 
 class Program(Linear):
@@ -88,6 +69,11 @@ class Program(Linear):
         for term in terms:
             if masks and term.name in masks and term.two_four:
                 self._offer(term, term.two_four, masks[term.name])
+
+    def imply(self, name: str, other: str) -> None:
+        """Add the row "where `name` has its least width, so has `other`"."""
+        columns = np.array([self.groups[name].columns[0], self.groups[other].columns[0]])
+        self._row(columns, np.array([1.0, -1.0]), -np.inf, 0.0)
 
     def solve(
         self, losses: Mapping[str, Floats] | None, budget: float, gap: float, time_limit_s: float, beat: float = np.inf

@@ -1,7 +1,7 @@
 """The search for the most valuable choice within a budget: the exact program, and what stands in where it ends early."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploypipe.allocation.descent import Descent
-from deploypipe.allocation.program import Program, Solution
+from deploypipe.allocation.linear import Solution
+from deploypipe.allocation.program import Program
 from deploypipe.cost import CostTable, CostTerm
 from deploypipe.errors import BudgetError
 from deploypipe.plan import Certificate, KeepPlan
@@ -39,6 +40,7 @@ class Search:
     whole: dict[str, int]
     terms: Sequence[CostTerm]
     program: Program
+    together: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # group -> groups that are empty where it is
 
     def value(self, choice: Choice) -> float:
         """Return the summed value, less that of the masks; groups that are not named are whole."""
@@ -64,8 +66,8 @@ class Search:
         """
         found = 0.0
         for name in (name for name, widths in self.widths.items() if widths[0] == 0):
-            total = sum(term.under(self.whole | {name: 0}) for term in self.terms)
-            found += max(total - self.predict(Choice({name: 0})), 0.0)
+            gone = dict.fromkeys((name, *self.together.get(name, ())), 0)
+            found += max(sum(term.under(self.whole | gone) for term in self.terms) - self.predict(Choice(gone)), 0.0)
         return found if found > 1e-9 * self.budget else 0.0  # else rounding
 
     def solve(self, gap: float, deadline: float) -> tuple[Choice, Solution]:
@@ -88,13 +90,15 @@ class Search:
         first = replace(first, bound=min(first.bound, beat))
 
         def again(limit: float) -> Choice | None:
-            return _choice(first if limit == room else self.program.solve(losses, limit, gap, deadline - time.monotonic()))
+            return _choice(
+                first if limit == room else self.program.solve(losses, limit, gap, deadline - time.monotonic(), beat)
+            )
 
         answers = [self._within_budget(again, room)]
         if not (self.exact and first.status == "optimal" and answers[0]):
             answers += [self._within_budget(partial(self._narrowed, masked), self.budget) for masked in self._extremes()]
             answers += [self._widened(choice) for choice in answers if choice]
-        found = [self._useful(choice) for choice in answers if choice]
+        found = [self._useful(choice) for choice in (*answers, walked) if choice]
         return max(found, key=self.value) if found else self.cheapest(deadline), first
 
     def _extremes(self) -> list[frozenset[str]]:
@@ -104,7 +108,7 @@ class Search:
     def _descent(self, masked: frozenset[str]) -> Descent:
         """Return the walk through the widths, with these layers' prices those of 2:4 weights."""
         terms = [replace(t, price=t.two_four) if t.two_four and t.name in masked else t for t in self.terms]
-        return Descent(self.widths, self.values, self.whole, terms)
+        return Descent(self.widths, self.values, self.whole, terms, self.together)
 
     def _walked(self) -> Choice | None:
         """Return the best choice of a walk through the widths; None if none fits at once."""

@@ -19,6 +19,7 @@ from deploypipe.targets import Rates, Target
 from deploypipe.types import Graph, Layer
 
 ESTIMATED, CALIBRATED = "estimated", "calibrated"  # values of `facts["source"]`; a measured table has none
+LEAST_US = 0.001  # tables are kept to three digits, and nothing takes no time
 BYTES: Mapping[str, int] = {"fp32": 4, "fp16": 2, "int8": 1}
 MOST = 14  # widths of each end of a layer
 # Operations that run as kernels of their own even in runtimes that fuse; their work is not counted, only their launch.
@@ -81,7 +82,7 @@ def kernel_us(shape: Shape, n_in: int, n_out: int, rates: Rates, *, sparse: bool
     else:
         moved = shape.batch * (prod(shape.in_size) * n_in + prod(shape.out_size) * n_out)
     memory = (weights + size * moved) / (rates.bandwidth_gb_s * 1e3)
-    return max(arithmetic, memory) + rates.launch_us
+    return max(arithmetic, memory, LEAST_US) + rates.launch_us
 
 
 def macs(shape: Shape, n_in: int, n_out: int) -> int:

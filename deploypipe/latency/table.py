@@ -189,7 +189,7 @@ class LatencyTable:
         """
         shape = Shape.of(layer)
         grid = self._grids.get((shape, sparsity))
-        found = grid.price(0 if shape.tied else n_in, n_out, steps_of(layer, self.steps)) if grid else None
+        found = grid.price(0 if shape.tied else n_in, n_out, steps_of(layer, self.profiled or self.steps)) if grid else None
         if found is None:
             weights = f"{sparsity} weights, " * (sparsity != "dense")
             message = f"no measurement for {shape.title} with {weights}{n_in} input and {n_out} output channels"

@@ -62,8 +62,11 @@ def fitted_table(
     if fresh and folder.exists():
         shutil.rmtree(folder)
     if (folder / "device.json").is_file():
-        reporter.reused("profile model")
-        return LatencyTable.load(folder)
+        kept_table = LatencyTable.load(folder)
+        known = kept_table.known(graph)
+        if known and (bench.noise.accepted or not known.far_off):  # else it was half written, or accepted another time
+            reporter.reused("profile model")
+            return kept_table
     multiple = bench.backend.channel_multiple(facts)
     steps: dict[str, Steps] = {kind: Steps(multiple) for kind in ("linear", *(layer.kind for layer in graph.layers))}
     plans = _distinct(graph, LatencyTable({}, steps, ()).candidates(graph))
@@ -129,7 +132,8 @@ def _timed(
         _keep(file, shares)
     reporter.advance(len(plans))
     us = whole.quiet_us
-    context = Context(structure_of(graph), {}, (), us, 1.0, 1.0, whole.foreign_load, whole.runs)
+    held = tuple(group.name for group in graph.groups if group not in graph.prunable)
+    context = Context(structure_of(graph), {}, (), us, 1.0, 1.0, whole.foreign_load, whole.runs, held=held)
     return context, np.array([us * shares[key] for key in keys])
 
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from deploypipe.allocation.budget import parse_budget
@@ -77,3 +78,9 @@ def test_unknown_metric_names_the_nearest() -> None:
 def test_needs_no_torch() -> None:
     code = "import sys, deploypipe.allocation.budget; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_all_of_it_is_all_of_it() -> None:
+    """100 % of a latency, by multiplication and division, is less than the latency itself one time in sixteen."""
+    rng = np.random.default_rng(0)
+    assert all(parse_budget("100%", "latency", dense) == dense for dense in rng.uniform(1, 1e4, 1000).tolist())

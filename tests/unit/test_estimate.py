@@ -1,5 +1,6 @@
 """The estimate against closed forms computed by hand."""
 
+import itertools
 import os
 import platform
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 import trtexec_standin
 from torch import nn
 
-from deploypipe.allocation.allocate import allocate, allocate_widths
+from deploypipe.allocation.allocate import allocate, allocate_widths, prefix_sums
 from deploypipe.checkup import examine
 from deploypipe.device import at_home
 from deploypipe.errors import BackendError, BudgetError, TargetError
@@ -287,3 +288,47 @@ def test_a_stored_profile_without_two_four_is_no_answer_to_a_choice(graph, tmp_p
     LatencyTable({**table.facts, "source": ""}, table.steps, table.kernels, table.contexts).save(tmp_path / "profiles" / "m")
     assert device_of(target, None, "2:4").known_table(graph, None).source == "measured"
     assert device_of(target, None, "auto").known_table(graph, None).source == "estimated"
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.c1, self.c2, self.c3 = (
+            nn.Conv2d(width, inner, 1),
+            nn.Conv2d(inner, inner, 3, padding=1),
+            nn.Conv2d(inner, width, 1),
+        )
+
+    def forward(self, x):
+        return torch.relu(x + self.c3(torch.relu(self.c2(torch.relu(self.c1(x))))))
+
+
+@pytest.mark.parametrize("short", [0.0, 1.2e-16, 1e-12, 1e-10, 1e-9, 1e-6])
+def test_a_budget_a_hair_below_a_plan_gives_the_best_plan_within_it(short):
+    """The solver takes a plan that is over the budget by less than its tolerance, and must not be asked again at its edge."""
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), Bottleneck(64, 32), Bottleneck(64, 32)]
+    net = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    graph = trace(net.eval(), torch.zeros(1, 3, 16, 16))
+    table = estimated(graph, load_target("jetson"))
+    values = {group.name: prefix_sums(np.arange(group.size, 0.0, -1.0)) for group in graph.prunable}
+    budget = table.predict(graph) * (1 - short)
+    offered, best = table.candidates(graph), -1.0
+    for choice in itertools.product(*(offered[name] for name in values)):
+        kept = dict(zip(values, choice, strict=True))
+        if table.predict(graph, KeepPlan.of_widths(kept)) <= budget:
+            best = max(best, sum(values[name][width] for name, width in kept.items()))
+    _, certificate = allocate_widths(graph, values, table, budget)
+    assert certificate.value == pytest.approx(best, rel=1e-3)
+    assert certificate.predicted <= budget
+    assert certificate.bound >= best - 1e-6 * best
+
+
+def test_a_table_of_the_fastest_device_can_be_read_again(tmp_path):
+    """Without a launch a small kernel takes less than the last digit that is kept, and nothing takes no time."""
+    target = load_target("jetson")
+    quick = replace(target.rates, tflops=900.0, bandwidth_gb_s=9000.0, launch_us=0.0)
+    graph = trace(nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1)).eval(), torch.zeros(1, 3, 4, 4))
+    table = estimated(graph, replace(target, rates=quick))
+    table.save(tmp_path / "table")
+    assert LatencyTable.load(tmp_path / "table").predict(graph) == pytest.approx(table.predict(graph), rel=0.5)

@@ -1,5 +1,6 @@
 """Widths by first-order terms: what a channel's gate does to the loss, counted once for a coupled group; branches may go."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -9,15 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
-from toys import cbr, conv, head
+from toys import TOYS, cbr, conv, head
 
 from deploypipe.algorithms import make
 from deploypipe.algorithms.base import Problem
 from deploypipe.allocation.allocate import allocate
+from deploypipe.compact import compact, difference, run
 from deploypipe.count import MacTable, macs
 from deploypipe.errors import BudgetError, UsageError
 from deploypipe.graph import trace
-from deploypipe.ingredients.removal import removable
+from deploypipe.ingredients.removal import removable, together
 from deploypipe.plan import KeepPlan
 from deploypipe.worth.first_order import BATCHES, by_first_order, first_order
 
@@ -150,3 +152,67 @@ def test_a_budget_below_the_narrowest_widths_is_reached_without_branches(algo: s
     assert table.predict(graph, plan) <= problem.budget
     assert () in plan.keep.values()
     assert len(asked) == 1, "steps on the way are decided by the algorithm's own values"
+
+
+class Bottlenecks(nn.Module):
+    """Two branches of three convolutions each: the channels between them go together or not at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = cbr(3, 16), head(16)
+        self.a = nn.ModuleList(cbr(16, 16, 1) for _ in range(2))
+        self.b = nn.ModuleList(cbr(16, 16) for _ in range(2))
+        self.c = nn.ModuleList(nn.Sequential(conv(16, 16, 1), nn.BatchNorm2d(16)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for a, b, c in zip(self.a, self.b, self.c, strict=True):
+            x = F.relu(x + c(b(a(x))))
+        return self.head(x)
+
+
+def bottlenecks() -> Problem:
+    torch.manual_seed(0)
+    model, table = Bottlenecks().eval(), MacTable(multiple=4)
+    graph = trace(model, (torch.randn(2, 3, 8, 8),))
+    data = TensorDataset(torch.randn(64, 3, 8, 8), torch.arange(64) % 4)
+    return Problem(model, graph, table, table.predict(graph), data)
+
+
+def test_groups_of_one_branch_go_together() -> None:
+    task = bottlenecks()
+    tied = together(task.graph, removable(task.model, task.graph))
+    assert tied == {"a.0.0": ("b.0.0",), "b.0.0": ("a.0.0",), "a.1.0": ("b.1.0",), "b.1.0": ("a.1.0",)}
+    inverted, example = TOYS["se_block"]()
+    graph = trace(inverted, example)
+    for name, others in together(graph, removable(inverted, graph)).items():
+        for other in others:
+            small = compact(inverted, graph, KeepPlan({name: ()}), check=False)
+            both = compact(inverted, graph, KeepPlan({name: (), other: ()}), check=False)
+            assert difference(run(small, example), run(both, example)) < 1e-6
+
+
+@pytest.mark.parametrize("share", [0.75, 0.6, 0.45, 0.3, 0.15])
+def test_with_branches_of_several_groups_the_widths_are_those_of_brute_force(share: float) -> None:
+    """No group is left with channels that do nothing; a branch is worth what the group says that values it most, once."""
+    task = bottlenecks()
+    task = replace(task, budget=share * task.table.predict(task.graph))
+    names, worth = [g.name for g in task.graph.prunable], first_order(task)
+    sums = {name: np.concatenate([[0.0], np.cumsum(np.sort(worth[name])[::-1])]) for name in names}
+    branches = [("a.0.0", "b.0.0"), ("a.1.0", "b.1.0")]
+    offered = {name: (*([0] if name != "stem.0" else []), 4, 8, 12, 16) for name in names}
+    best = -np.inf
+    for choice in itertools.product(*offered.values()):
+        kept = dict(zip(names, choice, strict=True))
+        if any(bool(kept[one]) != bool(other) for one, other in ((a, kept[b]) for a, b in branches)):
+            continue
+        if task.table.predict(task.graph, KeepPlan.of_widths(kept)) <= task.budget:
+            gone = {name for pair in branches for name in pair if not kept[pair[0]]}
+            value = sum(sums[name][kept[name]] for name in names if name not in gone)
+            value += sum(sums[a][-1] + sums[b][-1] - max(sums[a][-1], sums[b][-1]) for a, b in branches if a in gone)
+            best = max(best, value)
+    kept, certificate = by_first_order(task, {name: np.arange(16) for name in names}, {})
+    assert all(bool(kept[a]) == bool(kept[b]) for a, b in branches)
+    assert certificate.value == pytest.approx(best, rel=2e-3)
+    assert certificate.bound >= best * (1 - 1e-9)
+    assert certificate.predicted <= task.budget

@@ -16,6 +16,7 @@ from deploypipe.latency.table import LatencyTable, structure_of
 from deploypipe.latency.widths import Steps
 from deploypipe.pipeline.commands import _summary
 from deploypipe.pipeline.stages import Device
+from deploypipe.plan import KeepPlan
 from deploypipe.profiler import measure as profiler
 from deploypipe.profiler.measure import device_key, needed, profile
 from deploypipe.progress import Recorder
@@ -124,3 +125,27 @@ def test_every_width_on_offer_is_priced_by_measurement(name, width, multiple):
     for kept in product(*free):
         chosen = dict(zip({*layer.n_in.groups, *layer.n_out.groups}, kept, strict=True))
         assert table.kernel_us(layer, layer.n_in.at(chosen), layer.n_out.at(chosen)) == pytest.approx(5.0)
+
+
+def test_other_widths_to_choose_from_change_no_price() -> None:
+    """Half a concat may end off the coarser steps: it costs what it was measured to cost."""
+
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 24, 3), nn.Conv2d(24, 40, 3), nn.Conv2d(24, 24, 3)
+            self.d = nn.Conv2d(64, 64, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.a(x).relu()
+            return self.d(torch.cat([self.b(x).relu(), self.c(x).relu()], 1)).relu()
+
+    graph, steps = trace(Joined().eval(), torch.randn(1, 3, 12, 12)), {kind: Steps(8) for kind in ("conv", "linear")}
+    probes = {probe.place: probe for probe in needed(graph, steps)}.values()
+    entries = tuple(Entry(p.shape, p.n_in, p.n_out, 1 + p.n_in * p.n_out / 100, 1, 1, 9) for p in probes)
+    table = LatencyTable({"node_us": 0}, steps, entries, (Context(structure_of(graph), {}, (), 1.0, 1.0, 1.0, None, 1),))
+    coarse = table.aligned(16)
+    offered = coarse.candidates(graph)
+    for choice in product(*offered.values()):
+        plan = KeepPlan.of_widths(dict(zip(offered, choice, strict=True)))
+        assert coarse.predict(graph, plan) == pytest.approx(table.predict(graph, plan))
