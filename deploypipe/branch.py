@@ -54,9 +54,19 @@ def removed_params(graph: Graph, gone: Iterable[Branch]) -> frozenset[str]:
     return frozenset(name for name in graph.shapes if _owner(name) in modules) if modules else frozenset()
 
 
-def idle_groups(graph: Graph, name: str) -> set[str]:
+def together(graph: Graph, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Return for each of these groups which others of them go when it goes: alone they would be paid for, and do nothing.
+
+    The inner groups of a bottleneck go with each other; what a squeeze and excitation reads with goes with what it scales.
+    """
+    names = list(names)
+    idle = {name: _idle(graph, name) for name in names}
+    return {name: tuple(other for other in names if other != name and other in idle[name]) for name in names}
+
+
+def _idle(graph: Graph, name: str) -> set[str]:
     """Return the groups that do nothing once `name` is empty: nothing reaches them, or all that reads them does nothing."""
-    idle = {group.name for group in graph.groups} - _reached(graph, name)
+    idle = {name} | (_reached(graph, "") - _reached(graph, name))
     while True:
         awake = [layer for layer in graph.layers if not (layer.n_out.groups and idle >= {*layer.n_out.groups})]
         read = {group for layer in awake for group in layer.n_in.groups}

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from deploypipe.allocation.program import Program
 from deploypipe.allocation.search import Choice, Search, Values
+from deploypipe.branch import together
 from deploypipe.cost import CostTable
 from deploypipe.errors import UsageError
 from deploypipe.plan import Certificate, KeepPlan
@@ -91,7 +92,7 @@ def first_channels(orders: Mapping[str, ArrayLike], kept: Mapping[str, int]) -> 
     return {name: tuple(sorted(np.asarray(order)[: kept[name]].tolist())) for name, order in orders.items() if name in kept}
 
 
-def allocate_widths(  # noqa: PLR0913 - named arguments in practice
+def allocate_widths(
     graph: Graph,
     values: Mapping[str, ArrayLike],
     table: CostTable,
@@ -99,7 +100,6 @@ def allocate_widths(  # noqa: PLR0913 - named arguments in practice
     *,
     candidates: Mapping[str, tuple[int, ...]] | None = None,
     masks: Mapping[str, float] | None = None,
-    together: Mapping[str, Sequence[str]] | None = None,
     gap: float = 1e-3,
     time_limit_s: float = 60.0,
 ) -> tuple[dict[str, int], Certificate]:
@@ -117,13 +117,12 @@ def allocate_widths(  # noqa: PLR0913 - named arguments in practice
         graph: The traced model.
         values: Group -> (C + 1,) value of keeping the best w channels, w = 0 ... C; entry 0 is only used if 0 is a candidate,
             for a group whose branch may go. Only differences within a group matter. Groups without values stay whole; fixed
-            groups always do.
+            groups always do. Groups of one branch have no channels all at once or not at all (`branch.together`).
         table: What widths cost.
         budget: Upper limit of `table.predict`, in the table's unit.
         candidates: Group -> numbers of channels to choose from, instead of the table's. The full width is always one.
         masks: Layer -> value given up by making its weights 2:4, for layers that may have them; the table's terms say what that
             saves. The certificate names those chosen.
-        together: Group -> groups that must have no channel either where it has none.
         gap: Relative gap of the value given up at which the solver may stop.
         time_limit_s: Seconds after which the best answer so far is returned.
 
@@ -132,7 +131,7 @@ def allocate_widths(  # noqa: PLR0913 - named arguments in practice
         UsageError: Values of wrong shape or not finite, or candidates out of range.
     """
     start = time.monotonic()
-    search = _search(graph, values, table, budget, candidates, masks, together)
+    search = _search(graph, values, table, budget, candidates, masks)
     whole = Choice({})
     most = sum(float(search.values[name][list(widths)].max()) for name, widths in search.widths.items())
     most += search.value(whole) - sum(float(search.values[name][-1]) for name in search.widths)
@@ -188,7 +187,6 @@ def _search(
     budget: float,
     candidates: Mapping[str, tuple[int, ...]] | None,
     masks: Mapping[str, float] | None = None,
-    together: Mapping[str, Sequence[str]] | None = None,
 ) -> Search:
     if not budget > 0:
         raise UsageError(f"budget must be more than zero, not {budget}", at="allocate", fix="give a share or an amount")
@@ -212,8 +210,7 @@ def _search(
     sizes = {group.name: group.size for group in graph.groups}
     terms = table.terms(graph)
     known = {term.name: masks[term.name] for term in terms if term.two_four and masks and term.name in masks}
-    vanishes = {name for name, choice in widths.items() if choice[0] == 0}
-    tied = {name: tuple(vanishes & {*others}) for name, others in (together or {}).items() if name in vanishes}
+    tied = together(graph, [name for name, choice in widths.items() if choice[0] == 0])
     program = Program(widths, sizes, terms, known)
     for name, others in tied.items():
         for other in others:
@@ -221,16 +218,17 @@ def _search(
     return Search(graph, table, budget, widths, curves, sizes, terms, program, tied)
 
 
-def charged_once(values: Mapping[str, Values], together: Mapping[str, Sequence[str]]) -> dict[str, Values]:
+def charged_once(graph: Graph, values: Mapping[str, Values], names: Iterable[str]) -> dict[str, Values]:
     """Return values in which groups that only go together lose once what their branch is worth: the most that one of them says.
 
     Args:
+        graph: The traced model.
         values: Group -> (C + 1,) value of keeping the first w channels.
-        together: As in `allocate_widths`.
+        names: Groups that may have no channels.
     """
-    found, seen = {name: np.array(value) for name, value in values.items()}, set[str]()
-    for name, others in together.items():
-        mutual = [name, *(other for other in others if name in together.get(other, ()))]
+    found, seen, tied = {name: np.array(value) for name, value in values.items()}, set[str](), together(graph, names)
+    for name, others in tied.items():
+        mutual = [name, *(other for other in others if name in tied.get(other, ()))]
         members = [member for member in mutual if member in found]
         if name not in seen and name in found and len(members) > 1:
             seen |= {*members}

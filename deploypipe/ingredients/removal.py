@@ -1,10 +1,8 @@
 """Which groups may be left without channels, so that a whole branch goes: the network must still look at its input."""
 
-from collections.abc import Sequence
-
 from torch import nn
 
-from deploypipe.branch import branch_of, idle_groups
+from deploypipe.branch import branch_of
 from deploypipe.compact import alive, replaceable
 from deploypipe.errors import ModelError
 from deploypipe.plan import KeepPlan
@@ -32,15 +30,6 @@ def removable(model: nn.Module, graph: Graph) -> tuple[str, ...]:
         if alive(model, graph, _without([*chosen, name])):
             chosen.append(name)
     return tuple(chosen)
-
-
-def together(graph: Graph, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Return for each of these groups which others of them go when it goes: alone they would be paid for, and do nothing.
-
-    The inner groups of a bottleneck go with each other; what a squeeze and excitation reads with goes with what it scales.
-    """
-    idle = {name: idle_groups(graph, name) for name in names}
-    return {name: tuple(other for other in names if other != name and other in idle[name]) for name in names}
 
 
 def _without(names: list[str]) -> KeepPlan:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from deploypipe.algorithms.base import Orders, Problem, Values, judged, labelled, masks_of
 from deploypipe.allocation.allocate import allocate_widths, charged_once, prefix_sums, vanishing
 from deploypipe.ingredients.curvature import derivatives, gates
-from deploypipe.ingredients.removal import removable, together
+from deploypipe.ingredients.removal import removable
 from deploypipe.ingredients.statistics import batch_size
 from deploypipe.plan import Certificate
 from deploypipe.progress import counted
@@ -50,6 +50,6 @@ def by_first_order(problem: Problem, orders: Orders, values: Values) -> tuple[di
     worth = first_order(problem)
     sums = {name: prefix_sums(np.sort(worth[name])[::-1]) for name in orders if name in worth}
     gone = [name for name in removable(problem.model, problem.graph) if name in sums]
-    widths, tied = vanishing(problem.table.candidates(problem.graph), gone), together(problem.graph, gone)
-    masks, sums = masks_of(problem, orders, sums), charged_once(sums, tied)
-    return allocate_widths(problem.graph, sums, problem.table, problem.budget, candidates=widths, masks=masks, together=tied)
+    widths = vanishing(problem.table.candidates(problem.graph), gone)
+    masks, sums = masks_of(problem, orders, sums), charged_once(problem.graph, sums, gone)
+    return allocate_widths(problem.graph, sums, problem.table, problem.budget, candidates=widths, masks=masks)

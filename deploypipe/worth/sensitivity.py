@@ -14,7 +14,6 @@ from scipy.optimize import isotonic_regression
 
 from deploypipe.allocation.allocate import allocate_widths, charged_once, first_channels
 from deploypipe.cost import CostTable
-from deploypipe.ingredients.removal import together
 from deploypipe.plan import Certificate, KeepPlan
 from deploypipe.progress import Reporter
 from deploypipe.training.evaluate import Accuracy
@@ -141,11 +140,7 @@ class Sensitivity:
         offered = self.table.candidates(self.graph)
         choice = {name: self._widths(name, offered.get(name, ()), {}) for name in self.orders}
         none = {name: np.zeros(self.graph.group(name).size + 1) for name in self.orders}
-        allocate_widths(self.graph, none, self.table, budget, candidates=choice, together=self._tied)
-
-    @cached_property
-    def _tied(self) -> dict[str, tuple[str, ...]]:
-        return together(self.graph, [name for name in self.removable if name in self.orders])
+        allocate_widths(self.graph, none, self.table, budget, candidates=choice)
 
     def search(self, budget: float, rounds: int, scored: tuple[Widths, Certificate] | None = None) -> Found:
         """Try plans within the budget, and measure each.
@@ -203,9 +198,9 @@ class Sensitivity:
         self, origin: str, curves: Sequence[Curve], budget: float, candidates: Mapping[str, tuple[int, ...]] | None = None
     ) -> Trial:
         """Return the best plan by the curves, measured. Without `candidates` all measured widths may be chosen."""
-        values = charged_once({curve.group: curve.value for curve in curves}, self._tied)
+        values = charged_once(self.graph, {curve.group: curve.value for curve in curves}, self.removable)
         choice = candidates or {curve.group: curve.widths for curve in curves}
-        kept, certificate = allocate_widths(self.graph, values, self.table, budget, candidates=choice, together=self._tied)
+        kept, certificate = allocate_widths(self.graph, values, self.table, budget, candidates=choice)
         return Trial(origin, kept, certificate, self.meter.measure(self.plan(kept)))
 
     def _widths(self, name: str, offered: Sequence[int], around: Widths) -> tuple[int, ...]:

@@ -15,11 +15,12 @@ from toys import TOYS, cbr, conv, head
 from deploypipe.algorithms import make
 from deploypipe.algorithms.base import Problem
 from deploypipe.allocation.allocate import allocate
+from deploypipe.branch import together
 from deploypipe.compact import compact, difference, run
 from deploypipe.count import MacTable, macs
 from deploypipe.errors import BudgetError, UsageError
 from deploypipe.graph import trace
-from deploypipe.ingredients.removal import removable, together
+from deploypipe.ingredients.removal import removable
 from deploypipe.plan import KeepPlan
 from deploypipe.worth.first_order import BATCHES, by_first_order, first_order
 
