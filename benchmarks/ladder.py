@@ -48,7 +48,7 @@ from deploypipe.data.load import Data, load_data
 from deploypipe.errors import BudgetError
 from deploypipe.export import export_onnx, simplify_onnx
 from deploypipe.graph import trace
-from deploypipe.ingredients.gradients import gate_gradient
+from deploypipe.ingredients.curvature import derivatives, gates
 from deploypipe.ingredients.removal import removable
 from deploypipe.ingredients.statistics import trained_weights
 from deploypipe.models.load import Loaded, load_model
@@ -98,12 +98,13 @@ class Bench:
         model = self.loaded.model.train().requires_grad_(True)
         state = {key: value.clone() for key, value in model.state_dict().items()}
         total = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in self.graph.prunable}
+        units = {group.name: gates(model, self.graph)(group) for group in self.graph.prunable}
         stream = batches(self.meter.fit, BATCH, shuffle_seed=self.seed, drop_last=True)
         for _, (inputs, labels) in zip(range(SCORE_BATCHES), stream, strict=False):
             model.zero_grad()
             nn.functional.cross_entropy(model(inputs), labels).backward()
-            for name in total:
-                total[name] += gate_gradient(model, self.graph.group(name)) ** 2 / SCORE_BATCHES
+            for name, gradient in derivatives(model, units)[0].items():
+                total[name] += gradient**2 / SCORE_BATCHES
         model.zero_grad()
         model.load_state_dict(state)
         model.eval()
