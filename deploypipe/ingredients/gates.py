@@ -9,8 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from deploypipe.errors import NotApplicable
-from deploypipe.graph.outputs import copied
-from deploypipe.ingredients.statistics import evaluating
+from deploypipe.ingredients.statistics import run_hooked
 from deploypipe.types import Graph, Group
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -81,12 +80,7 @@ def feeders(model: nn.Module, example: tuple[object, ...]) -> dict[str, str]:
             handles.append(module.register_forward_hook(lambda m, args, out, name=name: produced(name, out)))
         if isinstance(module, NORMS):
             handles.append(module.register_forward_pre_hook(lambda m, args, name=name: read(name, args[0])))
-    try:
-        with evaluating(model), torch.no_grad():
-            model(*copied(example))
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_hooked(model, example, handles)
     return found
 
 

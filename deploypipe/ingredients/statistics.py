@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torch.utils.hooks import RemovableHandle
 
 from deploypipe.data.batches import count, seeded, take
 from deploypipe.errors import NotApplicable, UsageError
@@ -106,14 +107,18 @@ def layer_of(model: nn.Module, weight: str) -> nn.Module:
 def called(model: nn.Module, example: tuple[object, ...]) -> set[nn.Module]:
     """Return the modules that a forward pass calls: of others the weights may be read, but no hook hears of it."""
     heard = set[nn.Module]()
-    handles = [module.register_forward_pre_hook(lambda m, args: heard.add(m)) for module in model.modules()]
+    run_hooked(model, example, [m.register_forward_pre_hook(lambda m, args: heard.add(m)) for m in model.modules()])
+    return heard
+
+
+def run_hooked(model: nn.Module, example: tuple[object, ...], handles: Sequence[RemovableHandle]) -> None:
+    """Run the model once in evaluation mode on copies of its inputs, and take these hooks off."""
     try:
-        with evaluating(model), torch.inference_mode():
+        with evaluating(model), torch.no_grad():
             model(*copied(example))
     finally:
         for handle in handles:
             handle.remove()
-    return heard
 
 
 def readable(model: nn.Module, weight: str) -> nn.Module:

@@ -294,7 +294,6 @@ def test_a_relative_import_that_the_file_gives_up_is_no_error(tmp_path, monkeypa
     assert load_model("sole.net:make").example[0].shape == (1, 3, 8, 8)
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not hasattr(os, "seteuid"), reason="the system's owner may read everything")
 @pytest.mark.parametrize("locked", ["folder", "file"])
 def test_what_may_not_be_read_is_the_users_to_allow(net, tmp_path, locked):
     folder = tmp_path / "locked"
@@ -302,17 +301,20 @@ def test_what_may_not_be_read_is_the_users_to_allow(net, tmp_path, locked):
     (folder / "net.py").write_text(FACTORIES)
     tmp_path.chmod(0o755)
     (folder if locked == "folder" else folder / "net.py").chmod(0)
-    owner = os.geteuid()
-    if owner == 0:
-        for above in (tmp_path, *tmp_path.parents[:3]):
-            above.chmod(above.stat().st_mode | 0o055)
+    owner, modes = os.geteuid(), {above: above.stat().st_mode for above in (tmp_path, *tmp_path.parents[:2])}
+    if owner == 0:  # the system's owner may read everything: look as somebody else
+        for above, mode in modes.items():
+            above.chmod(mode | 0o055)
         os.seteuid(65534)
     try:
         found = [error_of(f"{folder / 'net.py'}:plain"), error_of("demo", folder / "w.pt")]
         with pytest.raises(UsageError) as caught:
             load_data(f"imagefolder:{folder}")
     finally:
-        os.seteuid(owner)
+        if owner == 0:
+            os.seteuid(owner)
+            for above, mode in modes.items():
+                above.chmod(mode)
         folder.chmod(0o755)
     assert [error.exit_code for error in found] == [2, 2]
     if locked == "folder":
