@@ -136,7 +136,7 @@ def near_path(path: Path, what: str, fits: Callable[[Path], bool]) -> str:
     parent = path.parent
     if not os.path.isdir(parent):  # noqa: PTH112 - Path.is_dir raises where a folder may not be read
         missing = next(folder for folder in (parent, *parent.parents) if os.path.isdir(folder.parent))  # noqa: PTH112
-        return f"the folder '{missing}' does not exist either"
+        return _why_no_folder(missing)
     try:
         names = [entry.name for entry in parent.iterdir() if fits(entry) and not entry.name.startswith(".")]
     except OSError as failure:
@@ -144,6 +144,17 @@ def near_path(path: Path, what: str, fits: Callable[[Path], bool]) -> str:
     is_top = parent == parent.parent  # its entries are the system's: named only if they look like what was typed
     close = get_close_matches(path.name, names, n=_LISTED, cutoff=_ALIKE if is_top else 0)
     return nearest(path.name, close) if close else f"there is no {what} {'of such a name ' if names else ''}in '{parent}'"
+
+
+def _why_no_folder(path: Path) -> str:
+    """Return why `path`, whose parent is a folder, is none that can be entered."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return f"the folder '{path}' does not exist either"
+    except OSError as failure:
+        return f"the folder '{path.parent}' cannot be looked at: {failure.strerror}"
+    return f"'{path}' is a file, not a folder"
 
 
 @contextmanager

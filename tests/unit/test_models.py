@@ -1,6 +1,8 @@
 import os
 import random
 import sys
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -279,6 +281,7 @@ def test_advice_lists_what_could_be_meant_and_nothing_else(net, tmp_path):
     assert (
         error_of(f"{net}:plain", folder / "no" / "such" / "net.pt").fix == f"the folder '{folder / 'no'}' does not exist either"
     )
+    assert error_of(f"{net}:plain", Path(net) / "net.pt").fix == f"'{net}' is a file, not a folder"
     assert error_of(f"{net}:plain", Path("/zzz-net.pt")).fix.startswith("there is no"), "the system's folders are no answer"
 
 
@@ -294,31 +297,44 @@ def test_a_relative_import_that_the_file_gives_up_is_no_error(tmp_path, monkeypa
     assert load_model("sole.net:make").example[0].shape == (1, 3, 8, 8)
 
 
+@pytest.fixture
+def somebody_else():
+    """A folder for what the process may not read. Where it is the system's owner, who may read everything, it looks as another.
+
+    Not one of pytest's own folders: those above it are closed to others, and shared by the tests that run beside this one.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        folder.chmod(0o755)
+        owner = os.geteuid()
+
+        @contextmanager
+        def looking():
+            os.seteuid(65534 if owner == 0 else owner)
+            try:
+                yield
+            finally:
+                os.seteuid(owner)
+
+        yield folder, looking
+        for place in (folder / "locked", folder / "locked" / "net.py"):
+            place.chmod(0o755)
+
+
 @pytest.mark.parametrize("locked", ["folder", "file"])
-def test_what_may_not_be_read_is_the_users_to_allow(net, tmp_path, locked):
-    folder = tmp_path / "locked"
-    folder.mkdir()
+def test_what_may_not_be_read_is_the_users_to_allow(somebody_else, locked):
+    folder, looking = somebody_else[0] / "locked", somebody_else[1]
+    (folder / "inner").mkdir(parents=True)
     (folder / "net.py").write_text(FACTORIES)
-    tmp_path.chmod(0o755)
     (folder if locked == "folder" else folder / "net.py").chmod(0)
-    owner, modes = os.geteuid(), {above: above.stat().st_mode for above in (tmp_path, *tmp_path.parents[:2])}
-    if owner == 0:  # the system's owner may read everything: look as somebody else
-        for above, mode in modes.items():
-            above.chmod(mode | 0o055)
-        os.seteuid(65534)
-    try:
-        found = [error_of(f"{folder / 'net.py'}:plain"), error_of("demo", folder / "w.pt")]
+    with looking():
+        found = [error_of(f"{folder / 'net.py'}:plain"), error_of("demo", folder / "inner" / "w.pt")]
         with pytest.raises(UsageError) as caught:
             load_data(f"imagefolder:{folder}")
-    finally:
-        if owner == 0:
-            os.seteuid(owner)
-            for above, mode in modes.items():
-                above.chmod(mode)
-        folder.chmod(0o755)
     assert [error.exit_code for error in found] == [2, 2]
     if locked == "folder":
-        assert "cannot be looked at" in found[0].fix
+        closed = f"the folder '{folder}' cannot be looked at: Permission denied"
+        assert [error.fix for error in found] == [closed, closed], "whether what is asked for exists cannot be told"
         assert "cannot be looked at" in caught.value.message
     else:
         assert "cannot be read" in found[0].message
