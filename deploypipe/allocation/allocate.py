@@ -110,7 +110,8 @@ def allocate_widths(
     least possible; the certificate's own `gap` is `(bound - value) / |value|`. The answer is deterministic as long as the time
     limit is not hit. Certificate.status is "whole" (everything fits), "optimal", "relaxed" (large concats, or all where
     branches may go, were priced too low in the proof, or the solver's own answer was over budget by a hair: the bound is valid,
-    not tight), "time limit" (the best answer so far) or "infeasible" (the terms do not fit, the table's own prediction does).
+    not tight), "time limit" (the best answer so far), "unsolved" (the solver gave up on numbers that differ too much: a walk
+    through the widths gave the answer, nothing is proved) or "infeasible" (the terms do not fit, the table's prediction does).
     Layers behind such concats are offered no masks; the proof is about the others.
 
     Args:

@@ -14,6 +14,9 @@ from deploypipe.allocation.quiet import stdout_to_stderr
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+# scipy's codes; the last: HiGHS gave up, as it can where prices differ by twelve orders of magnitude
+STATUS = {0: "optimal", 1: "time limit", 2: "infeasible", 4: "unsolved"}
+
 
 @dataclass(frozen=True)
 class Selector:
@@ -29,7 +32,7 @@ class Solution:
 
     kept: dict[str, int] | None
     bound: float
-    status: str  # "optimal", "time limit" or "infeasible"
+    status: str  # one of STATUS
     two_four: frozenset[str] = frozenset()  # layers
 
 
@@ -59,8 +62,8 @@ class Linear:
                 constraints=self._constraints(more),
                 options={"mip_rel_gap": gap, "time_limit": max(time_limit_s, 1e-3)},
             )
-        if result.status not in (0, 1, 2):
-            raise ArithmeticError(f"HiGHS: {result.message}")  # unbounded or numerically broken: a bug in the program
+        if result.status not in STATUS:
+            raise ArithmeticError(f"HiGHS: {result.message}")  # unbounded: a bug in the program
         return result
 
     def _constraints(self, more: Sequence[tuple[Floats, float]]) -> LinearConstraint:

@@ -22,7 +22,7 @@ from math import gcd
 import numpy as np
 
 from deploypipe.allocation.hull import lower_hull, touches
-from deploypipe.allocation.linear import Floats, Ints, Linear, Selector, Solution
+from deploypipe.allocation.linear import STATUS, Floats, Ints, Linear, Selector, Solution
 from deploypipe.cost import CostTerm, Price
 from deploypipe.types import Width
 
@@ -102,9 +102,11 @@ class Program(Linear):
         scale = COST_SCALE / max(abs(budget), float(np.abs(cost).max(initial=0.0)) * 1e-3, 1e-300)
         rows = [] if losses is None else [(cost * scale, (budget - self.constant) * scale), (objective * factor, beat * factor)]
         result = self._minimise(objective * factor, rows, gap, time_limit_s)
+        status = STATUS[result.status]
+        if status == "unsolved":
+            return Solution(None, -np.inf, status)
         bound = getattr(result, "mip_dual_bound", None)
         bound = -np.inf if bound is None else bound / factor + (self.constant if losses is None else 0.0)
-        status = ("optimal", "time limit", "infeasible")[result.status]
         if result.x is None:
             return Solution(None, bound, status)
         masked = frozenset(name for name, (column, _) in self.masks.items() if result.x[column] > 0.5)

@@ -20,13 +20,21 @@ BACKENDS: dict[str, str] = {
 ENTRY_POINTS = "deploypipe.backends"
 BY_BINARY = {"onnxruntime": "onnxruntime-binary"}  # backend -> the one that measures the same runtime by a program of its own
 
+ONLY_OF = {"tool": "tensorrt", "binary": "onnxruntime-binary"}  # key of [build] -> the one of ours that reads it
+
 
 def load_backend(target: Target) -> Backend:
     """Return the backend that `target` names.
 
     Raises:
-        TargetError: There is none of this name.
+        TargetError: There is none of this name, or it is ours and does not know what the target states for it.
     """
+    name = target.build.backend
+    for key, user in ONLY_OF.items():
+        stated = getattr(target.build, key)
+        if stated and name in BACKENDS and name != user:
+            fix = f'leave it out, or write backend = "{user}"'
+            raise TargetError(f"{key} is '{stated}', and {name} uses none", at=f"target {target.name}: build.{key}", fix=fix)
     backend: Backend = resolve(target.build.backend, BACKENDS, ENTRY_POINTS, what="backend", error=TargetError)()
     return backend
 

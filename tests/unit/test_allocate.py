@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import OptimizeResult
 from torch import nn
 
+from deploypipe.allocation import linear
 from deploypipe.allocation.allocate import allocate, allocate_widths
 from deploypipe.allocation.program import Program, Solution
 from deploypipe.cost import CostTerm
@@ -237,6 +239,19 @@ def test_same_question_same_answer_whatever_was_asked_before() -> None:
     again, same = large(0.4)
     assert first == again
     assert replace(proof, seconds=0.0) == replace(same, seconds=0.0)
+
+
+def test_a_solver_that_gives_up_is_no_crash_and_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HiGHS ends so where prices of one model lie twelve orders of magnitude apart: once in thousands of such instances."""
+    _, proof = large(0.4)
+    monkeypatch.setattr(linear, "milp", lambda *_, **__: OptimizeResult(status=4, message="numerical difficulties", x=None))
+    _, given_up = large(0.4)
+    assert given_up.status == "unsolved"
+    assert given_up.predicted <= given_up.budget
+    assert given_up.value >= WHOLE - 1.2 * (WHOLE - proof.value), "a walk through the widths stands in"
+    assert given_up.bound == WHOLE
+    with pytest.raises(BudgetError, match="smallest reachable cost found is"):
+        large(1e-6)
 
 
 @pytest.mark.parametrize("incumbent", ["best", "cheapest", "none"])

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from deploypipe.backends import load_backend
 from deploypipe.errors import TargetError
 from deploypipe.targets import list_targets, load_target
 
@@ -100,6 +101,23 @@ def test_a_host_without_a_way_there_is_refused(tmp_path):
     assert caught.value.at == f"{path}: reach.host"
     path.write_text('name = "board"\nlike = "cpu"\n[reach]\nvia = "ssh"\nhost = "pi@raspberrypi.local"\n')
     assert load_target(path).shown == "board at pi@raspberrypi.local"
+
+
+@pytest.mark.parametrize(
+    ("backend", "key", "user"),
+    [
+        ("onnxruntime", "binary", "onnxruntime-binary"),
+        ("tensorrt", "binary", "onnxruntime-binary"),
+        ("ncnn", "tool", "tensorrt"),
+    ],
+)
+def test_what_the_runtime_does_not_read_is_no_silent_wish(backend, key, user):
+    target = load_target("cpu").replace(**{"backend": backend, key: "/opt/program"})
+    with pytest.raises(TargetError, match=f"{key} is '/opt/program', and {backend} uses none") as caught:
+        load_backend(target)
+    assert caught.value.at == f"target cpu: build.{key}"
+    assert caught.value.fix == f'leave it out, or write backend = "{user}"'
+    load_backend(target.replace(backend=user))
 
 
 def test_like_names_files_as_the_file_sees_them(tmp_path, monkeypatch):
