@@ -32,9 +32,14 @@ def facts_of(backend: Backend, runner: Runner, target: Target, folder: Path) -> 
 
 
 def installed(backend: Backend, target: Target) -> tuple[bool, str]:
-    """Return whether the target's runtime is on this machine, as such or as the program that the target names; else the fix."""
+    """Return whether the target's runtime is on this machine, as such or as the program that the target names; else the fix.
+
+    Of an interpreter that the target names in place of our own, only a job can tell: it counts as having the runtime.
+    """
     tool = target.build.tool
     if tool and shutil.which(os.path.expanduser(tool)):  # noqa: PTH111 - Path.expanduser raises where there is no such user
+        return True, ""
+    if target.reach.via == Reach.via and target.reach.python:
         return True, ""
     return backend.available()
 

@@ -3,6 +3,7 @@
 import itertools
 import os
 import platform
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -153,6 +154,21 @@ def test_a_program_that_the_target_names_is_the_runtime(monkeypatch, tmp_path):
     gone = load_target("jetson-orin-nano").replace(via="local", tool=str(tmp_path / "trtexec"))
     with pytest.raises(BackendError, match="not installed"):
         Device(gone).require_builder()
+
+
+def test_what_another_interpreter_has_only_it_can_tell(monkeypatch):
+    monkeypatch.setattr(
+        "deploypipe.backends.onnxruntime.OnnxRuntime.available", lambda self: (False, "pip install onnxruntime")
+    )
+    with pytest.raises(BackendError, match="not installed"):
+        Device(load_target("cpu")).require_builder()
+    other = load_target("cpu").replace(python=sys.executable)
+    Device(other).require_builder()
+    facts = examine(other).runtime
+    assert facts
+    assert facts["version"]
+    board = load_target("jetson").replace(python="/opt/venv/bin/python")
+    assert at_home(board) is board, "an interpreter on the device makes no machine that device"
 
 
 @pytest.mark.parametrize(("arch", "tensorrt"), [("x86_64", True), ("aarch64", False)])
