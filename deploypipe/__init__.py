@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from deploypipe.errors import DeployPipeError as DeployPipeError
     from deploypipe.graph import trace as trace
     from deploypipe.latency.table import LatencyTable as LatencyTable
+    from deploypipe.models.plain import fold_weights as fold_weights
     from deploypipe.pipeline import build as build
     from deploypipe.pipeline.prune import prune as prune
     from deploypipe.plan import KeepPlan as KeepPlan
@@ -48,6 +49,7 @@ _EXPORTS = {  # name -> module, imported on first use: `import deploypipe` alone
     "allocate": "deploypipe.allocation.allocate",
     "build": "deploypipe.pipeline",
     "compact": "deploypipe.compact",
+    "fold_weights": "deploypipe.models.plain",
     "load": "deploypipe.saved",
     "load_target": "deploypipe.targets",
     "profile": "deploypipe.profiler.measure",

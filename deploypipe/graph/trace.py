@@ -65,7 +65,8 @@ def _collector_paused() -> Iterator[None]:
 def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Graph:
     """Run `model` once on `example_inputs` and return its layers and groups of coupled channels.
 
-    The model is run in evaluation mode under inference mode; its training mode and parameters are left as they were.
+    The model is run in evaluation mode under inference mode; its training mode and parameters are left as they were. Weights
+    that it computes at every pass (weight norm and its like) own no channels: `dp.fold_weights` makes plain ones of them first.
 
     Args:
         model: Any module; nothing in it needs to be scriptable or exportable.

@@ -17,13 +17,15 @@ from deploypipe.data.batches import seeded
 from deploypipe.data.images import IMAGENET, Normalise
 from deploypipe.errors import ModelError, UsageError, nearest
 from deploypipe.factory import find_factory, guarded, own_sources, source_file
-from deploypipe.graph.outputs import copied
+from deploypipe.graph.outputs import copied, output_tensors
 from deploypipe.models.demo import WEIGHTS, demo_net
+from deploypipe.models.plain import fold_weights
 from deploypipe.models.weights import fit_weights, read_weights
 from deploypipe.training.checkpoint import state_digest
 
 KINDS = ("demo", "torchvision:NAME", "timm:NAME", "file.py:factory", "package.module:factory")
 _SEED = 0
+_SHOWN = 3  # names in a note
 DEFAULT_SHAPE = (1, 3, 224, 224)
 _TRANSFORMING = ("googlenet", "inception_v3")  # trained on inputs of another mean and deviation, which the model makes itself
 _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # of Inception and GoogLeNet: for training only, never exported
@@ -92,7 +94,11 @@ def load_model(spec: str = "demo", weights: str | Path | None = None) -> Loaded:
         fit_weights(built.model, read_weights(WEIGHTS), str(WEIGHTS))
     elif kind in _ZOOS:
         notes.append(f"{spec} has random weights; give trained ones with --weights FILE")
-    _run_once(built, spec)
+    before = _run_once(built, spec)
+    if folded := fold_weights(built.model):
+        _check_folded(before, _run_once(built, spec), spec)
+        shown = ", ".join(folded[:_SHOWN]) + (", ..." if len(folded) > _SHOWN else "")
+        notes.append(f"weights that were computed at every pass (as by weight norm) are plain ones from here on: {shown}")
     return Loaded(built.model, built.example, _absolute(spec), _key(spec, built), built.normalise, tuple(notes))
 
 
@@ -213,19 +219,28 @@ def _example(shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def _run_once(built: _Built, spec: str) -> None:
+def _run_once(built: _Built, spec: str) -> list[Tensor]:
     shapes = ", ".join("x".join(map(str, part.shape)) for part in built.example)
     fix = "check the model's forward"
     if built.is_default_example:
         fix = "this input is only the default: set input_size = (channels, height, width) or example_inputs on the module"
     with torch.no_grad():
-        guarded(
+        result = guarded(
             partial(built.model, *copied(built.example)),
             f"the model cannot be run on an input of {shapes}",
             f"--model {spec}",
             ModelError,
             fix,
         )
+    return output_tensors(result)
+
+
+def _check_folded(before: list[Tensor], after: list[Tensor], spec: str) -> None:
+    if not all(
+        torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-5, equal_nan=True) for a, b in zip(before, after, strict=True)
+    ):
+        message = "the model changes when its computed weights (parametrizations) become plain ones: two layers share one"
+        raise ModelError(message, at=f"--model {spec}", fix="take the parametrizations off in the factory")
 
 
 def _absolute(spec: str) -> str:

@@ -10,7 +10,7 @@ import deploypipe as dp
 
 NAMES = {
     *("trace", "Graph", "Group", "Member", "KeepPlan", "compact", "profile", "LatencyTable", "allocate", "prune", "build"),
-    *("algorithms", "load", "Report", "Target", "load_target", "DeployPipeError", "__version__"),
+    *("algorithms", "load", "Report", "Target", "load_target", "fold_weights", "DeployPipeError", "__version__"),
 }
 FIRST_PARAMETERS = {  # as the README and users' scripts call them
     "trace": ["model", "example_inputs"],
@@ -18,6 +18,7 @@ FIRST_PARAMETERS = {  # as the README and users' scripts call them
     "profile": ["model", "example_inputs", "target"],
     "allocate": ["graph", "scores", "table", "budget"],
     "prune": ["model", "example_inputs", "algo", "target", "budget", "data", "epochs", "seed", "options"],
+    "fold_weights": ["model"],
     "load": ["run"],
 }
 

@@ -1,9 +1,11 @@
+import copy
 import os
 import random
 import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from deploypipe.data.batches import seeded
 from deploypipe.data.load import load_data
 from deploypipe.errors import DeployPipeError, ModelError, UsageError
 from deploypipe.graph import trace
@@ -338,6 +341,64 @@ def test_what_may_not_be_read_is_the_users_to_allow(somebody_else, locked):
         assert "cannot be looked at" in caught.value.message
     else:
         assert "cannot be read" in found[0].message
+
+
+COMPUTED = """
+import torch
+from torch import nn
+from torch.nn import utils
+from torch.nn.utils import parametrizations, prune
+def net(norm=lambda layer: layer):
+    made = nn.Sequential(norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), norm(nn.Conv2d(8, 6, 3)), nn.Flatten(), nn.Linear(96, 4))
+    made.input_size = 8
+    return made
+def masked(layer):
+    prune.l1_unstructured(layer, "weight", 0.5)
+    return prune.random_unstructured(layer, "weight", 0.5)
+def frozen(layer):
+    return parametrizations.weight_norm(layer.requires_grad_(False))
+def plain(): return net()
+def weight(): return net(parametrizations.weight_norm)
+def spectral(): return net(parametrizations.spectral_norm)
+def old_weight(): return net(utils.weight_norm)
+def old_spectral(): return net(utils.spectral_norm)
+def masks(): return net(masked)
+def fixed(): return net(frozen)
+def shared():
+    made = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    made[1].weight = made[0].weight
+    parametrizations.spectral_norm(made[0])
+    made.example_inputs = torch.randn(1, 4)
+    return made
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("name", ["weight", "spectral", "old_weight", "old_spectral", "masks", "fixed"])
+def test_computed_weights_become_plain_ones_and_the_function_stays(tmp_path, name):
+    file = tmp_path / "computed.py"
+    file.write_text(COMPUTED)
+    scope: dict[str, Any] = {}
+    exec(COMPUTED, scope)
+    with seeded(0):
+        before = scope[name]().eval()
+    loaded, plain = load_model(f"{file}:{name}"), load_model(f"{file}:plain")
+    assert sorted(loaded.model.state_dict()) == sorted(plain.model.state_dict())
+    torch.testing.assert_close(loaded.model(*loaded.example), before(*loaded.example))
+    assert [p.requires_grad for _, p in sorted(loaded.model.named_parameters())][:2] == [name != "fixed"] * 2
+    assert loaded.notes[-1].endswith("plain ones from here on: 0.weight, 2.weight")
+    assert not plain.notes
+    graph = trace(loaded.model, loaded.example)
+    assert {group.name: group.fixed == "" for group in graph.groups} == {"0": True, "2": True, "4": False}
+    assert {*dict(before.named_parameters())} != {*dict(loaded.model.named_parameters())}, "there was nothing to fold"
+    loaded.model(*loaded.example).sum().backward()
+    copy.deepcopy(loaded.model)  # which older weight norms cannot be after a backward pass
+
+
+def test_a_computed_weight_that_another_layer_shares_is_refused(tmp_path):
+    (tmp_path / "computed.py").write_text(COMPUTED)
+    error = error_of(f"{tmp_path / 'computed.py'}:shared")
+    assert "the model changes when its computed weights" in error.message
 
 
 @pytest.mark.parametrize("place", ["~nosuchuser/net.py", "x" * 300 + ".py"])
