@@ -430,6 +430,25 @@ def lenet_view() -> Toy:
 
 
 @toy
+def view_by_count() -> Toy:
+    def f(m: Any, x: Tensor) -> Tensor:
+        y = m.b(m.a(x))
+        return m.fc2(F.relu(m.fc1(y.view(y.size(0), y.numel() // y.size(0)))))
+
+    return Fn(f, a=cbr(3, 8), b=cbr(8, 6), fc1=nn.Linear(384, 10), fc2=nn.Linear(10, 4)), (image(),)
+
+
+@toy
+def slice_by_share() -> Toy:
+    def f(m: Any, x: Tensor) -> Tensor:
+        y = m.stem(x)
+        some = int(y.shape[1] * 0.5)
+        return m.head(torch.cat([F.relu(y[:, :some]), y[:, some:]], 1))
+
+    return Fn(f, stem=cbr(3, 8), head=head(8)), (image(),)
+
+
+@toy
 def view_by_size() -> Toy:
     def f(m: Any, x: Tensor) -> Tensor:
         y = m.b(m.a(x))

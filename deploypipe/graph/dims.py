@@ -68,6 +68,8 @@ class Dim(int):
             self.escape(self.source, how)
 
     def __mul__(self, other: Any) -> Any:
+        if isinstance(other, float):
+            self._leave("multiplied by a float")
         return self._product(other, int.__mul__(self, other))
 
     __rmul__ = __mul__
@@ -116,11 +118,11 @@ class Dim(int):
         return int.__float__(self)
 
 
-def dims_in(values: Any) -> Iterator[Dim]:
-    """Yield the sizes with a source among (nested) arguments."""
+def dims_in(values: Any) -> Iterator[Labels]:
+    """Yield the sources of the sizes among (nested) arguments."""
     if isinstance(values, Dim):
         if values.source is not None:
-            yield values
+            yield values.source
     elif isinstance(values, (tuple, list)):
         for value in values:
             yield from dims_in(value)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
+from math import prod
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from deploypipe.types import Graph
 _TRACES = count()
 _LOOKED_AT = (Tensor, tuple, list)
 _SHAPE_GETTERS = {torch.Tensor.shape.__get__, torch.Tensor.size}  # type: ignore[attr-defined]
+_COUNTS = {torch.Tensor.numel, torch.Tensor.nelement, torch.numel}
 _SIZED = {  # functions whose written sizes a rule looks at -> position of the first size among the arguments
     torch.Tensor.view: 1,
     torch.Tensor.reshape: 1,
@@ -246,6 +248,8 @@ class _Sizes(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _SHAPE_GETTERS:
             return self._sized(args[0], func(*args, **kwargs), args[1:] or tuple(kwargs.values()))
+        if func in _COUNTS:
+            return prod(self._sized(args[0], args[0].shape, ()))
         if func is F.multi_head_attention_forward:
             return self._attention(func, args, kwargs)
         if func in _SIZED:
@@ -267,9 +271,8 @@ class _Sizes(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _let_go(self, arguments: Any, func: Any) -> None:
-        for size in dims_in(arguments):
-            if size.source is not None:
-                self._escape(size.source, f"used as an argument of {getattr(func, '__name__', func)}")
+        for source in dims_in(arguments):
+            self._escape(source, f"used as an argument of {getattr(func, '__name__', func)}")
 
     def _sized(self, tensor: Tensor, shape: Any, dim: tuple[Any, ...]) -> Any:
         layers = self._layers(tensor) if hasattr(tensor, self.tracer.mark) else ()

@@ -82,6 +82,7 @@ def test_option_a_keeps_the_channels_that_meet_padding() -> None:
         ("lenet_view", "b.0", "written in forward"),
         ("slice_literal", "stem.0", "picked by position"),
         ("split_literal", "stem.0", "picked by position"),
+        ("slice_by_share", "stem.0", "multiplied by a float"),
         ("width_in_arithmetic", "mid.0", "raised to a power"),
         ("reduces_channels", "mid.0", "reduces over the channels"),
         ("rolls_channels", "mid.0", "picked by position"),
@@ -113,6 +114,7 @@ def test_what_cannot_be_pruned_says_why(toy: str, group: str, words: str) -> Non
     [
         ("channel_shuffle", {"a.0": 8, "b.0": 6, "c.0": 8}),
         ("view_by_size", {"a.0": 8, "b.0": 6, "fc1": 10}),
+        ("view_by_count", {"a.0": 8, "b.0": 6, "fc1": 10}),
         ("shared_module", {"stem.0": 8}),
         ("matmul_parameter", {"stem.0": 8, "w1": 10}),
         ("parameter_direct", {"stem.0": 8, "out.0": 6}),
