@@ -217,6 +217,7 @@ def test_a_walk_that_nothing_beats_by_more_than_the_gap_is_the_answer() -> None:
     assert certificate.bound >= large(0.4)[1].value
 
 
+@pytest.mark.slow
 def test_more_budget_keeps_less_by_no_more_than_the_gap_and_never_more_than_was_proved() -> None:
     gap = 1e-3  # the default
     found = [large(share)[1] for share in (0.3, 0.302, 0.304, 0.306, 0.308, 0.5, 0.502, 0.7)]

@@ -72,6 +72,7 @@ def test_rates_become_widths_on_offer_that_fit() -> None:
     assert search.alive == dict.fromkeys(("0.0", "1.0", "2.0"), 16)
 
 
+@pytest.mark.slow
 def test_search_and_admm_beat_uniform_rates_and_admm_at_an_eighth_of_the_parameters() -> None:
     method, better = make("autocompress", {**QUICK, "rounds": 1, "evaluations": 60}), 0
     for seed in range(3):

@@ -210,6 +210,7 @@ def test_a_column_of_kernels_without_survivors_takes_its_filter_along() -> None:
     assert NONZERO["MACs"](model, task.graph) <= task.budget
 
 
+@pytest.mark.slow
 def test_selected_kernels_know_more_than_the_largest_and_stay_zero_in_tuning() -> None:
     method, gains = make("dkp", {**QUICK, "images": 600, "parts": 8, "lambda_": 0.1}), []
     for seed in (1, 0):

@@ -28,6 +28,7 @@ def test_an_unknown_architecture_suggests_the_nearest():
         OrtMobile().describe_job(TARGET.replace(arch="arm65"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "blocked"), [("x86_64", True), ("arm64", False)])
 def test_only_files_for_amd64_have_the_blocked_layout(model, tmp_path, arch, blocked):
     """Without the platform the converter leaves it out, and the model takes twice as long; on arm it does not exist."""

@@ -251,6 +251,7 @@ def test_where_the_runtime_has_sparse_kernels_every_eligible_one_is_measured_too
     assert [term.name for term in offered.terms(graph) if term.two_four] == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_a_fresh_profile_forgets_what_was_measured_on_this_device_alone(measured, tmp_path, monkeypatch, counting):
     target = prepared(tmp_path, monkeypatch)
     old = measured(target=target, cache_dir=tmp_path)
@@ -264,6 +265,7 @@ def test_a_fresh_profile_forgets_what_was_measured_on_this_device_alone(measured
     assert (tmp_path / "other-device").is_dir()
 
 
+@pytest.mark.slow
 def test_what_was_measured_survives_an_interruption(graph, measured, tmp_path, monkeypatch, counting):
     target = prepared(tmp_path, monkeypatch)
     monkeypatch.setattr(profiler, "_PER_JOB", 2)

@@ -75,6 +75,7 @@ def trained(reach: float, epochs: int = 20) -> nn.Module:
     return method.train(problem_of(net()), Trainer(toy_data(1200), SETTINGS))
 
 
+@pytest.mark.slow
 def test_the_penalty_switches_channels_off_and_those_may_go_without_a_trace() -> None:
     off = {}
     for reach in (0.0, 3.0, 3.6):

@@ -310,6 +310,7 @@ def check_recovery(root: Path, log: Path, clean: dict[str, bytes], options: dict
     assert not (root / ".partial").exists()
 
 
+@pytest.mark.slow
 def test_killed_before_any_file_operation_the_same_command_resumes(tmp_path: Path, clean: dict[str, bytes]) -> None:
     for number in range(1, 2000):
         root, log = tmp_path / str(number), tmp_path / f"{number}.log"

@@ -519,7 +519,7 @@ def test_the_python_way_calls_what_polygraphy_has():
     assert {"shape", "dtype"} <= set(inspect.signature(cuda.DeviceArray.__init__).parameters)
 
 
-@pytest.mark.parametrize("version", [(8, 6, 1), (10, 3, 0)], ids=["8.6.1", "10.3.0"])
+@pytest.mark.parametrize("version", [pytest.param((8, 6, 1), marks=pytest.mark.slow), (10, 3, 0)], ids=["8.6.1", "10.3.0"])
 def test_the_python_way_comes_to_the_same_result(version, model, path, tmp_path, monkeypatch):
     """Executed with stand-ins for `tensorrt` and `polygraphy`: jobs and answers are those of trtexec, at the same times."""
     monkeypatch.setenv("HOME", str(tmp_path))
