@@ -122,8 +122,12 @@ def _cut(small: nn.Module, graph: Graph, plan: KeepPlan) -> None:
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+    """Put the module in place of another, wherever that one hangs: a block may also keep its layers in a list."""
+    old = model.get_submodule(path)
+    for parent in list(model.modules()):
+        for leaf, child in list(parent.named_children()):
+            if child is old:
+                setattr(parent, leaf, module)
 
 
 def _places(model: nn.Module) -> Mapping[int, list[tuple[nn.Module, str]]]:

@@ -449,6 +449,55 @@ def slice_by_share() -> Toy:
 
 
 @toy
+def blurred() -> Toy:
+    """Anti-aliased pooling as it is published: one fixed filter for each channel, as many groups as channels come in."""
+
+    def f(m: Any, x: Tensor) -> Tensor:
+        y = m.stem(x)
+        return m.head(F.conv2d(F.pad(y, (1, 1, 1, 1), mode="reflect"), m.filt, stride=2, groups=y.shape[1]))
+
+    made = Fn(f, stem=cbr(3, 8), head=head(8))
+    made.register_buffer("filt", torch.tensor([1.0, 2.0, 1.0]).outer(torch.tensor([1.0, 2.0, 1.0])).expand(8, 1, 3, 3) / 16)
+    return made, (image(),)
+
+
+@toy
+def split_attention() -> Toy:
+    """ResNeSt: two halves, weighed against each other channel by channel."""
+
+    def f(m: Any, x: Tensor) -> Tensor:
+        y = m.b(m.a(x))
+        halves = y.reshape(y.shape[0], 2, -1, *y.shape[2:])
+        gap = halves.sum(1).mean((2, 3), keepdim=True)
+        weights = m.fc2(F.relu(m.fc1(gap))).view(y.shape[0], 1, 2, -1).transpose(1, 2).softmax(1)
+        return m.head(m.out((halves * weights.reshape(y.shape[0], 2, -1, 1, 1)).sum(1)))
+
+    return Fn(f, a=cbr(3, 6), b=cbr(6, 16), fc1=conv(8, 4, 1), fc2=conv(4, 16, 1), out=cbr(8, 6), head=head(6)), (image(),)
+
+
+@toy
+def scaled_and_shifted() -> Toy:
+    """FiLM: a scale and a shift for each channel, from one layer."""
+
+    def f(m: Any, x: Tensor) -> Tensor:
+        y = m.b(m.a(x))
+        s = m.film(y.mean((2, 3))).view(y.shape[0], 2, -1, 1, 1)
+        return m.head(F.relu(y * s[:, 0] + s[:, 1]))
+
+    return Fn(f, a=cbr(3, 6), b=cbr(6, 8), film=nn.Linear(8, 16), head=head(8)), (image(),)
+
+
+@toy
+def cropped_channels() -> Toy:
+    return Fn(lambda m, x: m.head(F.pad(m.stem(x), (0, 0, 0, 0, -1, -1))), stem=cbr(3, 8), head=head(6)), (image(),)
+
+
+@toy
+def stacked_vertically() -> Toy:
+    return Fn(lambda m, x: m.head(torch.vstack([m.stem(x), m.stem(x)])), stem=cbr(3, 8), head=head(8)), (image(),)
+
+
+@toy
 def view_by_size() -> Toy:
     def f(m: Any, x: Tensor) -> Tensor:
         y = m.b(m.a(x))

@@ -5,13 +5,31 @@ written into the model and will not follow when channels go; a `Dim` was read of
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+
+import torch
+import torch.nn.functional as F
 
 from deploypipe.graph.labels import Labels
 
 Escape = Callable[[Labels, str], None]
+SHAPE_GETTERS = {torch.Tensor.shape.__get__, torch.Tensor.size}  # type: ignore[attr-defined]
+COUNTS = {torch.Tensor.numel, torch.Tensor.nelement, torch.numel}
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+SIZED: dict[Any, int] = {  # functions whose written sizes a rule looks at -> position of the first size among the arguments
+    torch.Tensor.view: 1,
+    torch.Tensor.reshape: 1,
+    torch.reshape: 1,
+    torch.Tensor.expand: 1,
+    torch.Tensor.unflatten: 2,
+    torch.unflatten: 2,
+    torch.Tensor.split: 1,
+    torch.split: 1,
+    F.layer_norm: 1,
+    **dict.fromkeys(_CONVOLUTIONS, 6),  # their groups
+}
 
 
 @contextmanager
@@ -130,3 +148,14 @@ def dims_in(values: Any) -> Iterator[Labels]:
         yield from dims_in((values.start, values.stop, values.step))
     elif isinstance(values, dict):
         yield from dims_in(tuple(values.values()))
+
+
+def written_sizes(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any] | None:
+    """Return the sizes that a function of SIZED was called with, as they were written; None where they tell nothing."""
+    if func in _CONVOLUTIONS:
+        return [args[SIZED[func]] if len(args) > SIZED[func] else kwargs.get("groups", 1)]
+    written = [*args[SIZED[func] :], *(value for key, value in kwargs.items() if key != "input")]
+    if func in (torch.Tensor.split, torch.split):
+        return written if next(dims_in(written[:1]), None) is not None else None
+    nested = bool(written) and isinstance(written[0], (tuple, list))
+    return list(written[0]) if nested else written

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from deploypipe.graph.labels import Labels, Vector, along, drop_axes, expand_along, tighten, varies
-from deploypipe.graph.tracer import Call, Layers, Rule, Seen, State, constant
+from deploypipe.graph.tracer import Call, Layers, Rule, Seen, State, constant, tensors_in
 
 
 def _axis(call: Call, key: str = "dim") -> int:
@@ -16,6 +16,9 @@ def _axis(call: Call, key: str = "dim") -> int:
 
 def move(state: State, call: Call) -> Layers | list[Layers]:
     """An operation that only moves elements: apply it to the labels."""
+    if "self" not in call.args:  # vstack and its like hand on a whole list
+        state.freeze_all(tensors_in(tuple(call.args.values())), f"{call.where}: takes a list of tensors")
+        return [()] * len(tensors_in(call.out))
     x = call.args["self"]
     in_place = call.name.endswith("_")  # the operation would change the shape of the labels that others know
     moved = [call.on(labels.detach() if in_place else labels) for labels in state.layers_of(x)]
@@ -162,6 +165,8 @@ def pad_constant(state: State, call: Call) -> Layers:
         for i in range(len(pad)):
             if labels.dim() - 1 - i // 2 not in busy:
                 pad[i] = 0
+            elif pad[i] < 0:
+                state.ledger.freeze(labels, f"{call.where}: channels are cut off by position")
         calm = [d for d in range(labels.dim()) if d not in busy]
         layers.append(torch.constant_pad_nd(drop_axes(labels, calm), pad, -1).expand(call.out.shape))
     return tuple(layers)

@@ -29,8 +29,7 @@ def reshape(state: State, call: Call) -> Layers:
             layers.append(after)
         elif len(derived) == 1 or (len(axes) > 1 and derived and sizes is None):
             keep = max(derived, key=lambda d: after.shape[d])
-            state.ledger.tie_all(after, [d for d in axes if d != keep], f"{call.where}: split axis")
-            layers.append(after)
+            layers.append(state.ledger.tie_all(after, [d for d in axes if d != keep], f"{call.where}: split axis"))
         else:
             state.ledger.freeze(after, f"{call.where}: reshaped to a size that is written in forward")
             layers.append(after)

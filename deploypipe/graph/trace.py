@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deploypipe.errors import ModelError
-from deploypipe.graph.dims import Dim, dims_in, fresh_shapes
+from deploypipe.graph.dims import COUNTS, SHAPE_GETTERS, SIZED, Dim, dims_in, fresh_shapes, written_sizes
 from deploypipe.graph.frames import failed_in, innermost
 from deploypipe.graph.groups import build_graph
 from deploypipe.graph.labels import Labels, varies
@@ -35,19 +35,6 @@ from deploypipe.types import Graph
 
 _TRACES = count()
 _LOOKED_AT = (Tensor, tuple, list)
-_SHAPE_GETTERS = {torch.Tensor.shape.__get__, torch.Tensor.size}  # type: ignore[attr-defined]
-_COUNTS = {torch.Tensor.numel, torch.Tensor.nelement, torch.numel}
-_SIZED = {  # functions whose written sizes a rule looks at -> position of the first size among the arguments
-    torch.Tensor.view: 1,
-    torch.Tensor.reshape: 1,
-    torch.reshape: 1,
-    torch.Tensor.expand: 1,
-    torch.Tensor.unflatten: 2,
-    torch.unflatten: 2,
-    torch.Tensor.split: 1,
-    torch.split: 1,
-    F.layer_norm: 1,
-}
 
 
 @contextmanager
@@ -246,22 +233,17 @@ class _Sizes(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _SHAPE_GETTERS:
+        if func in SHAPE_GETTERS:
             return self._sized(args[0], func(*args, **kwargs), args[1:] or tuple(kwargs.values()))
-        if func in _COUNTS:
+        if func in COUNTS:
             return prod(self._sized(args[0], args[0].shape, ()))
         if func is F.multi_head_attention_forward:
             return self._attention(func, args, kwargs)
-        if func in _SIZED:
+        if func in SIZED:
             sized = args[0] if args else kwargs["input"]
-            written = [*args[_SIZED[func] :], *(value for key, value in kwargs.items() if key != "input")]
             if self.measured and not self._layers(sized):  # no rule will look at it: a width must not leave this way
                 self._let_go((args[1:], kwargs), func)
-            nested = bool(written) and isinstance(written[0], (tuple, list))
-            if func in (torch.Tensor.split, torch.split):
-                self.tracer.sizes = written if next(dims_in(written[:1]), None) is not None else None
-            else:
-                self.tracer.sizes = list(written[0]) if nested else written
+            self.tracer.sizes = written_sizes(func, args, kwargs)
             try:
                 return func(*args, **kwargs)
             finally:

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from deploypipe.graph.labels import Labels, Vector, along, drop_axes, varies
+from deploypipe.graph.dims import Dim
+from deploypipe.graph.labels import Labels, Vector, along, drop_axes, flat, varies
 from deploypipe.graph.tracer import Call, LayerCall, Seen, State, constant, spread
 from deploypipe.types import Kind
 
@@ -110,7 +111,10 @@ def _grouped(state: State, call: Call, vec: Vector, *, transposed: bool) -> Vect
 
 
 def _need_groups(state: State, call: Call, vec: Vector, divisor: int) -> None:
-    if not state.attribute(call, "groups", vec, divisor=divisor):
+    written = call.sizes[0] if call.sizes else None
+    if isinstance(written, Dim) and written.source is not None:
+        state.ledger.same_width.append((flat(written.source), vec, f"{call.where}: its groups are the width of another tensor"))
+    elif not state.attribute(call, "groups", vec, divisor=divisor):
         state.ledger.frozen.append((vec, f"{call.where}: the number of groups is written in forward, not in a module"))
 
 

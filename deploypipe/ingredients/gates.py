@@ -10,7 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from deploypipe.errors import NotApplicable
 from deploypipe.ingredients.statistics import run_hooked
-from deploypipe.types import Graph, Group
+from deploypipe.types import Graph, Group, Member
+from deploypipe.zeros import CONVOLUTIONS
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -182,13 +183,19 @@ def gated_parameters(model: nn.Module, group: Group, followed: Mapping[str, str]
     norms |= {owner for _, owner in owners if isinstance(modules.get(owner), NORMS)}
     if all(_scales(modules[norm]) for norm in norms):
         normalised = set(followed.values())
-        chosen = [m for m, owner in owners if owner in norms or (m.role == "produces" and owner not in normalised)]
+        chosen = [m for m, owner in owners if owner in norms or (owner not in normalised and _adds(m, modules.get(owner)))]
     else:
         chosen = [member for member in group.members if member.role == "consumes"]
     found = [Scaled(m.param, m.axis, torch.from_numpy(m.owner)) for m in chosen if m.param in parameters]
     if not found:
         raise NotApplicable("no norm and no weight scales its channels")
     return found
+
+
+def _adds(member: Member, owner: nn.Module | None) -> bool:
+    """Say whether it is part of a layer that makes the channel, or the bias that a depthwise layer adds to it."""
+    depthwise = member.role == "carries" and isinstance(owner, CONVOLUTIONS) and member.param.endswith(".bias")
+    return member.role == "produces" or depthwise
 
 
 def _scales(norm: nn.Module) -> bool:

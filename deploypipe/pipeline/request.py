@@ -91,6 +91,10 @@ class Request:
         if not isinstance(self.budget, str):
             fix = 'write it as text: "50%", "3ms", "1.2M"'
             raise UsageError(f"the budget is {self.budget!r}, a {type(self.budget).__name__}", at="budget", fix=fix)
+        if (
+            self.out is not None and not str(self.out).strip()
+        ):  # as an unset shell variable gives: it would be the current folder
+            raise UsageError("the run folder has no name", at="--out", fix="name a folder, or leave --out out")
         if isinstance(self.keep, str):
             raise UsageError(f"the groups to keep are '{self.keep}'", at="keep", fix=f'give them as a tuple: ("{self.keep}",)')
         if not self.value and self.algo != AUTO:

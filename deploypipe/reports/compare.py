@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from deploypipe.reports.advice import points_lost
 from deploypipe.reports.figures import accuracy_text, count, faster_text, microseconds, size
-from deploypipe.reports.render import Row, latency_text, points_lost
+from deploypipe.reports.render import Row, latency_text
 from deploypipe.reports.report import GroupOutcome, Report
 
 COLUMNS = (

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from deploypipe.measurement import Latency
 from deploypipe.reports import pattern, runtimes
+from deploypipe.reports.advice import next_step, points_lost
 from deploypipe.reports.figures import (
-    BY_CHANCE,
     UNKNOWN,
     UNVERIFIED,
     accuracy_text,
@@ -16,7 +16,6 @@ from deploypipe.reports.figures import (
     markdown_table,
     microseconds,
     size,
-    standard_error,
     unmeasured,
 )
 from deploypipe.reports.render_training import arms_section, sparsity_section, trained_text
@@ -71,27 +70,6 @@ def verdict(report: Report) -> tuple[Row, ...]:
     )
 
 
-def next_step(report: Report) -> str:
-    """Say in one sentence what the user should try next."""
-    if not all(check.passed for check in report.checks):
-        return "do not ship this model: a numeric check failed, see report.md"
-    if report.pruned.latency is None and report.table:
-        return "measure it: carry the run's bundle to the device, and import what comes back (README.md in the bundle)"
-    if not report.budget.met:
-        return (
-            f"the budget was missed; ask for a little less than --budget {report.budget.asked}, or profile on an idle machine"
-        )
-    if (lost := points_lost(report.dense, report.pruned)) is None:
-        return "give --data with a test set to learn the accuracy"
-    if any(note.startswith(BY_CHANCE) for note in report.notes):
-        return "give trained --weights, and --data of the model's classes: what was lost cannot be seen"
-    if lost > max(0.01, 2 * standard_error(report.pruned.accuracy, report.n_test)):
-        longer = f"--epochs {max(10, 3 * report.epochs)}"
-        return f"{100 * lost:.1f} points were lost: fine-tune longer ({longer}) or allow a larger --budget"
-    loss = "the loss is small" if lost > 0 else "nothing was lost"
-    return f"{loss}: try a smaller --budget, or `deploypipe compare` with another --algo"
-
-
 def markdown(report: Report) -> str:
     """Return the whole report as a Markdown page that ends with a line break."""
     sections = (
@@ -110,11 +88,6 @@ def markdown(report: Report) -> str:
         _origin_section(report),
     )
     return "\n\n".join(section for section in sections if section) + "\n"
-
-
-def points_lost(dense: Side, pruned: Side) -> float | None:
-    """Return the accuracy that pruning cost, 0.01 = one point; None unless both were measured."""
-    return None if dense.accuracy is None or pruned.accuracy is None else dense.accuracy - pruned.accuracy
 
 
 def latency_text(latency: Latency | None, predicted_us: float | None = None, source: str = "") -> str:

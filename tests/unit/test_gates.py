@@ -70,6 +70,22 @@ def test_the_gate_of_a_channel_is_a_factor_on_what_is_read_of_it(norm: str) -> N
     torch.testing.assert_close(found["0"], expected, atol=1e-6, rtol=1e-5)
 
 
+def test_the_gate_covers_the_bias_of_a_depthwise_layer_without_a_norm() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        filtered = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        model = nn.Sequential(conv(3, 8), nn.ReLU(), nn.Sequential(filtered, nn.ReLU()), conv(8, 8), nn.ReLU(), head(8))
+        nn.init.uniform_(filtered.bias, 0.5, 1.0)
+    model = model.double().eval()
+    graph = trace(model, (torch.randn(2, 3, 8, 8).double(),))
+    (reader,) = [member for member in graph.group("0").members if member.role == "consumes"]
+    assert reader.param == "3.weight"
+    expected = by_factors(model, graph.group("0"))
+    loss_of(model).backward()
+    found, _ = derivatives(model, {"0": gates(model, graph)(graph.group("0"))})
+    torch.testing.assert_close(found["0"], expected, atol=1e-9, rtol=1e-6)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_no_norm_makes_channels_look_worthless(norm: str) -> None:
     """The trap: behind a norm the filters' own terms are zero, and the default recipe would cut such a group to the bone."""

@@ -318,3 +318,44 @@ def test_a_branch_may_go_before_a_transposed_convolution_at_the_end() -> None:
     assert removable(net, graph) == ("1.a",)
     small = compact(net, graph, KeepPlan({"1.a": ()}))
     assert [y.shape for y in run(small, (image(),))] == [y.shape for y in run(net, (image(),))]
+
+
+class Listed(nn.Module):
+    """A block that keeps its layers by name and in a list as well, as temporal convolutional networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.c1, self.c2 = cbr(3, 8), conv(8, 6), conv(6, 8)
+        self.b1, self.b2 = nn.BatchNorm2d(6), nn.BatchNorm2d(8)
+        self.body = nn.Sequential(self.c1, self.b1, nn.ReLU(), self.c2, self.b2)
+        self.head = head(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(F.relu(x + self.body(x)))
+
+
+def test_a_branch_goes_wherever_its_layers_hang() -> None:
+    torch.manual_seed(0)
+    model, plan = Listed().eval(), KeepPlan({"c1": ()})
+    nn.init.uniform_(model.b2.bias, 0.5, 1.0)
+    example = (image(),)
+    graph = trace(model, example)
+    assert removable(model, graph) == ("c1",)
+    small = compact(model, graph, plan)
+    assert difference(run(mask(model, graph, plan), example), run(small, example)) < 1e-6
+    assert sum(p.numel() for p in small.parameters()) == params(graph, plan)
+
+
+def test_a_branch_whose_layer_other_code_reads_stays() -> None:
+    """Torch's transformer layer hands its linear layers' weights to a fused function."""
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    graph = trace(encoder, (torch.randn(2, 5, 16),))
+    assert "layers.0.linear1" in {group.name for group in graph.prunable}
+    assert removable(encoder, graph) == ()
+    peeking: Any = Fn(
+        lambda m, x: m.head(m.stem(x).to(m.c1.weight.dtype) + m.c2(F.relu(m.c1(m.stem(x))))),
+        stem=cbr(3, 8), c1=conv(8, 6), c2=conv(6, 8), head=head(8),
+    ).eval()  # fmt: skip
+    assert removable(peeking, trace(peeking, (image(),))) == ()

@@ -11,6 +11,7 @@ from sample_report import BARE, REPORT
 from deploypipe.errors import UsageError
 from deploypipe.measurement import Latency
 from deploypipe.reports import compare, figures, render
+from deploypipe.reports.advice import next_step
 from deploypipe.reports.report import Check, Report
 
 
@@ -103,7 +104,19 @@ def test_every_group_check_and_note_is_on_the_page() -> None:
         ({}, "the loss is small"),
         ({"pruned": REPORT.dense}, "nothing was lost"),
         ({"pruned": REPORT.dense, "notes": (f"{figures.BY_CHANCE}: 10 %",)}, "what was lost cannot be seen"),
-        ({"pruned": replace(REPORT.pruned, accuracy=0.90)}, "7.8 points were lost: fine-tune longer (--epochs 10)"),
+        (
+            {"pruned": replace(REPORT.pruned, accuracy=0.90), "compacted_accuracy": 0.8},
+            "7.8 points were lost: fine-tune longer (--epochs 10)",
+        ),
+        (
+            {"pruned": replace(REPORT.pruned, accuracy=0.26), "compacted_accuracy": 0.76},
+            "fine-tuning made it worse (76.0 % before",
+        ),
+        ({"pruned": replace(REPORT.pruned, accuracy=0.95), "n_test": 80}, "no more than 80 test samples can tell from chance"),
+        (
+            {"groups": tuple(replace(g, kept=g.size) for g in REPORT.groups), "sparsity": ()},
+            "nothing was pruned: try a smaller one",
+        ),
         ({"budget": replace(REPORT.budget, reached=61.0)}, "the budget was missed"),
         ({"checks": (Check("onnx", "compacted", 1.0, 1e-4, 8),)}, "do not ship"),
         ({"checks": (Check("onnx", "compacted", float("nan"), 1e-4, 8),)}, "do not ship"),
@@ -111,7 +124,7 @@ def test_every_group_check_and_note_is_on_the_page() -> None:
     ],
 )
 def test_the_next_step_fits_the_result(change: dict[str, object], expected: str) -> None:
-    assert expected in render.next_step(replace(REPORT, **change))
+    assert expected in next_step(replace(REPORT, **change))
 
 
 def test_a_missed_budget_and_a_failed_check_are_said_loudly() -> None:
