@@ -230,9 +230,11 @@ def _from_datasets(given: Any, seed: int, name: str, sources: Sequence[bytes] = 
     elif isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(part, Dataset) for part in given):
         train, test = given
     else:
-        what = (
-            f"({', '.join(type(part).__name__ for part in given)})" if isinstance(given, tuple | list) else type(given).__name__
-        )
+        what = type(given).__name__
+        if isinstance(given, tuple | list):
+            what += (
+                f" of {len(given)}: {', '.join(type(part).__name__ for part in given[:3])}{', ...' if len(given) > 3 else ''}"
+            )
         raise UsageError(f"the data is {what}", at=name, fix="give a (train, test) pair of torch Datasets, or one Dataset")
     with seeded(_SEED):  # random transforms would give the same data another key at every start, and nothing would resume
         classes = _classes(given if isinstance(given, Dataset) else train, train)

@@ -163,6 +163,7 @@ def _from_factory(spec: str) -> _Built:
     factory = find_factory(spec, option="--model", error=ModelError)
     with seeded(_SEED):  # anew: the import may have drawn numbers, and happens only once
         made = factory()
+    made = (_uncompiled(made[0], spec), *made[1:]) if isinstance(made, tuple) and made else _uncompiled(made, spec)
     if isinstance(made, nn.Module):
         return _described(made, spec)
     if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module):
@@ -172,6 +173,14 @@ def _from_factory(spec: str) -> _Built:
     raise ModelError(
         f"the factory returned {what}", at=f"--model {spec}", fix="return an nn.Module, or (nn.Module, example inputs)"
     )
+
+
+def _uncompiled(made: Any, spec: str) -> Any:
+    """Return the module under `torch.compile`, which would compile what looks at it as well."""
+    if isinstance(made, torch.jit.ScriptModule):
+        fix = "return the module that was scripted or traced: a compiled one shows neither its layers nor lets them be replaced"
+        raise ModelError("the factory returned a TorchScript module", at=f"--model {spec}", fix=fix)
+    return getattr(made, "_orig_mod", made) if isinstance(made, nn.Module) else made
 
 
 def _described(model: nn.Module, spec: str) -> _Built:

@@ -34,11 +34,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         advice = near_path(path.resolve(), ".safetensors, .pt or .pth file", _may_hold_weights)
         raise UsageError(f"there is no weights file '{path}'", at=at, fix=advice)
     state: Any = _read_safetensors(path, at) if path.suffix == ".safetensors" else _read_torch(path, at)
-    for name in _NESTED:
-        if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
-            state = state[name]
-            break
+    while nested := [name for name in _NESTED if isinstance(state, Mapping) and isinstance(state.get(name), Mapping)]:
+        state = state[nested[0]]
     pairs = state.items() if isinstance(state, Mapping) else ()
+    if isinstance(state, Mapping) and not state:
+        raise ModelError("the weights file is empty", at=at, fix=_SAVE)
     if not pairs or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in pairs):
         what = f"a {type(state).__name__}" if not isinstance(state, Mapping) else f"'{', '.join(map(str, list(state)[:5]))}'"
         raise ModelError(f"the weights file holds {what}, not tensors under names", at=at, fix=_SAVE)
@@ -97,15 +97,31 @@ def fit_weights(model: nn.Module, state: State, at: str, *, unused: Sequence[str
     if parts:
         message = f"the weights do not fit the model ({len(wanted)} tensors): {'; '.join(parts)}"
         raise ModelError(message, at=at, fix="use the factory, and its arguments, that the weights were trained with")
-    broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())]
+    unlike = [f"{name} {_kind(state[name])} instead of {_kind(t)}" for name, t in wanted.items() if name in state
+              and _kind(state[name]) != _kind(t)]  # fmt: skip
+    if unlike:
+        raise ModelError(f"weights of another kind than the model's: {_listed(unlike)}", at=at, fix="save plain float tensors")
+    broken = [name for name, t in state.items() if t.is_floating_point() and not bool(torch.isfinite(t.float()).all())]
     if broken:
         raise ModelError(f"weights are not finite: {_listed(broken)}", at=at, fix="use weights from before training diverged")
     model.load_state_dict(state, strict=False)
 
 
+def _kind(tensor: Tensor) -> str:
+    """Name what copying from one tensor to another would lose: sparse and complex numbers, whole numbers in place of reals."""
+    numbers = "complex" if tensor.is_complex() else "float" if tensor.is_floating_point() else "whole numbers"
+    return numbers if tensor.layout == torch.strided else f"sparse {numbers}"
+
+
 def _renamed(state: State, wanted: State) -> State:
-    """Take off a prefix that all names share and the model lacks, as data-parallel training and torch.compile add it."""
-    for prefix in _PREFIXES:
+    """Take off a prefix that all names share and the model lacks, as data-parallel training and torch.compile add it.
+
+    Another one (a training framework's own) is taken off if the names then are the model's.
+    """
+    first = next(iter(state), "").partition(".")[0] + "."
+    bare = {name.removeprefix(first) for name in state if name.startswith(first)}
+    own = (first,) if len(bare) == len(state) and bare & wanted.keys() else ()
+    for prefix in (*_PREFIXES, *own):
         if all(name.startswith(prefix) for name in state) and not any(name.startswith(prefix) for name in wanted):
             return _renamed({name.removeprefix(prefix): tensor for name, tensor in state.items()}, wanted)
     return state

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from deploypipe.compact import compact
 from deploypipe.count import MacTable
-from deploypipe.data.batches import seeded
+from deploypipe.data.batches import Samples, count, labels_of, seeded, take
 from deploypipe.data.load import Data, load_data
 from deploypipe.errors import ModelError
 from deploypipe.factory import guarded
@@ -19,8 +19,10 @@ from deploypipe.pipeline.request import KEPT_BY_USER, Request
 from deploypipe.pipeline.stages import real_inputs
 from deploypipe.plan import KeepPlan
 from deploypipe.progress import Reporter
-from deploypipe.training.evaluate import main_output
+from deploypipe.training.evaluate import logits, main_output
 from deploypipe.types import Graph
+
+_TRIED = 4  # samples of each part
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +48,13 @@ def given(request: Request, reporter: Reporter, *, trains: bool = False) -> Give
     size = loaded.input_shape if len(loaded.input_shape) in {2, 3} else None  # else of something that no file of images holds
     data = load_data(request.data, normalise=loaded.normalise, size=size, seed=request.seed, reporter=reporter)
     inputs = real_inputs(data, loaded.example)
+    _check_samples(loaded.model, data)
     graph = trace(loaded.model, loaded.example).keeping(request.keep, KEPT_BY_USER)
     if trains:
         if not any(parameter.requires_grad for parameter in loaded.model.parameters()):
             fix = "set requires_grad on its parameters, or leave training out: --epochs 0"
             raise ModelError("the model has nothing to train: all of it is frozen", at=f"--model {request.model}", fix=fix)
+        _check_gradients(loaded, f"--model {request.model}")
         _check_training(loaded.model, graph, f"--model {request.model}")
     loaded = replace(loaded, notes=(*loaded.notes, *_class_notes(loaded, len(data.classes))))
     return Given(loaded, data, inputs, graph)
@@ -78,6 +82,59 @@ def _check_inputs(loaded: Loaded, request: Request) -> None:
             "wrap it in a module of one input that makes the others; without data it can be used as it is: deploypipe inspect "
             "and profile, in Python deploypipe.prune(model, inputs, algo='l1', metric='macs') and deploypipe.compact",
         )
+
+
+def _check_samples(model: nn.Module, data: Data) -> None:
+    """Try some samples of both parts, so that what is wrong with the test set is not found after all training.
+
+    Raises:
+        ModelError: They do not fit the model, hold NaN, or the model gives NaN or two answers to the same input.
+    """
+    shape = tuple(take(data.train, torch.tensor([0]))[0].shape[1:])
+    for part, samples in (("training", data.train), ("test", data.test)):
+        at = f"the {part} set"
+        images, labels = _some(samples, shape, at)
+        with torch.no_grad(), seeded(0):
+            first = logits(model, images.clone(), labels)
+        if not bool(torch.isfinite(first).all()):
+            fix = "look at the weights, and at how inputs are normalised"
+            raise ModelError("the model's outputs are not finite", at=at, fix=fix)
+        if part == "training":
+            with torch.no_grad(), seeded(1):
+                again = logits(model, images.clone(), labels)
+            if not torch.allclose(first, again, rtol=1e-3, atol=1e-4):
+                fix = "let forward draw in training mode only (F.dropout takes training=self.training)"
+                raise ModelError("two passes over the same inputs differ in evaluation mode: forward draws", at=at, fix=fix)
+
+
+def _some(samples: Samples, shape: tuple[int, ...], at: str) -> tuple[Tensor, Tensor]:
+    """Return a few inputs, evenly spaced, and as many labels: the largest and the smallest of all where they are known."""
+    places = torch.linspace(0, count(samples) - 1, min(_TRIED, count(samples))).long()
+    with seeded(0):
+        images, labels = take(samples, places)
+    if tuple(images.shape[1:]) != shape:
+        message = f"samples of shape {tuple(images.shape[1:])}, where training has {shape}"
+        raise ModelError(message, at=at, fix="give both parts the same size")
+    finite = [not image.is_floating_point() or bool(torch.isfinite(image).all()) for image in images]
+    if not all(finite):
+        message = f"sample {int(places[finite.index(False)])} holds NaN or infinities"
+        raise ModelError(message, at=at, fix="leave such samples out of the data")
+    known = labels_of(samples)
+    return images, labels if known is None else _extremes(known, len(labels))
+
+
+def _extremes(labels: Tensor, n: int) -> Tensor:
+    """Return `n` labels, the largest and the smallest of all among them: if these two are in range, all are."""
+    return torch.cat([labels.max()[None], labels.min().expand(n - 1)]) if n > 1 else labels.max()[None]
+
+
+def _check_gradients(loaded: Loaded, at: str) -> None:
+    """Refuse a forward through which no gradient flows."""
+    with torch.enable_grad():
+        out = main_output(loaded.model(*copied(loaded.example)))
+    if isinstance(out, Tensor) and not out.requires_grad:
+        fix = "take torch.no_grad, detach and .data out of forward, or leave training out: --epochs 0"
+        raise ModelError("no gradient flows through the model's forward: it cannot be trained", at=at, fix=fix)
 
 
 def _check_training(model: nn.Module, graph: Graph, at: str) -> None:

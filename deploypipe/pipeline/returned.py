@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,8 +55,8 @@ def import_results(path: str | Path) -> dict[str, Any]:
         TargetError: The device that answered has another processor than the target states.
         ModelError: The run's model cannot be made again.
     """
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    manifest, answer = _read(folder / MANIFEST, "bundle"), _read(folder / ANSWER, "results")
+    folder = _folder(path)
+    manifest, answer = _read(folder / MANIFEST, "bundle", _MANIFEST_KEYS), _read(folder / ANSWER, "results", _ANSWER_KEYS)
     if manifest.get("schema") != SCHEMA or answer.get("sha256") != manifest["sha256"]:
         raise UsageError(
             "the results are not those of this bundle's models",
@@ -72,7 +73,7 @@ def import_results(path: str | Path) -> dict[str, Any]:
             fix="put the target's file back as it was, or build again",
         )
     require_arch(target, str(answer["facts"]["arch"]), "run the bundle's command on such a device")
-    whole, profiles = _parsed(target, answer, {side: folder / f"{side}.onnx" for side in manifest["sha256"]})
+    whole, profiles = _parsed(target, answer, folder, manifest["sha256"])
     latencies = {side: _latency(timing) for side, timing in whole.items()}
     before = Report.load(run)
     asked = [before.algorithm, before.budget.asked, before.budget.metric]
@@ -91,6 +92,13 @@ def import_results(path: str | Path) -> dict[str, Any]:
     return _summary(manifest, latencies, report, kept, profiles, note)
 
 
+def _folder(path: str | Path) -> Path:
+    if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises where a name is too long
+        fix = "give the folder of a run's bundle, or the results.json in it"
+        raise UsageError(f"there is no '{path}'", at=f"--import {path}", fix=fix)
+    return Path(path) if Path(path).is_dir() else Path(path).parent
+
+
 def _require_same(run: Path, sha256: Mapping[str, str]) -> None:
     """Refuse a bundle whose run has been built anew since: the latencies would be those of other models."""
     for side, carried in sha256.items():
@@ -104,7 +112,7 @@ def _require_same(run: Path, sha256: Mapping[str, str]) -> None:
 
 
 def _parsed(
-    target: Target, answer: Mapping[str, Any], models: Mapping[str, Path]
+    target: Target, answer: Mapping[str, Any], folder: Path, sides: Iterable[str]
 ) -> tuple[dict[str, Timing], dict[str, Profile]]:
     """Let the backend read its own answers."""
     backend = load_backend(target)
@@ -114,7 +122,12 @@ def _parsed(
             file = Path(name) / f"{part}.json"
             file.write_text(json.dumps(answer[part]))
             found.append(JobResult(0, "", "", {"answer.json": file}, 0.0))
-        return backend.read_bench(found[0]), backend.read_profile(found[1], dict(models))
+        try:
+            return backend.read_bench(found[0]), backend.read_profile(
+                found[1], {side: folder / f"{side}.onnx" for side in sides}
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise _damaged("results", f"{type(error).__name__}: {error}", folder / ANSWER) from error
 
 
 def _latency(timing: Timing) -> Latency:
@@ -216,7 +229,16 @@ def _summary(
     return found | ({"note": note} if note else {})
 
 
-def _read(path: Path, what: str) -> dict[str, Any]:
+_MANIFEST_KEYS = {"run": str, "target": str, "precision": str, "sha256": dict, "predicted_us": dict, "latency_source": str}
+_ANSWER_KEYS = {"facts": dict, "bench": dict, "profile": dict}
+_FACTS = ("arch", "runtime", "version")
+
+
+def _damaged(what: str, why: str, path: Path) -> UsageError:
+    return UsageError(f"damaged {what}: {why}", at=str(path), fix="copy the file again from where it was written")
+
+
+def _read(path: Path, what: str, keys: Mapping[str, type]) -> dict[str, Any]:
     try:
         state = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -224,5 +246,11 @@ def _read(path: Path, what: str) -> dict[str, Any]:
         fix = f"give the folder of a run's bundle, with the {ANSWER} that its measuring script wrote on the device"
         raise UsageError(f"cannot read the {what}: {why}", at=str(path), fix=fix) from error
     if not isinstance(state, dict):
-        raise UsageError(f"the {what} is damaged: a {type(state).__name__}, not an object", at=str(path), fix="copy it again")
+        raise _damaged(what, f"a {type(state).__name__}, not an object", path)
+    if "schema" in state and state["schema"] != SCHEMA:
+        return state  # of another version, which is said of both files together
+    wrong = [key for key, kind in keys.items() if not isinstance(state.get(key), kind)]
+    wrong += [f"facts.{key}" for key in _FACTS if isinstance(state.get("facts"), dict) and key not in state["facts"]]
+    if wrong:
+        raise _damaged(what, f"there is no fitting {', '.join(wrong)}", path)
     return state

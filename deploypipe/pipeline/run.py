@@ -60,8 +60,6 @@ class Run:
         self.loaded, self.data, self.inputs, self.graph = found.loaded, found.data, found.inputs, found.graph
         self.dense_key = [self.loaded.key, self.graph.fingerprint]
 
-    # ---- stages ----------------------------------------------------------------------------------------------------
-
     @cached_property
     def table(self) -> Kept[LatencyTable]:
         """Latency of every kernel at every width that may be chosen."""
@@ -242,8 +240,6 @@ class Run:
         key, models = [self.dense_key, self.data.key], (self.loaded.model, self.tuned)
         return self.elsewhere.outcomes(self.store, *models, self.loaded.example, self.inputs, key)
 
-    # ---- what the stages share -------------------------------------------------------------------------------------
-
     def _small(self, weights: Path) -> nn.Module:
         return saved.restore(self.loaded.model, self.graph, self.plan.value, weights)
 
@@ -262,8 +258,9 @@ class Run:
             device.runner.close()
 
     def _stages(self) -> list[Kept[Any]]:
-        order: list[Kept[Any] | None] = [self.table if self.request.metric == "latency" else None, self.trained, self.plan]
-        order += [self.compacted, self.started, self.tuned, *self.artifacts.values()]
+        order: list[Kept[Any] | None] = [self.table if self.request.metric == "latency" else None]
+        order += [self.artifact("dense"), self.trained, self.plan]  # what cannot be exported is found before any training
+        order += [self.compacted, self.started, self.tuned, self.artifact("pruned")]
         order += [self.checks, self.latencies, self.accuracies, self.arms, self.bundle, *self.outcomes]
         return [stage for stage in order if stage]
 

@@ -129,3 +129,45 @@ def test_a_model_made_for_other_classes_is_told_of(classes: int, told: bool) -> 
     notes = given(Request(data=(data, data)), Silent()).loaded.notes
     assert [note for note in notes if f"10 outputs, the data {classes} classes" in note] == list(notes)
     assert bool(notes) == told
+
+
+def digits(n: int = 40, **changed: torch.Tensor) -> TensorDataset:
+    return TensorDataset(changed.get("x", torch.zeros(n, 1, 16, 16)), changed.get("y", torch.arange(n) % 10))
+
+
+def nan_at(place: int) -> torch.Tensor:
+    images = torch.zeros(40, 1, 16, 16)
+    images[place] = float("nan")
+    return images
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "words"),
+    [
+        (digits(), digits(y=torch.arange(40) % 10 + 1), "label 10 is out of range"),
+        (digits(), digits(y=torch.arange(40) % 10 - 1), "label -1 is out of range"),
+        (digits(), digits(x=torch.zeros(40, 3, 16, 16)), "samples of shape (3, 16, 16), where training has (1, 16, 16)"),
+        (digits(), digits(x=torch.zeros(40, 1, 20, 20)), "samples of shape (1, 20, 20)"),
+        (digits(), digits(x=nan_at(39)), "sample 39 holds NaN"),
+        (digits(x=nan_at(13)), digits(), "sample 13 holds NaN"),
+    ],
+)
+def test_samples_that_do_not_fit_are_found_at_the_start(train: TensorDataset, test: TensorDataset, words: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        given(Request(data=(train, test)), Silent())
+    assert words in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("x = torch.nn.functional.dropout(x, 0.5)", "forward draws"),
+        ("x = x / 0", "outputs are not finite"),
+        ("x = self.a(x).detach().mean((2, 3)); return x @ torch.ones(8, 10)", "no gradient flows"),
+    ],
+)
+def test_a_forward_that_cannot_be_judged_or_trained_is_told_at_the_start(tmp_path: Path, line: str, words: str) -> None:
+    path = tmp_path / "net.py"
+    path.write_text(MODEL.format(default="=1", first=line).replace(", torch.ones(1, 8))", ",)"))
+    with pytest.raises(ModelError, match=words):
+        given(Request(model=f"{path}:make"), Silent(), trains=True)

@@ -191,7 +191,7 @@ def test_package_spec_and_neighbour_import(tmp_path, monkeypatch):
     assert "nets" in error_of("pkg_of_test.net:pair").message or "pkg_of_test.net" in error_of("pkg_of_test.net:pair").message
 
 
-@pytest.mark.parametrize("wrap", ["plain", "nested", "module.", "_orig_mod.module.", "nested module."])
+@pytest.mark.parametrize("wrap", ["plain", "nested", "module.", "_orig_mod.module.", "nested module.", "nested twice", "net."])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_weights_files(net, tmp_path, wrap, suffix):
     trained = {name: torch.full_like(tensor, 3) for name, tensor in load_model(f"{net}:plain").model.state_dict().items()}
@@ -201,7 +201,8 @@ def test_weights_files(net, tmp_path, wrap, suffix):
     if suffix == ".safetensors":
         save_file(state, path)
     else:
-        torch.save({"epoch": 3, "state_dict": state} if "nested" in wrap else state, path)
+        nested = {"epoch": 3, "state_dict": state} if "nested" in wrap else state
+        torch.save({"model": nested} if "twice" in wrap else nested, path)
     model = load_model(f"{net}:plain", path).model
     assert all(bool((parameter == 3).all()) for parameter in model.parameters())
     assert bool((model.norm.running_var == 3).all())
@@ -236,6 +237,39 @@ def test_weights_that_cannot_be_used(net, tmp_path):
     missing = error_of(spec, tmp_path / "garbag.pt")
     assert isinstance(missing, UsageError)
     assert "'garbage.pt'" in missing.fix
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.to(torch.int32), "conv.bias whole numbers instead of float"),
+        (lambda t: t.to(torch.complex64), "conv.bias complex instead of float"),
+        (lambda t: t.to_sparse(), "conv.bias sparse float instead of float"),
+        (lambda t: torch.full_like(t, float("inf")).to(torch.float8_e5m2), "not finite: conv.bias"),
+    ],
+)
+def test_weights_of_another_kind_are_refused(net, tmp_path, change, words):
+    state = load_model(f"{net}:plain").model.state_dict()
+    torch.save({**state, "conv.bias": change(state["conv.bias"])}, tmp_path / "w.pt")
+    assert words in error_of(f"{net}:plain", tmp_path / "w.pt").message
+
+
+def test_an_empty_weights_file_is_called_so(net, tmp_path):
+    torch.save({}, tmp_path / "w.pt")
+    assert error_of(f"{net}:plain", tmp_path / "w.pt").message == "the weights file is empty"
+
+
+def test_compiled_modules_are_unwrapped_or_refused(tmp_path):
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def plain():\n    net = nn.Sequential(nn.Conv2d(3, 4, 3)); net.input_size = 8; return net\n"
+        "def wrapped(): return torch.compile(plain())\n"
+        "def paired(): return torch.compile(plain()), torch.zeros(1, 3, 8, 8)\n"
+        "def scripted(): return torch.jit.script(plain())\n"
+    )
+    for name in ("wrapped", "paired"):
+        assert type(load_model(f"{tmp_path / 'net.py'}:{name}").model) is nn.Sequential
+    assert "TorchScript" in error_of(f"{tmp_path / 'net.py'}:scripted").message
 
 
 def test_a_pickle_in_a_weights_file_is_not_executed(net, tmp_path):

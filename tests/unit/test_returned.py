@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from deploypipe.errors import UsageError
 from deploypipe.graph import trace
 from deploypipe.latency.estimate import estimated
 from deploypipe.latency.table import LatencyTable
 from deploypipe.pipeline.absent import BY_OWNER, RETURNED, Absent
 from deploypipe.pipeline.artifacts import bench_stage, file_notes
+from deploypipe.pipeline.returned import import_results
 from deploypipe.store import Kept, Store
 from deploypipe.targets import load_target
 
@@ -84,3 +86,39 @@ def test_a_run_s_own_table_is_used_where_it_applies(tmp_path: Path, monkeypatch:
     assert not marked(graphs[1]), "the user has edited the model"
     assert not marked(graphs[0], "auto"), "it does not price 2:4 weights"
     assert not marked(graphs[0], target="jetson-orin-nano")
+
+
+MANIFEST = {"schema": 1, "run": "nowhere", "target": JETSON, "precision": "fp16", "sha256": {"dense": "a"}, "predicted_us": {}}
+WHOLE = MANIFEST | {"latency_source": "estimated"}
+
+
+@pytest.mark.parametrize(
+    ("manifest", "answer", "words"),
+    [
+        ({"schema": 1}, {}, "damaged bundle: there is no fitting run, target"),
+        ([], {}, "damaged bundle: a list"),
+        (
+            WHOLE,
+            {"sha256": {"dense": "a"}},
+            "damaged results: there is no fitting facts, bench",
+        ),
+        (
+            WHOLE,
+            {"sha256": {"dense": "a"}, "facts": {"arch": "aarch64"}, "bench": {}, "profile": {}},
+            "damaged results: there is no fitting facts.runtime, facts.version",
+        ),
+        (WHOLE, {"facts": "x", "bench": {}, "profile": {}}, "there is no fitting facts"),
+    ],
+)
+def test_a_damaged_import_is_the_file_s_fault(tmp_path: Path, manifest: object, answer: object, words: str) -> None:
+    (tmp_path / "bundle.json").write_text(json.dumps(manifest))
+    (tmp_path / "results.json").write_text(json.dumps(answer))
+    with pytest.raises(UsageError) as caught:
+        import_results(tmp_path)
+    assert words in caught.value.message
+
+
+def test_an_import_of_a_folder_that_is_not_there_names_it(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        import_results(tmp_path / "nothere")
+    assert caught.value.message == f"there is no '{tmp_path / 'nothere'}'"
