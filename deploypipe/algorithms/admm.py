@@ -7,9 +7,10 @@ Mishra et al., Accelerating Sparse Deep Neural Networks, 2021, arXiv:2104.08378.
 Deviations: one projection for each group of coupled channels, over the slices of all its layers together, where the paper
 projects layer by layer; behind a batch norm the filter's scale and shift belong to its slice, because the filter alone can be
 scaled at will. The cardinalities are not set by hand: structured ones follow from the budget by the allocator, with the norms
-of the trained model, and are chosen anew after training, when all but the allowed channels are near zero; unstructured ones are
-the same share of every layer. rho is of the order of the curvature and grows (the paper's 1e-4 goes with 150,000 steps of
-Adam); the learning rate decays once over the whole training instead of within every outer iteration. Retraining the survivors
+of the trained model, and are chosen anew after training, when all but the allowed channels are near zero; unstructured ones
+are the same share of every layer. rho is of the order of the curvature and grows (the paper's 1e-4 goes with 150,000 steps of
+Adam); the learning rate decays once over the whole training instead of within every outer iteration. How many epochs the pull
+lasts is an option, not a test of the gap. Without a batch norm a filter's bias belongs to its slice. Retraining the survivors
 is the fine-tuning that follows. 2:4 covers the layers whose shapes sparse tensor cores take, without a channel permutation.
 """
 

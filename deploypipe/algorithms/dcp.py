@@ -5,13 +5,14 @@ Zhuang et al., Discrimination-aware Channel Pruning for Deep Neural Networks, Ne
 `L = L_M + lambda L_S`, the error of the layer's output and the loss of the next classifier.
 
 Deviations: how many channels each group keeps is not a fixed rate or a stopping rule but decided for all groups at once by the
-allocator, which is handed the joint loss at every width as a share of the loss with none; therefore every group is judged on
-the trained model with all others whole, and not one after the other. The classifiers are trained with the model stage by stage,
-in one step with the final loss where the paper takes two, and fitted anew on the fixed model before the selection. Several
-layers that read a group are judged together: errors are summed, the gradient's norm is taken over all of them. Residual trunks
-are pruned, too. An eighth of the channels joins at a time, and Adam adapts what is in over some hundred images (the paper: SGD
-over all of them for every single channel). The weights that were adapted during selection only serve to judge; after compaction
-the layers rescale their inputs by least squares on the dense model's outputs.
+allocator, which is handed the joint loss at every width as a share of the loss with none (made to fall with the width
+throughout); therefore every group is judged on the trained model with all others whole, and not one after the other. The
+classifiers are trained with the model stage by stage, in one step with the final loss where the paper takes two, and fitted
+anew on the fixed model before the selection. Several layers that read a group are judged together: errors are summed, the
+gradient's norm is taken over all of them. Residual trunks are pruned, too. An eighth of the channels joins at a time, and Adam
+adapts what is in over some hundred images (the paper: SGD over all of them for every single channel). The weights that were
+adapted during selection only serve to judge; after compaction the layers rescale their inputs by least squares on the dense
+model's outputs.
 """
 
 from dataclasses import dataclass

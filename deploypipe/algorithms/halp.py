@@ -7,7 +7,8 @@ dynamic programming over such marginal costs, and corrects afterwards. Here the 
 together, so that the predicted latency is that of the network that comes out, and prefixes are chosen by construction. Blocks
 of channels are the steps between the widths that the table offers. The first layer is pruned like any other. Channels without
 a batch norm are judged by the sum of w dE/dw of their filters, the bias included. The weights that adapt while the schedule
-runs only serve to judge: the plan is carried out on the trained weights and fine-tuned afterwards.
+runs, on images that are not augmented and without weight decay, only serve to judge: the plan is carried out on the trained
+weights and fine-tuned afterwards.
 """
 
 from collections.abc import Mapping

@@ -5,12 +5,12 @@ rewinding: Frankle et al., Linear Mode Connectivity and the Lottery Ticket Hypot
 
 Deviations: the budget decides how much stays, and every round removes the same share of what is left on the way there (of the
 cost that the budget counts; with --metric params of the weights, as in the paper). The training of the last ticket is the
-fine-tuning of the run, which the dense model teaches unless `--no-distill` says otherwise.
-Every training starts its learning rate and optimizer anew, also one that starts from rewound weights.
-`start=given` takes the loaded weights for those of the start; a survivor that is zero there is set to the smallest number there
-is, because zero means pruned from then on. One weight of every layer survives in any case. Biases and norms
-are never pruned. The three controls keep the masks of the last round: `reinit` draws new weights, `random-mask` puts as many
-survivors of each layer elsewhere, `finetune` does not go back.
+fine-tuning of the run, which the dense model teaches unless `--no-distill` says otherwise. Every training starts its learning
+rate and optimizer anew, also one that starts from rewound weights. `start=given` takes the loaded weights for those of the
+start; a survivor that is zero there is set to the smallest number there is, because zero means pruned from then on. One weight
+of every layer survives in any case. Biases and norms are never pruned, and the output layer is pruned like any other (the
+paper: at half the rate). The three controls keep the masks of the last round: `reinit` draws new weights, `random-mask` puts
+as many survivors of each layer elsewhere, `finetune` does not go back.
 """
 
 import copy

@@ -3,12 +3,12 @@
 Li et al., Revisiting Random Channel Pruning for Neural Network Compression, CVPR 2022, arXiv:2205.05676, section 3; the
 authors' repository holds no code.
 
-Deviations: the number of networks, the smallest keep ratio and the tolerance are our choices. A network is taken if its
-cost is at most the budget and at least `1 - tolerance` of it; ratios are never rescaled to fit, but while hardly any draw
-fits, both ends of the range are lowered by a fifth; where widths are too coarse for the tolerance, the nearest ones below the
-budget are taken. Networks are judged on held-out training images after renewing their batch norm statistics; the least
-squares update of weights, an option of the paper, is left to fine-tuning. If no draw fits at all, the cheapest widths are
-taken.
+Deviations: the number of networks, the smallest keep ratio and the tolerance are our choices. A network is taken if its cost
+is at most the budget and at least `1 - tolerance` of it; ratios are never rescaled to fit, but while hardly any draw fits,
+both ends of the range are lowered by a fifth; where widths are too coarse for the tolerance, the nearest ones below the budget
+are taken. Networks are judged on held-out training images after renewing their batch norm statistics; the least squares update
+of weights, an option of the paper, is left to fine-tuning. If no draw fits at all, the cheapest widths are taken. Which
+channels of a group stay is told by a criterion that reads weights alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -6,11 +6,13 @@ Deviations: there is no public code, and the form of the penalty is our choice: 
 channel stays, raised from 0 in the first 15 % of the steps. Its weight follows by default from the training: long enough to
 move shifts by `reach`, and adding at most `most` to the loss at the start, since a short training that shall reach as far
 would unlearn what the weights know. The temperature falls from 1 to 0.1 in the last third. The mask stands behind the batch
-norm instead of behind the ReLU, which is the same, since it is not negative. Coupled channels share one mask, from the sum of
-the independent normal terms that they are made of (behind a depthwise layer: of its own norm). Groups whose readers see
-negative values have no ReLU and stay whole; so do residual sums to which a shortcut without a batch norm adds, since no mask
-could be folded into it. Training goes on from the user's model. What is left of the masks is folded into the batch norms. How
-many channels of a group stay is left to the exact allocator, by the share of its probabilities: one threshold on them
+norm instead of behind the ReLU, which is the same, since it is not negative (behind a ReLU6 nearly: large values are cut off
+later). What a norm puts out is taken to be normally distributed, without a test of it; a channel whose probability is below
+1e-6, or as near to 1, is decided and has no gradient any more. Coupled channels share one mask, from the sum of the
+independent normal terms that they are made of (behind a depthwise layer: of its own norm). Groups whose readers see negative
+values have no ReLU and stay whole; so do residual sums to which a shortcut without a batch norm adds, since no mask could be
+folded into it. Training goes on from the user's model. What is left of the masks is folded into the batch norms. How many
+channels of a group stay is left to the exact allocator, by the share of its probabilities: one threshold on them
 (`widths=threshold`) compares layers whose channels pass a ReLU more or less often in any trained network, deep ones rarely,
 and needs a training that is long enough to decide them all.
 """

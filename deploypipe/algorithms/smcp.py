@@ -5,10 +5,10 @@ Humble et al., Soft Masking for Cost-Constrained Channel Pruning, ECCV 2022, arX
 Deviations: groups are those of the channel graph: all layers that read the same channels, with everything that makes them. The
 multiple-choice knapsack is our exact allocator, which prices both ends of a layer together; every group keeps at least its
 narrowest legal width, and blocks do not vanish. Training goes on from the user's model, and the optimizer is the run's. Scales
-of batch norms are not changed with the masks (an option of the authors' code, off by default there too). At the end masked
-weights are set to zero, so that what was masked last scores lowest. Filters that are masked count in the importance of what
-they read, and importance is by default the sum of |w|, as in the authors' code; the paper's gradient
-term is `importance=taylor`.
+Masked weights have the run's weight decay on top of `decay`. Scales of batch norms are not changed with the masks (an option
+of the authors' code, off by default there too). At the end masked weights are set to zero, so that what was masked last scores
+lowest. Filters that are masked count in the importance of what they read, and importance is by default the sum of |w|, as in
+the authors' code; the paper's gradient term is `importance=taylor`.
 """
 
 from collections.abc import Mapping

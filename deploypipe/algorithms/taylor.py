@@ -9,7 +9,8 @@ number of those layers, as the paper divides that of a stage's trunk by its bloc
 step; here the cost falls by equal amounts, and one threshold over all groups leaves each its narrowest legal width; what it
 leaves of the budget is filled with the channels that come next. The second order takes the diagonal of the Hessian from random
 probes averaged over the batches of a step (0 probes: exactly, one backward pass for each channel). Weights that adapt
-meanwhile only serve to judge: the plan is carried out on the trained weights and fine-tuned afterwards.
+meanwhile, on images that are not augmented and without weight decay, only serve to judge: the plan is carried out on the
+trained weights and fine-tuned afterwards.
 """
 
 from collections.abc import Callable, Mapping

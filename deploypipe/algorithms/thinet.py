@@ -7,7 +7,9 @@ Deviations: all groups are judged on the trained model at once and their widths 
 handed the measured error of every width after rescaling (the paper fixes one ratio for all layers and fine-tunes between
 layers). Where several layers read a group, their relative errors are added; residual trunks are pruned too. The greedy steps
 work on the Gram matrix of the contributions, which gives the running sums exactly. The rescaling is done for all layers after
-compaction, in forward order, on what the corrected layers before deliver, so that later layers make up for earlier ones.
+compaction, in forward order, on what the corrected layers before deliver, so that later layers make up for earlier ones; it
+reads at most 500 images, with more locations of each, and states batch norms anew in the statistics that they meet, with the
+same function.
 """
 
 from collections.abc import Mapping, Sequence
