@@ -20,6 +20,7 @@ TWO_FOUR, BY_CHOICE = "2:4", "auto"
 PATTERNS = ("", TWO_FOUR, BY_CHOICE)
 VALUES = ("scores", "taylor", "measured")
 KEPT_BY_USER = "kept whole by --keep"
+_TOLD_APART = 3  # last parts of a path in the name of a run folder
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Request:
         if (
             self.out is not None and not str(self.out).strip()
         ):  # as an unset shell variable gives: it would be the current folder
-            raise UsageError("the run folder has no name", at="--out", fix="name a folder, or leave --out out")
+            raise UsageError("the run folder has no name", at="--out", fix="name a folder, or give no --out")
         if isinstance(self.keep, str):
             raise UsageError(f"the groups to keep are '{self.keep}'", at="keep", fix=f'give them as a tuple: ("{self.keep}",)')
         if not self.value and self.algo != AUTO:
@@ -105,7 +106,9 @@ class Request:
         """Where the run is kept."""
         if self.out is not None:
             return Path(os.path.expanduser(self.out))  # noqa: PTH111 - Path's own raises where there is no such user
-        parts = (Path(self.model).name, Path(self.target).stem, self.host or "", self.algo, self.budget)
+        model = "-".join(Path(self.model).parts[-_TOLD_APART:])  # many files are called model.py
+        metric = self.metric if self.metric != "latency" else ""
+        parts = (model, Path(self.target).stem, self.host or "", self.algo, metric, self.budget)
         return Path("runs") / re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(filter(None, parts))).strip("-")
 
     @property
