@@ -109,7 +109,7 @@ class Request:
         model = "-".join(Path(self.model).parts[-_TOLD_APART:])  # many files are called model.py
         metric = self.metric if self.metric != "latency" else ""
         parts = (model, Path(self.target).stem, self.host or "", self.algo, metric, self.budget)
-        return Path("runs") / re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(filter(None, parts))).strip("-")
+        return Path("runs") / re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(filter(None, parts))).strip("-.")
 
     @property
     def asked(self) -> tuple[str, str, str]:
