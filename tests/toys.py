@@ -448,6 +448,38 @@ def slice_by_share() -> Toy:
     return Fn(f, stem=cbr(3, 8), head=head(8)), (image(),)
 
 
+def scaled_by_widths(scale: Callable[[int, int], float]) -> Toy:
+    def f(m: Any, x: Tensor) -> Tensor:
+        y, z = m.a(x), m.b(x)
+        return m.head(m.c(y) + m.d(z) * scale(y.shape[1], z.shape[1]))
+
+    return Fn(f, a=cbr(3, 8), b=cbr(3, 4), c=cbr(8, 6), d=cbr(4, 6), head=head(6)), (image(),)
+
+
+@toy
+def scaled_by_a_share_of_a_literal() -> Toy:
+    return scaled_by_widths(lambda a, b: 24 // a)
+
+
+@toy
+def scaled_by_a_ratio() -> Toy:
+    return scaled_by_widths(lambda a, b: a // b)
+
+
+@toy
+def scaled_by_a_product() -> Toy:
+    return scaled_by_widths(lambda a, b: a * b / 32)
+
+
+@toy
+def shaped_like_another() -> Toy:
+    def f(m: Any, x: Tensor) -> Tensor:
+        y, z = m.a(x), m.b(x)
+        return m.head(m.c(y) + m.d(z.reshape(z.shape[0], y.shape[1], *z.shape[2:])))
+
+    return Fn(f, a=cbr(3, 8), b=cbr(3, 8), c=cbr(8, 6), d=cbr(8, 6), head=head(6)), (image(),)
+
+
 @toy
 def blurred() -> Toy:
     """Anti-aliased pooling as it is published: one fixed filter for each channel, as many groups as channels come in."""

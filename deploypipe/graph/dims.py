@@ -77,8 +77,8 @@ class Dim(int):
             return value
         theirs = other.source if isinstance(other, Dim) else None
         if self.source is not None and theirs is not None and theirs is not self.source:
-            self._leave("multiplied by another width")
-            self.escape(theirs, "multiplied by another width")
+            self._leave("combined with another width")
+            self.escape(theirs, "combined with another width")
         return Dim(value, self.source if self.source is not None else theirs, self.escape)
 
     def _leave(self, how: str) -> None:
