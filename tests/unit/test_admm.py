@@ -1,6 +1,7 @@
 """ADMM pruning (Zhang et al., ECCV 2018): its falsifiable tests on a network that learns."""
 
-from dataclasses import replace
+import copy
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -22,11 +23,13 @@ from deploypipe.ingredients.proximal import AdmmHook
 from deploypipe.ingredients.sparsity import NONZERO
 from deploypipe.ingredients.stacks import Stack
 from deploypipe.pipeline.training import tuning_hooks
+from deploypipe.plan import KeepPlan
 from deploypipe.testing.problems import problem_of as problem_with
 from deploypipe.training.evaluate import recalibrate
 from deploypipe.training.masked import MaskedWeights
 from deploypipe.training.settings import TrainSettings
 from deploypipe.training.trainer import Trainer
+from deploypipe.types import Graph
 from tests.toy_task import EVEN, accuracy, problem_of, toy_data, trained_net, trainer
 from tests.toys import TOYS, Fn, cbr, conv, head
 
@@ -115,6 +118,67 @@ def test_a_filter_has_the_scale_and_shift_of_its_norm_beside_it() -> None:
     assert {m.param for m in stacks["filter"].members} == {"1.0.weight", "1.1.weight", "1.1.bias"}
     assert {m.param for m in stacks["channel"].members} == {"2.0.weight"}
     assert stacks["filter"].read(dict(task.model.named_parameters())).shape == (16, 16 * 9 + 2)
+
+
+@dataclass(frozen=True)
+class Lone(MacTable):
+    """MACs, but one group alone may be narrower."""
+
+    def candidates(self, graph: Graph) -> dict[str, tuple[int, ...]]:
+        return {"1.0": (8,)}
+
+
+def split_task() -> Problem:
+    """The second layer makes channels 0 to 7 by small filters, the others by large ones; the third reads it the other way."""
+    model = copy.deepcopy(trained_net(widths=EVEN))
+    with torch.no_grad():
+        for part in (model[1][0].weight, model[1][1].weight, model[1][1].bias):
+            part[:8] *= 1e-2
+        model[2][0].weight[:, 8:] *= 1e-2
+    task = problem_of(model, 1.0, Lone())
+    return replace(task, budget=task.table.predict(task.graph, KeepPlan.of_widths({"1.0": 8})))
+
+
+class Still(Trainer):
+    """No loss and no step: what the hooks do alone."""
+
+    hooks: Any = ()
+
+    def fit(self, model: nn.Module, epochs: int, hooks: Any = (), *args: Any, **changes: Any) -> nn.Module:
+        model, self.hooks = copy.deepcopy(model), hooks
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for epoch in range(epochs):
+            for hook in hooks:
+                hook.on_batch_backward(model, epoch)
+                hook.on_epoch_end(model, epoch)
+        return model
+
+
+@pytest.mark.parametrize(("scheme", "kept"), [("filter", range(8, 16)), ("channel", range(8))])
+def test_channels_stay_by_what_makes_them_or_by_what_reads_them(scheme: str, kept: range) -> None:
+    assert make("admm", {"scheme": scheme}).plan(split_task()).keep["1.0"] == tuple(kept)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "params"), [("filter", {"1.0.weight", "1.1.weight", "1.1.bias"}), ("channel", {"2.0.weight"})]
+)
+def test_filters_are_pulled_where_they_are_made_and_channels_where_they_are_read(scheme: str, params: set[str]) -> None:
+    """At the start by rho times the weight, where it is to become zero; what stays is left alone."""
+    task, method = split_task(), make("admm", {"scheme": scheme, "train_epochs": 1, "rho": 0.5})
+    kept = torch.tensor(method.plan(task).keep["1.0"])
+    for name, parameter in method.train(task, Still(toy_data(), trainer().settings)).named_parameters():
+        pull = 0.5 * parameter.detach() if name in params else torch.zeros_like(parameter)
+        if name in params:
+            pull.index_fill_(1 if scheme == "channel" else 0, kept, 0.0)
+        torch.testing.assert_close(parameter.grad, pull)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_projections_are_as_many_epochs_apart_as_was_asked_for(every: int) -> None:
+    still = Still(toy_data(), trainer().settings)
+    make("admm", {"train_epochs": 6, "every": every}).train(split_task(), still)
+    assert len(still.hooks[0].admm.gaps) == 6 // every
 
 
 @pytest.mark.parametrize("scheme", ["filter", "channel"])

@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from deploypipe.algorithms.scores import activation_scores, entropies, summed_distances
+from deploypipe.algorithms.scores import activation_scores, data_free, entropies, summed_distances
 from deploypipe.graph import trace
 from deploypipe.pipeline.criteria import _taylor, all_scores
 from deploypipe.worth.criteria import (
@@ -115,6 +115,36 @@ def test_recommended_is_one_of_each_cluster_that_tells_channels_apart() -> None:
     words = dict(remarks(found))
     assert words["rank alike"].startswith("near, wide")
     assert "flat" in words["not applicable"]
+
+
+def test_the_overlap_is_of_the_channels_that_go() -> None:
+    """Of ten channels both drop the first three; what they would keep longest has nothing in common."""
+    a, b = np.arange(10.0), np.array([0.0, 1, 2, 9, 8, 7, 6, 5, 4, 3])
+    assert overlap(a, b, 0.3) == 1.0
+    assert overlap(a, b, 0.6) == 0.5
+    assert similarity("a", "b", {"g": a}, {"g": b}).overlap == pytest.approx(
+        (1, 1, 1, 3 / 4, 3 / 5, 3 / 6, 4 / 7, 6 / 8, 8 / 9)
+    )
+
+
+def test_filters_are_compared_with_their_median_or_with_one_another() -> None:
+    """On a line the point of the smallest summed distance is the middle one: 2 here."""
+    model = nn.Sequential(nn.Conv2d(1, 5, 1), nn.ReLU(), head(5)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([0.0, 1, 2, 3, 10])[:, None, None, None])
+    group = trace(model, (torch.randn(2, 1, 8, 8),)).group("0")
+    np.testing.assert_allclose(data_free("fermat", model, 0)(group), [2, 1, 0, 1, 8], atol=1e-3)
+    np.testing.assert_allclose(data_free("fpgm", model, 0)(group), [16, 13, 12, 13, 34], atol=1e-3)
+
+
+def test_norms_are_judged_by_their_scales_or_by_their_shifts() -> None:
+    model = nn.Sequential(cbr(3, 4), head(4)).eval()
+    with torch.no_grad():
+        model[0][1].weight.copy_(torch.tensor([1.0, -2, 3, 0]))
+        model[0][1].bias.copy_(torch.tensor([-8.0, 7, 0, 5]))
+    group = trace(model, (torch.randn(2, 3, 8, 8),)).group("0.0")
+    assert data_free("gamma", model, 0)(group).tolist() == [1, 2, 3, 0]
+    assert data_free("beta", model, 0)(group).tolist() == [8, 7, 0, 5]
 
 
 def test_clusters_are_chains() -> None:

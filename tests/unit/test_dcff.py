@@ -20,7 +20,8 @@ from deploypipe.ingredients.expand import expanded
 from deploypipe.ingredients.fusion import Fusing, even, fuse, importance, likeness, reseated, settle, sharpness
 from deploypipe.ingredients.statistics import weights
 from deploypipe.plan import KeepPlan
-from tests.toy_task import EVEN, accuracy, problem_of, trained_net, trainer
+from deploypipe.training.trainer import Trainer
+from tests.toy_task import EVEN, accuracy, net, problem_of, toy_data, trained_net, trainer
 from tests.toys import TOYS
 
 
@@ -125,6 +126,21 @@ def fused_layer() -> tuple[nn.Conv2d, nn.Conv2d]:
         whole, small = nn.Conv2d(3, 12, 3), nn.Conv2d(3, 4, 3)
     fuse(small, whole.weight.detach(), whole.bias.detach(), [0, 2, 5, 7])
     return whole, small
+
+
+def test_the_filters_least_like_the_others_are_mixed_and_chosen_anew_every_epoch() -> None:
+    """Those that stay chosen keep their place."""
+    _, layer = fused_layer()
+    model, hook = nn.Sequential(layer), Fusing({"0": [0, 2, 5, 7]}, 10)
+    original = layer.parametrizations.weight.original.detach()
+    original[[1, 4, 9, 11]] *= 10  # far from all others, and from each other
+    hook.on_train_begin(model)
+    before = hook.places["0"]
+    assert set(before) == {1, 4, 9, 11}
+    original[1] /= 10
+    original[3] *= 10
+    hook.on_epoch_end(model, 0)
+    assert hook.places["0"] == [3 if i == 1 else i for i in before]
 
 
 @pytest.mark.parametrize(("epoch", "reached"), [(0, 12), (99, 4)])
@@ -250,6 +266,62 @@ def test_groups_that_several_layers_make_stay_whole_with_the_reason() -> None:
         maker(task, graph.group("stem.0"))
     with pytest.raises(BudgetError, match="smallest reachable"):
         make("dcff").plan(replace(task, budget=1.0))
+
+
+class Still(Trainer):
+    """Goes through the epochs without a step: what fusing does alone."""
+
+    def fit(self, model: nn.Module, epochs: int, hooks: Any = (), *args: Any, **changes: Any) -> nn.Module:
+        model = copy.deepcopy(model)
+        for hook in hooks:
+            hook.on_train_begin(model)
+            for epoch in range(epochs):
+                hook.on_epoch_end(model, epoch)
+        return model
+
+
+SHARP: dict[tuple[str, float], Any] = {
+    ("even", 10.0): lambda f: even(f, 3 / 4),
+    ("paper", 1.0): lambda f: sharpness(3, 4, 1.0),
+    ("paper", 100.0): lambda f: sharpness(3, 4, 100.0),
+}
+
+
+@pytest.mark.parametrize(("temperature", "rise"), SHARP)
+def test_mixtures_are_as_sharp_as_the_options_say(temperature: str, rise: float) -> None:
+    """Of filters so small that the paper's schedule blurs them, too; the norm behind them takes every scale."""
+    model = copy.deepcopy(trained_net(widths=EVEN))
+    f = model[0][0].weight.detach().flatten(1)
+    f *= 8e-4 / torch.cdist(f, f).mean()
+    method = make("dcff", {"train_epochs": 4, "start": "trained", "temperature": temperature, "rise": rise})
+    after = method.train(problem_of(model, 0.3), Still(toy_data(), trainer().settings))
+    found = after.get_parameter("0.0.weight").detach().flatten(1)
+    found = found[(found != 0).any(1)]
+    assert 1 < len(found) < 16
+    off = {}
+    for options, sharp in SHARP.items():
+        wanted = likeness(f, sharp(f)).exp() @ f.double()
+        off[options] = float((torch.cdist(found.double(), wanted).min(1).values / found.norm(dim=1)).max())
+    assert off[temperature, rise] < 1e-5
+    assert all(far > 1e-3 for options, far in off.items() if options != (temperature, rise)), off
+
+
+def test_what_a_teacher_says_does_not_reach_the_fused_filters() -> None:
+    task, method = problem_of(trained_net(widths=EVEN), 0.3), make("dcff", {"train_epochs": 1})
+    settings = replace(trainer().settings, distill=0.9)
+    first, second = (method.train(task, Trainer(toy_data(100), settings, teacher=net(seed))) for seed in (7, 8))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_filters_that_have_likes_go_first_even_if_they_are_larger() -> None:
+    task = problem_of(trained_net(widths=EVEN))
+    model = copy.deepcopy(task.model)
+    rng = torch.Generator().manual_seed(0)
+    flat = torch.cat([5 * torch.eye(144)[[0] * 8], 3 * torch.eye(144)[1:9]]) + 0.01 * torch.randn(16, 144, generator=rng)
+    with torch.no_grad():
+        model[1][0].weight.copy_(flat.view_as(model[1][0].weight))
+    score = unlike(task, task.graph.group("1.0"), weights(model))
+    assert score[:8].max() < score[8:].min()
 
 
 def test_dead_filters_come_last() -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from deploypipe.algorithms import make
+from deploypipe.algorithms import halp, make
 from deploypipe.algorithms.base import Problem, judged
 from deploypipe.algorithms.halp import budget_at
 from deploypipe.allocation.allocate import allocate_widths, prefix_sums
@@ -21,7 +21,7 @@ from deploypipe.cost import CostTerm
 from deploypipe.count import MacTable
 from deploypipe.errors import BudgetError, NotApplicable, UsageError
 from deploypipe.graph import trace
-from deploypipe.ingredients.curvature import gates
+from deploypipe.ingredients.curvature import derivatives, gates
 from deploypipe.plan import KeepPlan
 from deploypipe.training.adapt import Adapting
 from deploypipe.types import Graph, Group, Width
@@ -300,6 +300,25 @@ def test_budgets_fall_exponentially_and_end_exactly() -> None:
     assert budgets[-1] == 123.4
     ratios = [b / a for a, b in itertools.pairwise(budgets)]
     assert ratios == pytest.approx([(123.4 / 1000) ** (1 / 7)] * 7)
+
+
+def test_channels_are_gone_from_one_step_to_the_next_as_far_as_its_budget_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step measures is the network that the last one left: zero where dropped channels are read."""
+    task, reader, costs = problem(share=0.4), {"0.0": "1.0.weight", "1.0": "3.0.weight", "3.0": "4.2.weight"}, list[float]()
+
+    def seen(model: nn.Module, units: Any) -> Any:
+        read = {name: model.get_parameter(weight).detach().transpose(0, 1).flatten(1) for name, weight in reader.items()}
+        widths = {name: int((weight != 0).any(1).sum()) for name, weight in read.items()}
+        costs.append(task.table.predict(task.graph, KeepPlan.of_widths(widths)))
+        return derivatives(model, units)
+
+    monkeypatch.setattr(halp, "derivatives", seen)
+    make("halp", {"steps": 4, "interval": 1, "batch": 16, "lr": 0}).plan(task)
+    dense = task.table.predict(task.graph)
+    budgets = [budget_at(step, 4, dense, task.budget) for step in range(5)]
+    assert len(costs) == 4
+    assert costs[0] == dense
+    assert all(after < cost <= budget for cost, budget, after in zip(costs[1:], budgets[1:], budgets[2:], strict=False))
 
 
 def test_dropped_channels_stay_out_while_the_rest_learns() -> None:

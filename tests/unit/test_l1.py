@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from deploypipe.graph import trace
 from deploypipe.ingredients.statistics import weights
 from deploypipe.plan import Certificate
 from deploypipe.types import Group
-from tests.toys import TOYS
+from tests.toys import TOYS, Fn, cbr, head
 
 
 def net(norm: bool = True) -> nn.Sequential:
@@ -135,6 +136,34 @@ def test_coupled_layers_are_averaged_after_normalisation_when_their_filters_diff
 def test_a_group_without_producer_is_not_judged() -> None:
     with pytest.raises(NotApplicable, match="no weight produces"):
         filter_norms(Group("x", 4, ()), {}, 1)
+
+
+@pytest.mark.parametrize("name", ["l1", "l2"])
+def test_what_a_width_is_worth_counts_once_for_every_layer_that_reads_it(name: str) -> None:
+    """Three layers read the first one, and miss what it loses."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        return m.head(m.out(torch.cat([m.a(x), m.b(x), m.c(x)], 1)))
+
+    torch.manual_seed(0)
+    model = Fn(forward, stem=cbr(3, 4), a=cbr(4, 2), b=cbr(4, 3, 1), c=cbr(4, 2), out=cbr(7, 2), head=head(2)).eval()
+    task, method, asked = problem(model, 0.5), make(name), dict[str, Any]()
+
+    def seen(problem: Problem, orders: Orders, values: Values) -> tuple[dict[str, int], Certificate]:
+        asked.update(values)
+        return by_values(problem, orders, values)
+
+    plan = method.plan(replace(task, allocator=seen))
+    readers = {"stem.0": 3, "a.0": 1, "b.0": 1, "c.0": 1, "out.0": 1}
+    assert set(asked) == set(readers)
+    value = 0.0
+    for group, n in readers.items():
+        scores = method.score(task.graph.group(group), Statistics(task)).double().sort(descending=True).values.numpy()
+        assert asked[group] == pytest.approx(n * log_share(scores))
+        value += n * log_share(scores)[len(plan.keep[group])]
+    assert plan.certificate is not None
+    assert plan.certificate.value == pytest.approx(value)
 
 
 def test_log_share_is_scale_free_monotone_and_survives_degenerate_scores() -> None:

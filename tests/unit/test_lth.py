@@ -27,7 +27,7 @@ from deploypipe.training.masked import MaskedWeights
 from deploypipe.training.rewind import Rewind
 from deploypipe.training.settings import TrainSettings
 from deploypipe.training.trainer import Trainer
-from tests.toy_task import EVEN, problem_of, toy_data, trained_net, trainer
+from tests.toy_task import EVEN, net, problem_of, toy_data, trained_net, trainer
 from tests.toys import Fn, cbr, conv, head
 
 QUICK: dict[str, Any] = {"rounds": 3, "train_epochs": 1}
@@ -170,6 +170,33 @@ def test_controls_share_the_masks() -> None:
     shared = masks["random-mask"]["1.0.weight"]
     assert not torch.equal(shared, masks["ticket"]["1.0.weight"])
     assert torch.equal(weights_of(task, found["random-mask"])["1.0.weight"][shared], origin["1.0.weight"][shared])
+
+
+def test_without_going_back_the_survivors_keep_what_the_last_round_taught_them() -> None:
+    task, seen = small_problem(), Watched(toy_data(100), trainer().settings)
+    found = make("lth", {"rounds": 2, "train_epochs": 1, "control": "finetune"}).train(task, seen)
+    end, pruned = seen.rounds[-1][2], weights_of(task, found)
+    for name, tensor in end.state_dict().items():
+        alive = pruned[name] != 0 if name in pruned else torch.ones_like(tensor, dtype=torch.bool)
+        assert torch.equal(found.state_dict()[name][alive], tensor[alive]), name
+    origin = fresh(task.model, task.seed)
+    alive = found[1][0].weight != 0
+    assert (found[1][0].weight[alive] != origin[1][0].weight[alive]).any()
+
+
+def test_every_round_trains_for_as_many_epochs() -> None:
+    seen = Watched(toy_data(100), trainer().settings)
+    make("lth", {"rounds": 3, "train_epochs": 2}).train(small_problem(), seen)
+    assert len(seen.rounds) == 3
+    assert seen.n_epochs == 6
+
+
+def test_rounds_learn_from_the_labels_alone() -> None:
+    """What a teacher says would decide which weights are the largest in the end."""
+    task, settings = small_problem(), replace(trainer().settings, distill=0.9)
+    method = make("lth", {"rounds": 1, "train_epochs": 1, "control": "finetune"})
+    first, second = (method.train(task, Trainer(toy_data(100), settings, teacher=net(seed))) for seed in (7, 8))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
 # --- the experiment of the paper, in a second for each arm

@@ -1,13 +1,13 @@
 """NetAdapt (Yang et al., ECCV 2018): its falsifiable tests."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from deploypipe.algorithms import make, netadapt
@@ -19,6 +19,8 @@ from deploypipe.data.batches import count
 from deploypipe.errors import UsageError
 from deploypipe.graph import trace
 from deploypipe.plan import KeepPlan
+from deploypipe.training.adapt import Adapting
+from deploypipe.training.evaluate import evaluate
 from deploypipe.types import Graph, Width
 from tests.toys import TOYS
 
@@ -226,6 +228,85 @@ def test_candidates_are_judged_on_images_that_no_norm_and_no_step_has_seen(monke
     assert len(renewed) == 32
     assert judged.isdisjoint(renewed)
     assert count(task.data) == 128
+
+
+def test_short_training_never_sees_the_images_that_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms are left as they are: what is read outside of judging is read to train."""
+    task = problem(share=0.9)
+    data, judged, trained = Watched(task.data), set[int](), set[int]()
+
+    def watched(*args: Any, **named: Any) -> Any:
+        trained.update(data.read)
+        data.read.clear()
+        found = evaluate(*args, **named)
+        judged.update(data.read)
+        data.read.clear()
+        return found
+
+    monkeypatch.setattr(netadapt, "evaluate", watched)
+    make("netadapt", {**QUICK, "norm_images": 0, "steps": 2}).plan(replace(task, data=data))
+    assert len(judged) == 32
+    assert len(trained) > 64
+    assert judged.isdisjoint(trained)
+
+
+class Lone(MacTable):
+    """MACs, but one group alone may be narrower, in two steps."""
+
+    def candidates(self, graph: Graph) -> dict[str, tuple[int, ...]]:
+        return {"1.0": (4, 8, 12)}
+
+
+def two_rounds() -> Problem:
+    """A problem with one candidate in each round: 8 of 12 channels, then 4."""
+    task = problem(table=Lone(multiple=1))
+    return replace(task, budget=task.table.predict(task.graph, KeepPlan.of_widths({"1.0": 4})))
+
+
+TWO_ROUNDS = {**QUICK, "reduction": 1e-4, "steps": 1}
+
+
+def test_candidates_that_were_trained_shortly_know_more() -> None:
+    task, found = two_rounds(), {}
+    for steps in (0, 8):
+        plan = make("netadapt", {**TWO_ROUNDS, "steps": steps, "lr": 0.1}).plan(task)
+        assert plan.certificate is not None
+        found[steps] = plan.certificate.value
+    assert found[8] > found[0] + 0.15, found
+
+
+class Turned(Adapting):
+    """The weaker a filter was, the stronger it is after training."""
+
+    def steps(self, n: int) -> Iterator[nn.Module]:
+        weight = self.model.get_parameter("1.0.weight").detach()
+        weight /= weight.square().sum((1, 2, 3), keepdim=True)
+        yield self.model
+
+
+def test_later_rounds_drop_what_is_weak_after_the_training_of_the_earlier_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(netadapt, "Adapting", Turned)
+    task = two_rounds()
+    order = task.model.get_parameter("1.0.weight").square().sum((1, 2, 3)).argsort(descending=True).tolist()
+    plan = make("netadapt", TWO_ROUNDS).plan(task)
+    assert plan.keep["1.0"] == tuple(sorted(order[4:8])), "first the strongest eight, then the weakest four of these"
+
+
+def test_every_round_trains_on_from_the_network_that_the_last_one_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, ended = list[nn.Module](), list[nn.Module]()
+
+    class Seen(Adapting):
+        def __init__(self, model: nn.Module, *rest: Any) -> None:
+            super().__init__(model, *rest)
+            begun.append(model)
+            ended.append(self.model)
+
+    monkeypatch.setattr(netadapt, "Adapting", Seen)
+    task = two_rounds()
+    make("netadapt", TWO_ROUNDS).plan(task)
+    assert len(begun) == 2
+    assert begun[0] is task.model
+    assert begun[1] is ended[0]
 
 
 class Joint(MacTable):

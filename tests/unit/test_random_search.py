@@ -3,17 +3,22 @@
 import copy
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
-from deploypipe.algorithms import make
+from deploypipe.algorithms import make, random_search
 from deploypipe.algorithms.random_search import accepted, draws
 from deploypipe.algorithms.scores import DATA_FREE
 from deploypipe.compact import compact
 from deploypipe.count import macs, params
 from deploypipe.graph import trace
 from deploypipe.plan import KeepPlan
+from deploypipe.training.evaluate import evaluate
 from tests.toy_task import net, problem_of, trained_net
 
 FAST = {"images": 200, "norm_images": 200}
@@ -60,6 +65,53 @@ def test_with_random_channels_and_one_draw_it_is_plain_random_pruning() -> None:
         assert kept <= other or other <= kept, "the same order of channels"
     again = make("random-search", {"n": 1, "criterion": "random", **FAST}).plan(replace(problem, seed=4))
     assert again.keep != plan.keep
+
+
+class Watched(Dataset[Any]):
+    """Data that remember what was read."""
+
+    def __init__(self, data: Any) -> None:
+        self.data, self.read = data, list[int]()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        self.read.append(index)
+        x, y = self.data[index]
+        return x, int(y)
+
+
+def test_networks_are_judged_on_images_that_renew_no_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of(copy.deepcopy(trained_net()), 0.4)
+    data, judged, renewed = Watched(problem.data), list[int](), set[int]()
+
+    def watched(*args: Any, **named: Any) -> Any:
+        renewed.update(data.read)
+        data.read.clear()
+        found = evaluate(*args, **named)
+        judged.append(len(data.read))
+        assert renewed.isdisjoint(data.read)
+        data.read.clear()
+        return found
+
+    monkeypatch.setattr(random_search, "evaluate", watched)
+    make("random-search", {"n": 2, "images": 150, "norm_images": 128}).plan(replace(problem, data=data))
+    assert judged == [150, 150]
+    assert len(renewed) == 128
+
+
+def test_the_statistics_that_norms_came_with_do_not_matter() -> None:
+    """Left as they were, they fit no narrow network, and the most accurate one is a matter of luck."""
+    problem = problem_of(copy.deepcopy(trained_net()), 0.4)
+    other = copy.deepcopy(problem.model)
+    for norm in (other[0][1], other[1][1], other[2][1]):
+        norm.running_mean.add_(torch.arange(len(norm.running_mean)) % 3)
+        norm.running_var.mul_(4.0)
+    method = make("random-search", {"n": 3, "images": 100, "norm_images": 128})
+    plans = [method.plan(replace(problem, model=model)) for model in (problem.model, other)]
+    assert plans[0].keep == plans[1].keep
+    assert plans[0].certificate.value == plans[1].certificate.value
 
 
 @pytest.mark.parametrize("share", [0.02, 0.04, 0.06])

@@ -13,11 +13,12 @@ from deploypipe.algorithms.scratch import epochs_b
 from deploypipe.compact import compact
 from deploypipe.count import macs
 from deploypipe.errors import UsageError
+from deploypipe.plan import KeepPlan
 from deploypipe.reports.render_training import arms_section, gain_text
 from deploypipe.reports.report import Arm
 from deploypipe.training.fresh import fresh
 from deploypipe.training.settings import TrainSettings
-from tests.toy_task import net, problem_of, trained_net
+from tests.toy_task import net, pictures, problem_of, trained_net
 
 
 def test_equal_computation_is_more_epochs_of_the_smaller_model() -> None:
@@ -48,6 +49,49 @@ def test_fresh_weights_know_nothing_of_their_parents_and_keep_what_is_fixed() ->
     again, other = fresh(model, 3), fresh(model, 4)
     assert torch.equal(again[0][0][0].weight, new[0][0][0].weight)
     assert not torch.equal(other[0][0][0].weight, new[0][0][0].weight)
+
+
+@pytest.mark.parametrize("name", ["scratch-e", "scratch-b"])
+def test_the_run_itself_starts_from_weights_that_know_nothing_of_their_parents(name: str) -> None:
+    problem = problem_of(copy.deepcopy(trained_net()), 0.4, seed=3)
+    method = make(name)
+    plan = method.plan(problem)
+    small = compact(problem.model, problem.graph, plan)
+    before = {key: value.clone() for key, value in small.state_dict().items()}
+    start = method.repair(small, problem, plan)
+    for key, value in start.state_dict().items():
+        assert value.shape == before[key].shape
+        if value.dim() > 1:
+            correlation = np.corrcoef(value.flatten(), before[key].flatten())[0, 1]
+            assert abs(correlation) < max(0.05, 4 / value.numel() ** 0.5), key
+    for norm in (start[0][1], start[1][1], start[2][1]):
+        assert not norm.running_mean.any()
+        assert (norm.weight == 1).all()
+    assert all(torch.equal(value, before[key]) for key, value in small.state_dict().items())
+    other = method.repair(small, replace(problem, seed=4), plan)
+    assert not torch.equal(other[0][0].weight, start[0][0].weight)
+
+
+def test_the_epochs_of_equal_computation_are_capped_in_the_run_and_beside_another_way() -> None:
+    problem = problem_of(net(), 0.4)
+    options = {"train_epochs": 10, "cap": 1.5}
+    plan = make("l2").plan(problem)
+    assert make("scratch-b", options).schedule(TrainSettings(epochs=3), problem, plan).epochs == 15
+    rivals = make("scratch-e", options).rivals(TrainSettings(epochs=3), problem, plan)
+    assert {rival.name: rival.settings.epochs for rival in rivals} == {"scratch-b": 15, "inherited": 3}
+
+
+def test_inherited_weights_are_those_that_the_inner_method_would_tune() -> None:
+    """Judged without its own repair, another method would look worse beside fresh weights than it is."""
+    problem = replace(problem_of(copy.deepcopy(trained_net()), 0.4), data=pictures(64))
+    method, inner = make("scratch-e", {"inner": "thinet"}), make("thinet")
+    plan = KeepPlan({"0.0": tuple(range(8))})
+    rivals = {rival.name: rival.start for rival in method.rivals(TrainSettings(epochs=1), problem, plan)}
+    small = compact(problem.model, problem.graph, plan)
+    for name, value in inner.repair(small, problem, plan).state_dict().items():
+        torch.testing.assert_close(rivals["inherited"].state_dict()[name], value)
+    assert not torch.allclose(rivals["inherited"][1][0].weight, small[1][0].weight)
+    assert not torch.allclose(rivals["inherited"][1][0].weight, rivals["scratch-b"][1][0].weight)
 
 
 def test_the_plan_is_that_of_the_inner_method() -> None:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from deploypipe.algorithms import make
-from deploypipe.algorithms.smcp import SoftMasking, input_importance, schedule
+from deploypipe.algorithms.base import Problem
+from deploypipe.algorithms.smcp import Smcp, SoftMasking, input_importance, schedule
 from deploypipe.compact import masked_slots
 from deploypipe.count import MacTable
 from deploypipe.ingredients.statistics import weights
@@ -130,6 +132,63 @@ def test_importance_is_of_all_readers_signed_before_the_absolute_value() -> None
     worth = {"1.0.weight": torch.randn(24, 16, 3, 3, generator=torch.Generator().manual_seed(0))}
     expected = worth["1.0.weight"].sum((0, 2, 3)).abs().double()
     torch.testing.assert_close(input_importance(group, worth), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("importance", "kept"), [("magnitude", range(12, 24)), ("taylor", range(12))])
+def test_channels_are_chosen_by_their_weights_or_by_what_the_loss_would_lose(importance: str, kept: range) -> None:
+    """Large weights whose products with their gradients cancel lose nothing."""
+    model = copy.deepcopy(trained_net())
+    task = problem_of(copy.deepcopy(model), 1.0, Only(choice=("1.0", 12)))
+    problem = replace(task, budget=task.table.predict(task.graph, KeepPlan.of_widths({"1.0": 12})))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    weight = model[2][0].weight
+    with torch.no_grad():
+        weight[:, :12], weight[:, 12:] = 0.01, 1.0
+        weight.grad[:, :12], weight.grad[:16, 12:], weight.grad[16:, 12:] = 1.0, 5.0, -5.0
+    hook = SoftMasking(make("smcp", {"importance": importance, "decay": 0}), problem, [0])
+    hook.on_batch_backward(model, 0)
+    assert hook.plan.keep["1.0"] == tuple(kept)
+
+
+class Hundred(Trainer):
+    """Goes through a hundred steps and learns nothing."""
+
+    at = -1
+
+    def n_steps(self, epochs: int) -> int:
+        return 100
+
+    def fit(self, model: nn.Module, epochs: int, hooks: Any = (), *args: Any, **changes: Any) -> nn.Module:
+        model = copy.deepcopy(model)
+        for self.at in range(100):
+            for hook in hooks:
+                hook.on_batch_backward(model, self.at)
+        return model
+
+
+@pytest.mark.parametrize(
+    ("warmup", "cooldown", "every", "steps"),
+    [(0.2, 0.3, 10, [20, 30, 40, 50, 60]), (0.0, 0.0, 25, [0, 25, 50, 75]), (0.5, 0.1, 20, [50, 70])],
+)
+def test_choices_begin_after_the_warm_up_and_end_before_the_cool_down(
+    warmup: float, cooldown: float, every: int, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what separates their budgets from one to the next, each has the same share less than the one before."""
+    problem, found = problem_of(net(), 0.5), list[tuple[int, float]]()
+    trainer = Hundred(toy_data(), SETTINGS)
+
+    def chosen(method: Smcp, asked: Problem, worth: object) -> KeepPlan:
+        found.append((trainer.at, asked.budget))
+        return KeepPlan({})
+
+    monkeypatch.setattr(Smcp, "chosen", chosen)
+    make("smcp", {"warmup": warmup, "cooldown": cooldown, "every": every}).train(problem, trainer)
+    assert [step for step, _ in found] == steps
+    dense = problem.table.predict(problem.graph)
+    falls = -np.diff([dense, *(budget for _, budget in found)])
+    assert falls.sum() == pytest.approx(dense - problem.budget)
+    assert falls[1:] / falls[:-1] == pytest.approx(np.full(len(steps) - 1, np.exp(-0.05)))
 
 
 def test_the_choice_is_the_best_knapsack_and_keeps_at_least_one_channel() -> None:
