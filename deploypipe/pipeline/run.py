@@ -223,7 +223,7 @@ class Run:
 
     @cached_property
     def accuracies(self) -> Kept[dict[str, Any]]:
-        """The one time that the test set is read."""
+        """The one time that anything is judged on the test set."""
         models = {"dense": self.loaded.model, "compacted": self.compacted.value, "pruned": self.tuned.value}
         models |= {MASKED: self.started.value} if self.started is not self.compacted else {}
         return accuracy_stage(self.store, models, self.data, [self.tuned, self.dense_key, self.data.key], self.reporter)
