@@ -288,3 +288,35 @@ def test_a_reader_may_be_called_by_name_and_one_without_a_layer_is_told() -> Non
     graph = problem_of(bare).graph
     with pytest.raises(NotApplicable, match="no plain convolution"):
         Mask.of(bare, graph, graph.group("first.0"))
+
+
+def test_while_training_all_norms_of_a_group_meet_the_same_sample() -> None:
+    """Before and behind a depthwise layer: with draws of their own a channel would be on only if both let it pass."""
+    torch.manual_seed(0)
+    model, example = TOYS["depthwise"]()
+    graph = trace(model, example)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.uniform_(-0.5, 0.5)
+    masks, _ = judged(graph, lambda group: Mask.of(model, graph, group))
+    hook, plain, gated = SoftMasks(masks, 0.0, 10), dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    names = [f"{i}.1" for i in range(4)]
+
+    def listen(into: dict[str, torch.Tensor]) -> None:
+        for name in names:
+            norm = model.get_submodule(name)
+            norm.register_forward_hook(lambda m, args, out, name=name: into.update({name: out.detach().clone()}))
+
+    listen(plain)
+    hook.on_train_begin(model)
+    listen(gated)
+    samples = list[torch.Tensor]()
+    for _ in range(2):
+        model.train()(torch.randn(16, 3, 8, 8))
+        factors = {name: gated[name].abs().mean((0, 2, 3)) / plain[name].abs().mean((0, 2, 3)) for name in names}
+        torch.testing.assert_close(factors["0.1"], factors["1.1"])
+        torch.testing.assert_close(factors["2.1"], factors["3.1"])
+        samples.append(factors["0.1"])
+    assert (samples[0] - samples[1]).abs().max() > 0.05, "and another one in every pass"

@@ -14,10 +14,11 @@ from deploypipe.errors import NotApplicable
 from deploypipe.graph import trace
 from deploypipe.ingredients.gates import norms_of
 from deploypipe.training.evaluate import evaluate
-from deploypipe.training.settings import TrainSettings
+from deploypipe.training.settings import TrainHook, TrainSettings
 from deploypipe.training.trainer import Trainer
+from deploypipe.types import Graph
 from tests.toy_task import net, problem_of, toy_data, trained_net
-from tests.toys import TOYS
+from tests.toys import TOYS, head
 
 SETTINGS = TrainSettings(lr=0.05, batch_size=50, distill=0.0)
 
@@ -138,3 +139,42 @@ def test_only_scales_that_may_go_are_penalised() -> None:
     assert "lambda=0.0001" in seen[0].key
     assert "1.1" not in seen[0].key.split(" on ")[1].split(",")
     assert "0.1" in seen[0].key
+
+
+def penalised(model: nn.Module, graph: Graph) -> dict[str, torch.Tensor]:
+    """Return what the penalty alone adds to the gradient of every norm's scale, by name."""
+    seen: list[TrainHook] = []
+    own = Trainer(toy_data(64), SETTINGS)
+    own.fit = lambda model, epochs, hooks=(), *args, **changes: seen.extend(hooks) or model  # type: ignore[method-assign]
+    make("slimming", {"lambda": 0.5}).train(replace(problem_of(net()), model=model, graph=graph), own)
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    for norm in norms.values():
+        norm.weight.grad = torch.zeros_like(norm.weight)
+    seen[0].on_batch_backward(model, 0)
+    return {name: norm.weight.grad.clone() for name, norm in norms.items()}
+
+
+def test_every_norm_that_a_coupled_channel_passes_is_penalised() -> None:
+    model, example = TOYS["residual"]()
+    found = penalised(model, trace(model, example))
+    assert set(found) == {"stem.1", "b1.1", "b2.1", "d1.1", "d2.1"}
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, 0.5 * model.get_submodule(name).weight.detach().sign())
+
+
+def test_in_a_norm_behind_a_concat_only_the_slots_that_may_go_are_penalised() -> None:
+    """The trap: the other slots belong to a group that stays whole, and their scales would shrink for nothing."""
+
+    class Behind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1)
+            self.norm, self.head = nn.BatchNorm2d(9), head(9)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.norm(torch.cat([self.a(x), self.b(x)], 1)).relu())
+
+    model = Behind().eval()
+    graph = trace(model, (torch.zeros(2, 3, 8, 8),)).keeping(["a"], "kept")
+    assert [group.name for group in graph.prunable] == ["b"]
+    assert penalised(model, graph)["norm"].tolist() == [0.0] * 5 + [0.5] * 4

@@ -1,6 +1,7 @@
 """ThiNet (Luo et al., ICCV 2017): its falsifiable tests."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -252,3 +253,65 @@ def test_a_group_of_which_nothing_arrives_goes_first() -> None:
     x = torch.randn(4, 3, 8, 8)
     with torch.no_grad():
         assert torch.isfinite(small(x)).all()
+
+
+def told(task: Problem, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the orders and values that the allocator gets."""
+    seen: list[dict[str, Any]] = []
+    allocator = task.allocator
+
+    def asked(problem: Problem, orders: Any, values: Any) -> Any:
+        seen.extend([dict(orders), dict(values)])
+        return allocator(problem, orders, values)
+
+    make("thinet", {"images": 64, **options}).plan(replace(task, allocator=asked))
+    return seen[0], seen[1]
+
+
+def two_readers(a: list[float], b: list[float]) -> Problem:
+    """Channel c is read by two layers with these factors; channels with equal inputs are those whose filters are equal."""
+    torch.manual_seed(0)
+    parts = {"stem": conv(3, len(a)), "a": conv(len(a), 6), "b": conv(len(b), 6)}
+    model = Fn(lambda m, x: m.head(F.relu(m.a(y := F.relu(m.stem(x))) + m.b(y))), **parts, head=head(6))
+    with torch.no_grad():
+        for layer, factors in ((model.a, a), (model.b, b)):
+            layer.weight *= torch.tensor(factors)[None, :, None, None]
+    return problem(model.eval(), 0.8)
+
+
+def test_errors_of_all_layers_that_read_a_group_are_added() -> None:
+    """Each reader ignores half of the channels, and no channel is ignored by both."""
+    orders, values = told(two_readers([0, 0, 0, 1, 1, 1], [1, 1, 1, 0, 0, 0]))
+    assert values["stem"][0] == pytest.approx(-2.0), "with no channel both outputs are lost whole"
+    assert values["stem"][-1] == pytest.approx(0.0, abs=1e-4)
+    assert (np.diff(values["stem"]) > 1e-3).all(), "every channel counts for one of them"
+    assert len(set(orders["stem"][:3].tolist()) & {0, 1, 2}) in (1, 2), "and those that stay longest serve both"
+
+
+def test_every_layer_that_reads_a_group_rescales_with_factors_of_its_own() -> None:
+    """Channel 1 is the double of channel 0: one reader makes up for it by a factor above 1, the other by one below 1."""
+    task = two_readers([1, 1, 1, 1], [1, 1, 1, 1])
+    model = task.model
+    with torch.no_grad():
+        model.stem.weight[1], model.stem.bias[1] = model.stem.weight[0], model.stem.bias[0]
+        model.a.weight[:, 1] = 0.3 * model.a.weight[:, 0]
+        model.b.weight[:, 1] = -0.3 * model.b.weight[:, 0]
+    orders, values = told(task)
+    assert orders["stem"][-1] == 1
+    assert values["stem"][3] == pytest.approx(0.0, abs=1e-4)
+    assert values["stem"][2] < -0.02
+
+
+def test_after_repair_norms_hold_the_statistics_that_they_meet() -> None:
+    """Else the first step of fine-tuning, or renewed statistics, would undo what was fitted to the old ones."""
+    model = net()
+    task = problem(model)
+    plan = KeepPlan({"0": (0, 2, 5, 6)})
+    repaired: Any = make("thinet", {"images": 64}).repair(compact(model, task.graph, plan), task, plan)
+    met: list[Tensor] = []
+    repaired[4].register_forward_pre_hook(lambda m, args: met.append(args[0]))
+    with torch.no_grad():
+        repaired(data().tensors[0])  # type: ignore[attr-defined]
+    torch.testing.assert_close(repaired[4].running_mean, met[0].mean((0, 2, 3)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(repaired[4].running_var, met[0].var((0, 2, 3), correction=0), atol=1e-4, rtol=1e-4)
+    assert (repaired[4].running_mean - model[4].running_mean).abs().max() > 0.1
