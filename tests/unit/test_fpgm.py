@@ -1,10 +1,12 @@
 """FPGM (He et al., CVPR 2019): its falsifiable tests."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
-from torch import Tensor
+from torch import Tensor, nn
 
 from deploypipe.algorithms import make
 from deploypipe.algorithms.fpgm import SoftZero, scores_of
@@ -156,3 +158,62 @@ def test_coupled_layers_are_judged_together() -> None:
     layers = [layer[0].weight.detach().double().flatten(1) for layer in (model.stem, model.b2)]
     expected = summed_distances(layers[0]) + summed_distances(layers[1])
     np.testing.assert_allclose(scores_of(layers, group.size), expected.numpy())
+
+
+def zeroed(norm_share: float = 0.0) -> tuple[nn.Module, nn.Module]:
+    """Return the residual toy before and after five channels of its first trunk and seven of its second are set to zero."""
+    model, example = TOYS["residual"]()
+    with torch.no_grad():
+        model.b2[0].weight *= 10  # so that distances of the first layer decide nothing
+    before = copy.deepcopy(model)
+    SoftZero(trace(model, example), {"stem.0": 3, "short": 3}, norm_share).on_epoch_end(model, 0)
+    return before, model
+
+
+def gone(weight: Tensor) -> list[int]:
+    return (~weight.flatten(1).any(1)).nonzero().flatten().tolist()
+
+
+def test_in_a_coupled_group_the_same_filters_of_all_layers_are_zeroed() -> None:
+    before, after = zeroed()
+    for first, second, n in (("stem.0", "b2.0", 5), ("short", "d2.0", 7)):
+        weights = [after.get_submodule(name).weight for name in (first, second)]
+        assert len(gone(weights[0])) == n
+        assert gone(weights[0]) == gone(weights[1])
+        stays = [i for i in range(len(weights[0])) if i not in gone(weights[0])]
+        assert torch.equal(weights[0][stays], before.get_submodule(first).weight[stays])
+    assert torch.equal(after.b1[0].weight, before.b1[0].weight), "no other layer is touched"
+
+
+def test_in_a_coupled_group_the_distances_of_all_layers_decide_what_is_zeroed() -> None:
+    before, after = zeroed()
+    distances = [summed_distances(layer[0].weight.detach().double().flatten(1)) for layer in (before.stem, before.b2)]
+    assert gone(after.stem[0].weight) == sorted((distances[0] + distances[1]).argsort()[:5].tolist())
+    assert gone(after.stem[0].weight) != sorted(distances[0].argsort()[:5].tolist())
+
+
+def test_biases_go_with_their_filters() -> None:
+    before, after = zeroed()
+    assert before.short.bias.all()
+    assert (after.short.bias == 0).nonzero().flatten().tolist() == gone(after.short.weight)
+
+
+def smallest(weight: Tensor, n: int) -> list[int]:
+    return sorted(weight.flatten(1).norm(dim=1).argsort()[:n].tolist())
+
+
+def test_with_mix_alone_what_goes_has_the_smallest_norms() -> None:
+    model = net()
+    plans = {share: make("fpgm", {"norm_share": share}).plan(problem_of(model, 0.5)).keep["1.0"] for share in (0.0, 1.0)}
+    dropped = {share: sorted(set(range(24)) - set(kept)) for share, kept in plans.items()}
+    assert dropped[1.0] == smallest(model[1][0].weight, len(dropped[1.0]))
+    assert dropped[0.0] != smallest(model[1][0].weight, len(dropped[0.0]))
+
+
+def test_with_mix_alone_what_is_zeroed_while_training_has_the_smallest_norms() -> None:
+    model, own = net(), Trainer(toy_data(100), TrainSettings(lr=1e-6, batch_size=50, distill=0.0))
+    for share in (0.0, 1.0):
+        trained = make("fpgm", {"norm_share": share, "train_epochs": 1}).train(problem_of(model, 0.5), own)
+        found = gone(trained[1][0].weight)
+        assert (found == smallest(model[1][0].weight, len(found))) == (share == 1.0)
+        assert found

@@ -29,6 +29,7 @@ from deploypipe.pipeline.criteria import all_scores
 from deploypipe.plan import KeepPlan
 from deploypipe.testing.problems import problem_of as problem_with
 from deploypipe.testing.toys import cbr, conv, head
+from deploypipe.training.adapt import Adapting
 from deploypipe.training.evaluate import evaluate
 from deploypipe.training.finetune import finetune
 from deploypipe.training.settings import TrainSettings
@@ -334,3 +335,114 @@ def test_dropout_in_the_second_order_follows_the_seed_and_leaves_the_global_stat
         plans.append(make("taylor", {"on": on, "order": "second", "steps": 2, "interval": 2}).plan(problem))
         assert torch.equal(torch.get_rng_state(), before)
     assert plans[0].keep == plans[1].keep
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, np.ndarray]]:
+    """The scores that decide at every step."""
+    found: list[dict[str, np.ndarray]] = []
+
+    def spied(algorithm: object, problem: Problem, scores: dict[str, np.ndarray], *args: Any) -> KeepPlan:
+        found.append(scores)
+        return shared_out(algorithm, problem, scores, *args)
+
+    monkeypatch.setattr(sys.modules["deploypipe.algorithms.taylor"], "shared_out", spied)
+    return found
+
+
+def trunk(share: float = 0.8) -> Problem:
+    model, example = TOYS["residual"]()
+    return problem_with(model, example, share)
+
+
+def measured(problem: Problem, first: int, n: int, **options: object) -> dict[str, Tensor]:
+    """The scores of batches `first` to `first + n` of the stream that a plan meets, on weights that stay as they are."""
+    run = Adapting(problem.model, problem.data, 0.0, 16, problem.seed)
+    method = make("taylor", options)
+    found = Terms(method, method.units(run.model, problem.graph)[0], generator(0, "probes"))
+    for i, model in enumerate(run.steps(first + n)):
+        if i >= first:
+            found.add(model, run.latest)
+    return found.scores()
+
+
+@pytest.mark.parametrize("on", ["gate", "weight"])
+def test_a_step_judges_by_all_its_batches_and_divides_a_trunks_score_by_its_makers(told: list[Any], on: str) -> None:
+    problem = trunk()
+    make("taylor", {"steps": 1, "interval": 3, "batch": 16, "lr": 0, "on": on}).plan(problem)
+    expected = measured(problem, 0, 3, on=on)
+    assert set(told[0]) == set(expected) == {"stem.0", "b1.0", "short", "d1.0"}
+    for name, score in told[0].items():
+        n_makers = 2 if name in ("stem.0", "short") else 1
+        np.testing.assert_allclose(score, expected[name].numpy() / n_makers, rtol=1e-6)
+
+
+def test_nine_tenths_of_a_score_are_those_of_the_steps_before(told: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, scores = list[dict[str, Tensor]](), Terms.scores
+    monkeypatch.setattr(Terms, "scores", lambda self: seen.append(scores(self)) or seen[-1])
+    problem = trunk()
+    make("taylor", {"steps": 3, "interval": 2, "batch": 16, "lr": 0}).plan(problem)
+    expected = seen[0]["b1.0"].numpy()
+    for step in (1, 2):
+        alive = told[step]["b1.0"] >= 0
+        now = seen[step]["b1.0"].numpy()
+        expected = 0.9 * expected + 0.1 * now
+        np.testing.assert_allclose(told[step]["b1.0"][alive], expected[alive], rtol=1e-6)
+        assert alive.any()
+        assert not np.allclose(now[alive], expected[alive], rtol=0.01)
+
+
+def test_the_learning_rate_decides_how_far_the_weights_that_are_judged_adapt(told: list[Any]) -> None:
+    problem = trunk()
+    for lr in (0, 0.05):
+        make("taylor", {"steps": 1, "interval": 3, "batch": 16, "lr": lr}).plan(problem)
+    assert not np.allclose(told[0]["b1.0"], told[1]["b1.0"], rtol=0.01)
+
+
+def test_single_weights_of_all_layers_that_make_a_channel_count() -> None:
+    problem = trunk()
+    model = copy.deepcopy(problem.model)
+    x, y = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 4
+    found = terms(model, problem, [(x, y)], on="weight").scores()["stem.0"]
+    made = [getattr(model, name)[0].weight for name in ("stem", "b2")]
+    expected = [(w * w.grad).detach().double().square().flatten(1).sum(1) for w in made]
+    torch.testing.assert_close(found, expected[0] + expected[1])
+    assert all(part.any() for part in expected)
+
+
+def test_probes_of_a_diagonal_hessian_give_its_diagonal_however_many_they_are() -> None:
+    class Squares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor([1.0, 2.0, -3.0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.scale * x).square().sum()
+
+    model, x = Squares(), torch.tensor([1.0, 0.5, 2.0])
+    unit = Unit(3, [Scaled("scale", 0, torch.arange(3))])
+    for probes in (0, 1, 2, 5):
+        found = curvature(model, {"g": unit}, lambda call: call(x), probes, generator(0))["g"]
+        torch.testing.assert_close(found, torch.tensor([2.0, 2.0, 72.0]).double())
+
+
+def test_only_the_survivors_keep_their_momentum() -> None:
+    """The trap: the authors' code clears that of the channels that stay."""
+    data = TensorDataset(torch.randn(32, 4, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 3)
+    torch.manual_seed(0)
+    run = Adapting(nn.Linear(4, 3), data, 0.1, 16, 0)
+    weight, slopes, before = run.model.weight, list[Tensor](), torch.zeros(0)
+    gone, stays = torch.tensor([1, 3]), torch.tensor([0, 2])
+    for step in range(2):
+        for _ in run.steps(1):
+            slopes.append(weight.grad.clone())
+            before = weight.detach().clone()
+        if step == 0:
+            run.hold([("weight", 1, gone)])
+    moved = weight.detach() - before
+    torch.testing.assert_close(moved[:, stays], -0.1 * (0.9 * slopes[0] + slopes[1])[:, stays])
+    assert not weight[:, gone].any()
+    run.hold([])
+    for _ in run.steps(1):
+        slopes.append(weight.grad.clone())
+    torch.testing.assert_close(weight.detach()[:, gone], -0.1 * slopes[2][:, gone])
