@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from deploypipe.algorithms import make
 from deploypipe.algorithms.stages import Stages
@@ -25,7 +26,7 @@ from deploypipe.testing.problems import AlgorithmCase
 from deploypipe.testing.problems import problem_of as problem_with
 from deploypipe.training.evaluate import recalibrate
 from deploypipe.training.masked import MaskedWeights
-from tests.toy_task import EVEN, accuracy, problem_of, trained_net, trainer
+from tests.toy_task import EVEN, accuracy, net, problem_of, trained_net, trainer
 from tests.toys import Fn, conv, head
 
 QUICK: dict[str, Any] = {"train_epochs": 0, "images": 128, "heads": 1, "parts": 4}
@@ -243,3 +244,118 @@ def test_parameters_that_the_user_froze_stay_frozen() -> None:
     task.model.get_parameter("0.0.weight").requires_grad_(False)
     model = make("dkp", QUICK).train(task, trainer())
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["0.0.weight"]
+
+
+# --- what decides
+
+
+def told(task: Any, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the orders and values that the allocator of DCP gets."""
+    seen: list[dict[str, Any]] = []
+    allocator = task.allocator
+
+    def asked(p: Any, orders: Any, values: Any) -> Any:
+        seen.extend([dict(orders), dict(values)])
+        return allocator(p, orders, values)
+
+    make("dcp", {"images": 32, "heads": 0, "parts": 2, **options}).plan(replace(task, allocator=asked))
+    return seen[0], seen[1]
+
+
+def mislabelled(task: Any) -> Any:
+    images, labels = task.data.tensors
+    return replace(task, data=TensorDataset(images, (labels + 1) % 4))
+
+
+@pytest.mark.parametrize("lambda_", [0.0, 1.0])
+def test_labels_matter_by_the_weight_of_the_classifiers_loss(lambda_: float) -> None:
+    task = problem_of(net(widths=EVEN), 0.5)
+    first, second = (told(each, lambda_=lambda_)[1] for each in (task, mislabelled(task)))
+    for name, values in first.items():
+        assert np.allclose(values, second[name], atol=1e-6) == (lambda_ == 0)
+
+
+@pytest.mark.parametrize("lambda_", [0.0, 1.0])
+def test_labels_matter_to_kernels_by_the_weight_of_the_classifiers_loss(lambda_: float) -> None:
+    task = problem_of(net(widths=EVEN), 0.5, ParamTable())
+    method = make("dkp", {"train_epochs": 0, "images": 32, "heads": 0, "parts": 2, "lambda_": lambda_})
+    first, second = (method.train(each, trainer()).state_dict() for each in (task, mislabelled(task)))
+    assert all(torch.equal(first[name], second[name]) for name in first) == (lambda_ == 0)
+
+
+def test_channels_that_have_joined_adapt_and_make_up_for_those_that_have_not() -> None:
+    """The first half is the same at every learning rate; what it loses of the outputs is not."""
+    task = problem_of(net(widths=(8, 8, 8)), 0.5)
+    still, adapted = (told(task, lr=lr, images=128, lambda_=0.0) for lr in (0.0, 0.01))
+    gains = []
+    for name, values in still[1].items():
+        assert set(still[0][name][:4]) == set(adapted[0][name][:4])
+        assert values[8] == pytest.approx(0.0, abs=1e-6)
+        gains.append(adapted[1][name][4] - values[4])
+    assert min(gains) > 0
+    assert np.mean(gains) > 0.03
+
+
+@pytest.mark.parametrize("silent", ["a", "b"])
+def test_the_outputs_of_every_layer_that_reads_a_group_count(silent: str) -> None:
+    """One of two readers has only a bias, so that nothing can be lost in its output."""
+    torch.manual_seed(0)
+    parts = {"stem": conv(3, 8), "a": conv(8, 6), "b": conv(8, 6)}
+    model = Fn(lambda m, x: m.head(F.relu(m.a(y := F.relu(m.stem(x))) + m.b(y))), **parts, head=head(6))
+    with torch.no_grad():
+        model.get_submodule(silent).weight.zero_()
+    _, values = told(problem_of(model, 0.8), lambda_=1e-6, lr=0.0, parts=8)
+    assert values["stem"][0] == pytest.approx(-1.0)
+    assert values["stem"][-1] == pytest.approx(0.0, abs=1e-3)
+
+
+def test_kernels_are_selected_for_the_outputs_of_the_model_before_any_went(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, losses = problem_of(net(widths=EVEN), 0.4, ParamTable()), dict[str, Any]()
+    loss = Stages.loss
+
+    def spied(self: Stages, baseline: nn.Module, layers: Any) -> Any:
+        losses[layers[0]] = loss(self, baseline, layers)
+        return losses[layers[0]]
+
+    monkeypatch.setattr(Stages, "loss", spied)
+    make("dkp", {**QUICK, "heads": 0, "images": 32}).train(task, trainer())
+    assert list(losses) == ["0.0.weight", "1.0.weight", "2.0.weight"]
+    for weight, found in losses.items():
+        met: list[Tensor] = []
+        layer = copy.deepcopy(task.model).eval()
+        layer.get_submodule(weight.removesuffix(".weight")).register_forward_hook(lambda m, args, out, met=met: met.append(out))
+        with torch.no_grad():
+            layer(found.inputs)
+        torch.testing.assert_close(torch.cat([outputs[0] for outputs in found.wanted]), met[0].clone())
+
+
+def test_kernels_are_those_of_the_model_that_was_trained_with_classifiers() -> None:
+    task, own = problem_of(net(widths=EVEN), 0.5, ParamTable()), trainer(100)
+    model = make("dkp", {**QUICK, "images": 32, "train_epochs": 2, "lr": 0.0}).train(task, own)
+    assert own.n_epochs == 2
+    for weight in ("0.0.weight", "1.0.weight", "2.0.weight"):
+        left = model.get_parameter(weight) != 0
+        assert left.any()
+        assert (model.get_parameter(weight) != task.model.get_parameter(weight))[left].float().mean() > 0.9
+
+
+def test_stages_run_from_the_first_classifier_to_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, own, heads = problem_of(net(widths=EVEN)), trainer(), list[tuple[str, int]]()
+
+    def spied(model: nn.Module, epochs: int, hooks: Any = (), *args: Any, **changes: Any) -> nn.Module:
+        heads.append((hooks[0].key, epochs))
+        return model
+
+    monkeypatch.setattr(own, "fit", spied)
+    make("dcp", {"train_epochs": 5, "heads": 2}).train(task, own)
+    assert [(key.split(",")[0], epochs) for key, epochs in heads] == [("head on 0.0.weight", 2), ("head on 1.0.weight", 3)]
+
+
+def test_outputs_to_keep_are_those_in_evaluation_mode_whatever_mode_the_model_is_in() -> None:
+    task = problem_of(net(widths=EVEN))
+    busy = copy.deepcopy(task.model).train()
+    before = {name: buffer.clone() for name, buffer in busy.named_buffers()}
+    wanted = [Stages(replace(task, model=m), 1, 32, 1.0).loss(m, ["1.0.weight"]).wanted[0][0] for m in (task.model, busy)]
+    torch.testing.assert_close(wanted[1], wanted[0])
+    assert all(torch.equal(buffer, before[name]) for name, buffer in busy.named_buffers())
+    assert busy.training

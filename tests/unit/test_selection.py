@@ -222,3 +222,16 @@ def test_only_convolutions_carry_a_head() -> None:
         a=conv(3, 8), w=nn.Parameter(torch.randn(6, 8, 3, 3)), head=head(6),
     ).eval()  # fmt: skip
     assert evenly(used, trace(used, (torch.randn(2, 3, 8, 8),)), 2) == ["a.weight"]
+
+
+def test_a_classifiers_loss_is_added_to_the_loss_of_the_model() -> None:
+    model, hook, found = linear(3, 5), AuxiliaryLoss("0.weight", 5, 4, 0), list[Tensor]()
+    labels = torch.arange(8) % 4
+    x = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    hook.on_train_begin(model)
+    for loss in (0.0, 3.0):
+        model(x)
+        found.append(hook.on_loss(model, torch.tensor(loss), labels).detach())
+    hook.on_train_end(model)
+    assert float(found[0]) == pytest.approx(np.log(4), abs=0.7), "a classifier that has learned nothing"
+    assert float(found[1] - found[0]) == pytest.approx(3.0)
