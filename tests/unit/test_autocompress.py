@@ -1,5 +1,7 @@
 """AutoCompress (Liu et al., AAAI 2020): rounds, search against uniform rates, and purification that stops."""
 
+import copy
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +16,12 @@ from deploypipe.allocation.threshold import uniform_widths
 from deploypipe.compact import compact, difference, run
 from deploypipe.count import MacTable, ParamTable
 from deploypipe.errors import BudgetError, UsageError
+from deploypipe.ingredients.annealing import Schedule, anneal
 from deploypipe.ingredients.judge import Judge
 from deploypipe.ingredients.purify import dead
 from deploypipe.plan import KeepPlan
 from deploypipe.training.evaluate import recalibrate
-from tests.toy_task import EVEN, accuracy, problem_of, toy_data, trained_net, trainer
+from tests.toy_task import EVEN, accuracy, net, problem_of, toy_data, trained_net, trainer
 
 QUICK: dict[str, Any] = {"rounds": 2, "train_epochs": 4, "evaluations": 40, "rho": 0.3, "images": 200, "norm_images": 200}
 
@@ -127,3 +130,59 @@ def test_fails_at_once_and_in_words() -> None:
     with pytest.raises(UsageError, match="needs data"):
         make("autocompress").plan(replace(task, data=None))
     assert isinstance(task.model, nn.Module)
+
+
+SMALL: dict[str, Any] = {"rounds": 1, "retrain_epochs": 0, "evaluations": 2, "images": 50, "norm_images": 0}
+
+
+def test_admm_pulls_channels_to_zero_before_they_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, own, fitted = replace(problem_of(net(widths=EVEN), 0.4), data=toy_data(150).train), trainer(), list[nn.Module]()
+    fit = own.fit
+    monkeypatch.setattr(own, "fit", lambda *args, **named: fitted.append(fit(*args, **named)) or fitted[-1])
+    found: Any = make("autocompress", {**SMALL, "train_epochs": 4, "rho": 1.0}).train(task, own)
+    stays = found[1][0].weight.flatten(1).any(1)
+    before, pulled = (model.get_parameter("1.0.weight").detach() for model in (task.model, fitted[0]))
+    assert 0 < stays.sum() < 16
+    assert pulled[~stays].norm() < 0.2 * before[~stays].norm()
+    assert pulled[stays].norm() > 0.9 * before[stays].norm()
+
+
+@pytest.mark.parametrize("delta", [0.0, 0.5])
+def test_training_ends_with_purification(delta: float) -> None:
+    task = problem_of(net(widths=EVEN), 1.0)
+    method = make("autocompress", {**SMALL, "train_epochs": 0, "evaluations": 10, "delta": delta})
+    plan = method.plan(replace(task, model=method.train(task, trainer())))
+    assert (task.table.predict(task.graph, plan) < 0.97 * task.budget) == (delta > 0)
+
+
+def test_epochs_of_the_pull_are_shared_by_the_rounds_and_each_round_retrains(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, own, asked = problem_of(net(widths=EVEN), 0.4), trainer(), list[tuple[int, int]]()
+
+    def spied(model: nn.Module, epochs: int, hooks: Any = (), *args: Any, **named: Any) -> nn.Module:
+        asked.append((len(hooks), epochs))
+        return copy.deepcopy(model)
+
+    monkeypatch.setattr(own, "fit", spied)
+    make("autocompress", {**SMALL, "rounds": 3, "train_epochs": 7, "retrain_epochs": 2}).train(task, own)
+    assert asked == [(1, 2), (0, 2), (1, 2), (0, 2), (1, 3), (0, 2)]
+
+
+def test_the_search_starts_with_no_group_pruned_less_than_a_smaller_one() -> None:
+    """Groups of 16, 24 and 32 channels, whose layers grow as well; widths are whole numbers."""
+    task, method = problem_of(net(), 0.5), make("autocompress", {**SMALL, "evaluations": 1})
+    for seed in range(5):
+        keep = method.plan(replace(task, seed=seed)).keep
+        first, second, third = (len(keep[name]) / task.graph.group(name).size for name in ("0.0", "1.0", "2.0"))
+        assert first > second - 1 / 24
+        assert second > third - 1 / 24
+
+
+def test_options_decide_how_the_search_cools_and_how_far_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, seen = sys.modules["deploypipe.algorithms.autocompress"], list[Schedule]()
+    monkeypatch.setattr(module, "anneal", lambda *args: seen.append(args[3]) or anneal(*args))
+    task = problem_of(net(), 0.5)
+    make("autocompress", {**SMALL, "evaluations": 3, "start": 0.2, "stop": 0.01, "spread": 0.1}).plan(task)
+    make("autocompress", {**SMALL, "evaluations": 3, "start": 0.001}).plan(task)  # below the last temperature
+    assert [seen[0].temperature(n) for n in (0, 2)] == pytest.approx([0.2, 0.01])
+    assert (seen[0].evaluations, seen[0].spread) == (3, 0.1)
+    assert [seen[1].temperature(n) for n in (0, 2)] == pytest.approx([0.001, 0.001])

@@ -185,3 +185,36 @@ def test_fails_at_once_and_in_words() -> None:
         make("autoslim").train(replace(task, budget=1.0), trainer())
     with pytest.raises(UsageError, match="needs data"):
         make("autoslim").plan(replace(task, data=None))
+
+
+Known = Mapping[tuple[int, int], tuple[float, float]]  # widths of two groups -> accuracy, loss
+
+
+def narrowed(known: Known, prefer: str, cost: tuple[float, float], budget: float) -> list[tuple[int, int]]:
+    """Return the widths of the groups after each step, from three channels each and at what one of them costs."""
+
+    def look(kept: Mapping[str, int]) -> Accuracy:
+        return Accuracy(*known[kept["a"], kept["b"]], 1)
+
+    price = lambda kept: cost[0] * kept["a"] + cost[1] * kept["b"]  # noqa: E731
+    path = slimmed({"a": 3, "b": 3}, dict.fromkeys("ab", (1, 2, 3)), price, look, budget, prefer)
+    return [(kept["a"], kept["b"]) for kept, _ in path]
+
+
+@pytest.mark.parametrize("prefer", ["accuracy", "ratio"])
+def test_of_equally_accurate_networks_that_of_the_lower_loss_is_taken(prefer: str) -> None:
+    known = {
+        (3, 3): (0.9, 0.2),
+        (2, 3): (0.9, 0.5),
+        (3, 2): (0.9, 0.3),
+        (2, 2): (0.9, 0.6),
+        (3, 1): (0.9, 0.7),
+        (1, 3): (0.9, 0.8),
+    }
+    assert narrowed(known, prefer, (1.0, 1.0), 4.0) == [(3, 2), (2, 2)]
+
+
+def test_what_a_step_loses_is_counted_from_the_step_before() -> None:
+    """The first step costs accuracy whatever it takes; then `a` costs none, and `b` a little but saves twice as much."""
+    known = {(3, 3): (0.9, 0.0), (2, 3): (0.5, 0.0), (3, 2): (0.0, 0.0), (1, 3): (0.5, 0.0), (2, 2): (0.4, 0.0)}
+    assert narrowed(known, "ratio", (1.0, 2.0), 7.0) == [(2, 3), (1, 3)]
