@@ -481,6 +481,19 @@ def shaped_like_another() -> Toy:
 
 
 @toy
+def dense_block() -> Toy:
+    """DenseNet: every layer reads all that was made before it."""
+
+    def f(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        x = torch.cat([x, m.a(x)], 1)
+        x = torch.cat([x, m.b(x)], 1)
+        return m.head(m.out(x))
+
+    return Fn(f, stem=cbr(3, 6), a=cbr(6, 4), b=cbr(10, 4), out=cbr(14, 8), head=head(8)), (image(),)
+
+
+@toy
 def blurred() -> Toy:
     """Anti-aliased pooling as it is published: one fixed filter for each channel, as many groups as channels come in."""
 

@@ -23,7 +23,7 @@ def filters(n: int, d: int, seed: int) -> Tensor:
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("n", "d"), [(16, 144), (64, 576)])
+@pytest.mark.parametrize(("n", "d"), [(16, 144), (64, 576), (32, 9)])
 def test_the_most_replaceable_filter_is_the_one_nearest_to_the_geometric_median(n: int, d: int) -> None:
     ranks = []
     for seed in range(40):

@@ -175,7 +175,11 @@ def test_norm_across_channels_is_marked() -> None:
     assert not graph_of("layer_norm").group("fc1").normalised
 
 
-@pytest.mark.parametrize("toy", ["plain", "residual", "depthwise", "concat", "se_block", "grouped", "pixel_shuffle", "yolo"])
+BRUTE = ("plain", "residual", "depthwise", "concat", "se_block", "grouped", "pixel_shuffle", "yolo")
+BRUTE += ("flatten_after_concat", "shared_module", "view_by_size", "split_attention", "scaled_and_shifted", "dense_block")
+
+
+@pytest.mark.parametrize("toy", BRUTE)
 def test_members_are_found_by_brute_force_too(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Knows nothing of the tracer: zeroing a channel's consumer slots must stop every gradient into its producer slots.
 
