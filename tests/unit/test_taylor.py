@@ -67,7 +67,7 @@ def flat(scores: dict[str, Tensor]) -> np.ndarray:
     return torch.cat(list(scores.values())).numpy()
 
 
-@pytest.mark.parametrize("epochs", [2, 6])
+@pytest.mark.parametrize("epochs", [2, 3, 4, 6])
 def test_gates_rank_like_the_oracle_and_norms_and_scales_do_not(epochs: int) -> None:
     model = trainer(lr=0.1).fit(net(), epochs).eval()
     problem, unseen = problem_of(model), pictures(2000, seed=9)
