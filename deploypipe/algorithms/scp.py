@@ -8,7 +8,7 @@ move shifts by `reach`, and adding at most `most` to the loss at the start, sinc
 would unlearn what the weights know. The temperature falls from 1 to 0.1 in the last third. The mask stands behind the batch
 norm instead of behind the ReLU, which is the same, since it is not negative (behind a ReLU6 nearly: large values are cut off
 later). What a norm puts out is taken to be normally distributed, without a test of it; a channel whose probability is below
-1e-6, or as near to 1, is decided and has no gradient any more. Coupled channels share one mask, from the sum of the
+1e-7, or as near to 1, is decided and has no gradient any more. Coupled channels share one mask, from the sum of the
 independent normal terms that they are made of (behind a depthwise layer: of its own norm). Groups whose readers see negative
 values have no ReLU and stay whole; so do residual sums to which a shortcut without a batch norm adds, since no mask could be
 folded into it. Training goes on from the user's model. What is left of the masks is folded into the batch norms. How many
@@ -38,7 +38,8 @@ from deploypipe.types import Graph, Group
 
 RAMP, ANNEALED_FROM = 0.15, 2 / 3  # shares of the training
 WARM, COLD = 1.0, 0.1  # temperatures
-SURE = 1e-6  # probabilities stay this far from 0 and 1
+SURE = 1e-6  # random numbers stay this far from 0 and 1
+DECIDED = 1e-7  # and probabilities this far: nearer, single precision knows no difference
 # Smaller scales count as this: gradients divide by its square. Folding makes scales small, and must not raise probabilities.
 FLAT = 1e-12
 
@@ -169,7 +170,7 @@ class SoftMasks(TrainHook):
 
 def keep_probability(beta: Tensor, gamma: Tensor) -> Tensor:
     """Return `Phi(beta / |gamma|)`, the probability that a normal variable N(beta, gamma^2) is positive."""
-    return (0.5 * (1 + torch.erf(beta / (sqrt(2) * gamma.abs().clamp_min(FLAT))))).clamp(SURE, 1 - SURE)
+    return (0.5 * (1 + torch.erf(beta / (sqrt(2) * gamma.abs().clamp_min(FLAT))))).clamp(DECIDED, 1 - DECIDED)
 
 
 def soft_mask(q: Tensor, tau: float, noise: Tensor | None = None) -> Tensor:

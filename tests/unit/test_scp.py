@@ -100,6 +100,17 @@ def test_the_penalty_switches_channels_off_and_those_may_go_without_a_trace() ->
     assert off[3.6] > 0.15
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("scale", [0.05, 1.0])
+def test_a_channel_that_is_nearly_decided_still_feels_a_pull(sign: float, scale: float) -> None:
+    """At a probability of 1e-6 of being off, or on: the mask rises with the shift, by a finite amount."""
+    beta = torch.tensor([sign * 4.7534 * scale], requires_grad=True)
+    q = keep_probability(beta, torch.tensor([scale]))
+    assert min(float(q.detach()), 1 - float(q.detach())) == pytest.approx(1e-6, rel=0.1)
+    (gradient,) = torch.autograd.grad(soft_mask(q, 1.0, torch.full((2, 1), 0.5)).sum(), beta)
+    assert 0 < float(gradient) < 1
+
+
 def test_folding_the_expectation_changes_nothing_and_rounding_it_to_one_does() -> None:
     graph = problem_of(copy.deepcopy(trained_net())).graph
     masks, _ = judged(graph, lambda group: Mask.of(trained_net(), graph, group))
