@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from deploypipe.algorithms.base import Problem
 from deploypipe.count import MacTable
@@ -69,3 +69,18 @@ def problem_of(model: nn.Module, share: float = 0.5, table: Any = None, seed: in
 
 def accuracy(model: nn.Module) -> float:
     return evaluate(model, toy_data().test).top1
+
+
+class Watched(Dataset[Any]):
+    """Data that remember what was read."""
+
+    def __init__(self, data: Any) -> None:
+        self.data, self.read = data, list[int]()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        self.read.append(index)
+        x, y = self.data[index]
+        return x, int(y)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from deploypipe.algorithms import make, netadapt
 from deploypipe.algorithms.base import Problem
@@ -22,6 +22,7 @@ from deploypipe.plan import KeepPlan
 from deploypipe.training.adapt import Adapting
 from deploypipe.training.evaluate import evaluate
 from deploypipe.types import Graph, Width
+from tests.toy_task import Watched
 from tests.toys import TOYS
 
 LEGAL = {"a": tuple(range(1, 11)), "b": tuple(range(1, 11))}
@@ -192,19 +193,6 @@ def test_filters_with_the_largest_l2_norms_stay() -> None:
         gone = [c for c in range(task.graph.group(name).size) if c not in channels]
         assert not gone or norms[name][list(channels)].min() >= norms[name][gone].max()
     assert any(len(channels) < task.graph.group(name).size for name, channels in plan.keep.items())
-
-
-class Watched(Dataset[Any]):
-    def __init__(self, data: TensorDataset) -> None:
-        self.data, self.read = data, list[int]()
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        self.read.append(index)
-        x, y = self.data[index]
-        return x, int(y)
 
 
 def test_candidates_are_judged_on_images_that_no_norm_and_no_step_has_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from deploypipe.algorithms import make, random_search
 from deploypipe.algorithms.random_search import accepted, draws
@@ -19,7 +17,7 @@ from deploypipe.count import macs, params
 from deploypipe.graph import trace
 from deploypipe.plan import KeepPlan
 from deploypipe.training.evaluate import evaluate
-from tests.toy_task import net, problem_of, trained_net
+from tests.toy_task import Watched, net, problem_of, trained_net
 
 FAST = {"images": 200, "norm_images": 200}
 NAMES = ["0.0", "1.0", "2.0"]
@@ -65,21 +63,6 @@ def test_with_random_channels_and_one_draw_it_is_plain_random_pruning() -> None:
         assert kept <= other or other <= kept, "the same order of channels"
     again = make("random-search", {"n": 1, "criterion": "random", **FAST}).plan(replace(problem, seed=4))
     assert again.keep != plan.keep
-
-
-class Watched(Dataset[Any]):
-    """Data that remember what was read."""
-
-    def __init__(self, data: Any) -> None:
-        self.data, self.read = data, list[int]()
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        self.read.append(index)
-        x, y = self.data[index]
-        return x, int(y)
 
 
 def test_networks_are_judged_on_images_that_renew_no_norm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from deploypipe.pipeline.request import Request
         ({"model": "torchvision:resnet50", "algo": "l1", "budget": "3ms"}, "torchvision-resnet50-cpu-l1-3ms"),
         ({"model": "a/net.py:make"}, "a-net.py-make-cpu-auto-50"),
         ({"model": "../b/net.py:make"}, "b-net.py-make-cpu-auto-50"),
-        ({"model": "/home/me/work/nets/b/net.py:make"}, "nets-b-net.py-make-cpu-auto-50"),
+        ({"model": "/srv/models/nets/b/net.py:make"}, "nets-b-net.py-make-cpu-auto-50"),
         ({"metric": "macs"}, "demo-cpu-auto-macs-50"),
         ({"target": "targets/mine.toml", "host": "pi@board:22"}, "demo-mine-pi-board-22-auto-50"),
         ({"out": "elsewhere"}, None),
