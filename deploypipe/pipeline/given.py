@@ -90,10 +90,9 @@ def _check_samples(model: nn.Module, data: Data) -> None:
     Raises:
         ModelError: They do not fit the model, hold NaN, or the model gives NaN or two answers to the same input.
     """
-    shape = tuple(take(data.train, torch.tensor([0]))[0].shape[1:])
     for part, samples in (("training", data.train), ("test", data.test)):
         at = f"the {part} set"
-        images, labels = _some(samples, shape, at)
+        images, labels = _some(samples, data.input_shape, at)
         with torch.no_grad(), seeded(0):
             first = logits(model, images.clone(), labels)
         if bool(torch.isnan(first).any()):
