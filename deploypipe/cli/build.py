@@ -67,7 +67,7 @@ def build(
     budget: Budget = "50%",
     metric: Annotated[str, typer.Option(help="What the budget counts: latency, macs or params.")] = "latency",
     epochs: Annotated[int, typer.Option(min=0, help="Epochs of fine-tuning; 0 only renews the batch norms.")] = 3,
-    out: Annotated[Path | None, typer.Option(help="Run folder. The same command again resumes there.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="<path>", help="Run folder. The same command again resumes there.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
     settings: Settings = None,
     distill: Annotated[bool, typer.Option(help="Let the dense model teach the pruned one.")] = True,

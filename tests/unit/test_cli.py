@@ -627,6 +627,13 @@ def test_a_host_without_a_name_is_refused(command: str, pipeline: FakePipeline, 
     assert not pipeline.got
 
 
+def test_a_run_folder_without_a_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an unset variable of the shell gives: the command line must not make the current folder of it."""
+    monkeypatch.chdir(tmp_path)
+    assert run(["build", "--out", ""]) == 2
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_locale_without_the_sign_ends_no_answer() -> None:
     code = "from deploypipe.cli import console, main; main.run = lambda _: console.answer('90 \\u00b1 1 %'); main.main()"
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
