@@ -90,10 +90,10 @@ def build(
     from deploypipe import pipeline
 
     request = pipeline.Request(
-        model, weights, data, target, algo, budget, metric, epochs, Path(out) if out else out, seed,
+        model, weights, data, target, algo, budget, metric, epochs, Path(out) if out else out, seed, host=host, lr=lr,
         benchmark_binary=benchmark_binary, value_finalists=value_finalists, train_precision=train_precision, sparsity=sparsity,
         accuracy_floor=accuracy_floor, value_rounds=value_rounds, keep=tuple(keep or ()), command=typed(context), table=table,
-        batch_size=batch_size, distill=distill, threads=threads, value=value, host=host, lr=lr, options=parse_settings(settings or ()),
+        batch_size=batch_size, distill=distill, threads=threads, value=value, options=parse_settings(settings or ()),
     )  # fmt: skip
     with console.progress() as reporter:
         report = pipeline.build(request, reporter)
